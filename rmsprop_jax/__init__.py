@@ -1,0 +1,11 @@
+"""RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
+
+from rmsprop_jax._momentum import TraceState as TraceState
+from rmsprop_jax._momentum import trace as trace
+from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams
+from rmsprop_jax._optimizer import rmsprop as rmsprop
+from rmsprop_jax._precondition import RmsState as RmsState
+from rmsprop_jax._precondition import scale_by_rms as scale_by_rms
+from rmsprop_jax._precondition import scale_by_stddev as scale_by_stddev
+
+__version__ = '0.1.0'

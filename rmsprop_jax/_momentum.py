@@ -1,0 +1,90 @@
+"""`trace`: the decaying sum of updates that momentum applies."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from rmsprop_jax._lift import init_like, map_leaves
+from rmsprop_jax._types import ScalarOrSchedule, cast, checked_flag, decay_rate
+
+
+class TraceState(NamedTuple):
+    """State of `trace`.
+
+    Attributes:
+      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
+        wrapping.
+      trace: The decaying sum of updates, a tree like the parameters, in float32 or wider.
+    """
+
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    trace: Any
+
+
+def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTransformation:
+    """Replaces updates by a decaying sum of them: `optax.trace`, with schedules and a float32
+    accumulator.
+
+    ::
+
+        trace <- g + decay trace
+        u      = trace,  or  g + decay trace  (again, with the new trace) with nesterov
+
+    The learning rate may come before it, as in TensorFlow and Optax, or after it, as in PyTorch.
+    The two agree only while the learning rate is constant.
+
+    Args:
+      decay: The momentum, in [0, 1): a Python float, a scalar array, or a schedule of the 0-based
+        step count.
+      nesterov: Whether to look one step ahead.
+
+    Returns:
+      An `optax.GradientTransformation` whose state is a `TraceState`. Updates have the dtype of the
+      incoming ones.
+
+    Raises:
+      ValueError: For a concrete decay outside [0, 1), or updates that do not fit the state.
+      TypeError: For integer or boolean leaves, for a decay narrower than float32, for a foreign
+        state.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> tx = rmsprop_jax.trace(decay=0.5)
+      >>> state = tx.init(jnp.zeros(()))
+      >>> for _ in range(3):
+      ...     update, state = tx.update(jnp.ones(()), state)
+      >>> print(update)
+      1.75
+
+    Reference:
+      Sutskever et al., On the importance of initialization and momentum in deep learning, ICML
+      2013.
+    """
+    decay_ = decay_rate('decay', decay)
+    nesterov = checked_flag('nesterov', nesterov)
+
+    def init(params: optax.Params) -> Any:
+        return TraceState(count=jnp.zeros([], jnp.int32), trace=init_like(params, 0.0))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        if not isinstance(state, TraceState):
+            raise TypeError(
+                f'state must be the TraceState that init returned, got {type(state).__name__}.'
+            )
+        decay = decay_.at(state.count)
+
+        def step(g: jax.Array, velocity: jax.Array) -> tuple[jax.Array, jax.Array]:
+            d = cast(decay, g.real.dtype)
+            velocity = g + d * velocity
+            return (g + d * velocity if nesterov else velocity), velocity
+
+        new_updates, new_trace = map_leaves(step, updates, means=(state.trace,))
+        return new_updates, TraceState(count=optax.safe_increment(state.count), trace=new_trace)
+
+    return optax.GradientTransformation(init, update)

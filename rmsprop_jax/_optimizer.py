@@ -1,0 +1,214 @@
+"""`rmsprop`: preconditioner, learning rate, momentum and weight decay in Optax's order."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from rmsprop_jax._lift import cast_like, widen
+from rmsprop_jax._momentum import trace
+from rmsprop_jax._precondition import scale_by_rms
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, decay_rate, is_absent
+
+
+def rmsprop(
+    learning_rate: ScalarOrSchedule,
+    decay: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-8,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: ScalarOrSchedule | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RMSProp with Optax's argument names, order, defaults and results.
+
+    `weight_decay` is decoupled. For L2 regularisation, whose term enters the second moment, chain
+    it before::
+
+        optax.chain(optax.add_decayed_weights(1e-4), rmsprop_jax.rmsprop(1e-3))
+
+    With `u` the direction of `scale_by_rms`, in float32 or wider until the last line::
+
+        trace <- -learning_rate u + momentum trace         where momentum is given
+        p     <- p + trace - learning_rate weight_decay p
+
+    The learning rate enters before the momentum, as in TensorFlow, Keras and Optax. `nesterov` adds
+    `-learning_rate u + momentum trace` in the place of `trace`.
+
+    Args:
+      learning_rate: Step size, in the unit of the parameter.
+      decay: Weight of the past in the running averages, in [0, 1).
+      eps: Non-negative; in the squared unit of the gradient inside the root, in the unit of the
+        gradient outside it.
+      initial_scale: Start value of the second moment: 0 in PyTorch and Keras, 1 in TensorFlow 1.
+      eps_in_sqrt: Whether `eps` is added inside the root (TensorFlow 1, Keras, Optax) or outside it
+        (PyTorch).
+      centered: Whether to divide by the standard deviation rather than by the root mean square.
+      momentum: Decay of the velocity, in [0, 1), or None for no velocity at all.
+      nesterov: Whether momentum looks one step ahead; without effect where `momentum` is None, as
+        in Optax.
+      bias_correction: Whether the running averages are divided by the sum of their weights.
+      weight_decay: Share of a parameter that is subtracted at each step, times the learning rate.
+        Zero (a Python zero) means none at all; otherwise `update` needs `params`.
+      mask: What is decayed: a tree of booleans like the parameters (or a prefix of it), or a
+        function from parameters to one. True means decayed. None means all.
+
+    `learning_rate`, `decay`, `eps`, `momentum` and `weight_decay` may be Python floats, scalar
+    arrays (traced ones too) or schedules of the 0-based step count.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. Updates have the dtype of the gradients. Read the
+      state by name: `optax.tree.get(state, 'nu')`, or `'mu'`, `'var'`, `'trace'`.
+
+    Raises:
+      ValueError: For a concrete hyperparameter out of range, for gradients that do not fit the
+        state, or for missing `params` where weights decay.
+      TypeError: For integer or boolean leaves, for flags that are not booleans, for a decay or
+        momentum narrower than float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, rmsprop_jax
+      >>> tx = rmsprop_jax.rmsprop(0.1, momentum=0.5)
+      >>> loss = lambda x: jnp.sum(x**2)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(40):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 0.01)
+      True
+
+    References:
+      `optax.rmsprop`, whose results it reproduces where those are well-conditioned.
+      Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+    """
+    steps = [
+        scale_by_rms(decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=centered),
+        scale_by_learning_rate(learning_rate),
+    ]
+    if momentum is not None:
+        steps.append(trace(decay_rate('momentum', momentum).value, nesterov))
+    if not is_absent(weight_decay):
+        decay_weights = subtract_decayed_weights(learning_rate, weight_decay)
+        steps.append(decay_weights if mask is None else optax.masked(decay_weights, mask))
+    return in_accumulator_precision(optax.chain(*steps))
+
+
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate`, in the updates' precision whatever an array's dtype."""
+    if learning_rate is None:
+        return optax.identity()
+    rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
+    if callable(learning_rate):
+        return optax.scale_by_schedule(lambda count: -rate.at(count))
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: -cast(rate.value, u.real.dtype) * u, updates),
+    )
+
+
+class DecoupledDecayState(NamedTuple):
+    """State of `subtract_decayed_weights`: `count` is the number of steps taken, int32 of shape
+    ()."""
+
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def subtract_decayed_weights(
+    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """`u <- u - learning_rate weight_decay p`, where `u` carries its learning rate already."""
+    rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
+    strength = Hyperparameter('weight_decay', weight_decay)
+
+    def init(params: optax.Params) -> Any:
+        del params
+        return DecoupledDecayState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError('weight_decay needs params: call update(updates, state, params).')
+        now = rate.at(state.count), strength.at(state.count)
+
+        def leaf(u: jax.Array, p: jax.Array) -> jax.Array:
+            lr, wd = (cast(x, u.real.dtype) for x in now)
+            return u - lr * wd * p
+
+        new_updates = jax.tree.map(leaf, updates, params)
+        return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def in_accumulator_precision(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` in float32 or wider and rounds once, at its end, to the gradients' dtype."""
+    inner_ = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide, state = inner_.update(widen(updates), state, widen(params), **extra_args)
+        return cast_like(wide, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def inject_hyperparams(
+    inner_factory: Callable[..., optax.GradientTransformation],
+    static_args: str | Iterable[str] = (),
+    hyperparam_dtype: Any = None,
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """`optax.inject_hyperparams` with settings that suit this package's factories.
+
+    It differs in three defaults. Hyperparameters are held in float32 (float64 with
+    `jax_enable_x64`) even where parameters are narrower, since bfloat16 turns a decay of 0.999 into
+    1. A `mask` that is a function is not taken for a schedule. And a `weight_decay` of zero stays a
+    Python zero, which means 'none'; pass `jnp.array(0.0)` to be able to raise it later.
+
+    Args:
+      inner_factory: `rmsprop`, or any function that returns a gradient transformation.
+      static_args: Further arguments that are functions but not schedules.
+      hyperparam_dtype: The dtype of the injected numbers, if another one is wanted.
+
+    Returns:
+      A factory with the arguments of `inner_factory`. The state of what it builds has a dictionary
+      `hyperparams`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rmsprop_jax
+      >>> schedule = optax.linear_schedule(0.1, 0.0, 10)
+      >>> tx = rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(schedule, decay=0.99)
+      >>> params = jnp.zeros(3, jnp.bfloat16)
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(jnp.ones(3, jnp.bfloat16), state, params)
+      >>> state.hyperparams['learning_rate'], state.hyperparams['decay']
+      (Array(0.1, dtype=float32), Array(0.99, dtype=float32))
+    """
+    names = set(inspect.signature(inner_factory).parameters)
+    static = {static_args} if isinstance(static_args, str) else set(static_args)
+    static |= {'mask'} & names
+
+    def wrapped(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        given = inspect.signature(inner_factory).bind(*args, **kwargs)
+        given.apply_defaults()
+        absent = {name for name in {'weight_decay'} & names if is_absent(given.arguments[name])}
+        dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
+        return optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,120 @@
+"""Aliases and the small frozen records that the rest of the package passes around."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+Scalar = float | jax.Array
+Schedule = Callable[[ArrayLike], ArrayLike]
+ScalarOrSchedule = ArrayLike | Schedule
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a hyperparameter that means 'nothing' at zero is a concrete Python or NumPy zero.
+
+    A JAX array is never read: it may be traced, or live on another process.
+    """
+    return not callable(value) and not isinstance(value, jax.Array) and float(value) == 0.0
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Returns `value` as a bool, refusing everything that is not one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f'{name} must be True or False, got {value!r} ({type(value).__name__}).')
+    return bool(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameter:
+    """A number that an optimizer reads at every step, validated without ever reading an array.
+
+    Attributes:
+      name: The argument's name, for error messages.
+      value: A Python or NumPy scalar, a JAX scalar (possibly traced), or a schedule, which maps the
+        0-based step count to one of those.
+      lower: The smallest value allowed.
+      below: The bound the value must stay under.
+      exact: Whether dtypes narrower than float32 are refused: bfloat16 turns a decay of 0.999 into
+        1.
+    """
+
+    name: str
+    value: Any
+    lower: float = 0.0
+    below: float = math.inf
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.value):
+            object.__setattr__(self, 'value', self._checked(self.value))
+
+    def at(self, count: ArrayLike) -> Scalar:
+        """The value at step `count`: a float where tracing knows it, else a scalar array."""
+        return self._checked(self.value(count)) if callable(self.value) else self.value
+
+    def _checked(self, value: Any) -> Scalar:
+        if isinstance(value, jax.Array):
+            self._check_dtype(value.dtype)
+            if value.shape:
+                raise ValueError(f'{self.name} must be a scalar, got an array of {value.shape}.')
+            return value
+        number = np.asarray(value)
+        if number.shape or number.dtype == bool or number.dtype.kind not in 'fiuV':
+            raise TypeError(f'{self.name} must be a real scalar, got {value!r}.')
+        if hasattr(value, 'dtype'):
+            self._check_dtype(number.dtype)
+        self._check_range(float(number))
+        return float(number)
+
+    def _check_dtype(self, dtype: DTypeLike) -> None:
+        if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(f'{self.name} must be real, got an array of dtype {np.dtype(dtype)}.')
+        if self.exact and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f'{self.name} has dtype {np.dtype(dtype)}, which cannot hold values such as 0.999. '
+                'Pass a float or a float32 array; under inject_hyperparams(...) add '
+                'hyperparam_dtype=jnp.float32.'
+            )
+
+    def _check_range(self, number: float) -> None:
+        if not math.isfinite(number):
+            raise ValueError(f'{self.name} must be finite, got {number}.')
+        if not self.lower <= number < self.below:
+            allowed = f'[{self.lower:g}, {self.below:g})'
+            raise ValueError(f'{self.name} must be in {allowed}, got {number}.')
+
+
+def decay_rate(name: str, value: Any) -> Hyperparameter:
+    """A hyperparameter in [0, 1) that must be held in float32 or wider."""
+    return Hyperparameter(name, value, below=1.0, exact=True)
+
+
+def complement(decay: Scalar) -> Scalar:
+    """`1 - decay`: in double precision for a Python number, in the array's own precision otherwise.
+
+    A float32 decay of 0.999 carries a rounding error of up to 3e-8, so that its complement is right
+    to 3e-5 only.
+    """
+    return 1 - decay
+
+
+def cast(value: Scalar, dtype: DTypeLike) -> Scalar:
+    """Gives an array the dtype of the arithmetic; a Python number adapts by itself."""
+    return lax.convert_element_type(value, dtype) if isinstance(value, jax.Array) else value
+
+
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype in which arrays of `dtype` are accumulated: at least float32, or complex64."""
+    return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+
+
+def real_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of the magnitude of an array of `dtype`."""
+    return np.dtype(jnp.finfo(dtype).dtype)
