@@ -96,7 +96,9 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 def _full_like(param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
     if not isinstance(param, Tracer):
-        return jnp.full(jnp.shape(param), fill, dtype, device=getattr(param, 'sharding', None))
+        filled = jnp.full(jnp.shape(param), fill, dtype, device=getattr(param, 'sharding', None))
+        # A scalar filled with an array is that array: shared, it could not be donated.
+        return filled.copy() if isinstance(fill, jax.Array) else filled
     # Under jit a constant does not take part in sharding propagation and would be replicated. An
     # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
     # and it stays in the parameter's memory.

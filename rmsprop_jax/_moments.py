@@ -5,15 +5,19 @@ arrays of the same precision. See the package documentation for the derivation o
 recurrence.
 """
 
+import operator
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rmsprop_jax._types import Scalar
 
 
 def squared_magnitude(x: jax.Array) -> jax.Array:
     """`|x|^2`, differentiable at zero for complex arrays too."""
-    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    return _real_product(x, x)
 
 
 def second_moment(nu: jax.Array, g: jax.Array, decay: Scalar, complement: Scalar) -> jax.Array:
@@ -28,7 +32,7 @@ def averaging_weight(weight: jax.Array, decay: Scalar, complement: Scalar) -> ja
 
 def mean(mu: jax.Array, g: jax.Array, complement: Scalar) -> jax.Array:
     """`mu <- mu + (1 - decay) (g - mu)`."""
-    return mu + complement * (g - mu)
+    return mu + componentwise(operator.mul, g - mu, complement)
 
 
 def variance(
@@ -45,17 +49,19 @@ def variance(
     `weights` holds `(c_before, c_after)`; None means that both are one. Unlike `nu - |mu|^2` it is
     a sum of non-negative terms, so it neither cancels nor turns negative.
     """
-    share: Scalar = 4 * decay * complement
+    share: Scalar = decay * complement
     centre = mu
     if weights is not None:
         before, after = weights
         share = share * (before / after)
         # Before the first step there is no mean: the share is zero, and the division must not make
         # a NaN of it.
-        centre = mu / jnp.where(before == 0, 1, before)
-    # Halving the deviation keeps its square within range whenever |g|^2 is. The factor of four goes
-    # to the share, which stays at or below one.
-    return decay * var + share * squared_magnitude(0.5 * (g - centre))
+        centre = componentwise(operator.truediv, mu, jnp.where(before == 0, 1, before))
+    # The deviation may be twice the largest |g| whose square is representable, and the share is at
+    # most a quarter: multiplied in this order nothing overflows. (XLA merges factors that stand on
+    # both sides, so scaling the deviation before squaring it would not help.)
+    deviation = g - centre
+    return decay * var + _real_product(componentwise(operator.mul, deviation, share), deviation)
 
 
 def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -> jax.Array:
@@ -68,7 +74,25 @@ def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -
     """
     root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
     vanishes = root < _smallest_normal(root)
-    return jnp.where(vanishes, 0, g / jnp.where(vanishes, 1, root))
+    quotient = componentwise(operator.truediv, g, jnp.where(vanishes, 1, root))
+    return jnp.where(vanishes, 0, quotient)
+
+
+def componentwise(
+    op: Callable[[jax.Array, Scalar], jax.Array], x: jax.Array, real: Scalar
+) -> jax.Array:
+    """`op(x, real)`, on real and imaginary parts apart where `x` is complex.
+
+    A complex product or quotient would do three times the work, and strict dtype promotion forbids
+    to mix the two.
+    """
+    if jnp.iscomplexobj(x):
+        return lax.complex(op(x.real, real), op(x.imag, real))
+    return op(x, real)
+
+
+def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
 
 def _sqrt(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """`trace`: the decaying sum of updates that momentum applies."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import init_like, map_leaves
+from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import ScalarOrSchedule, cast, checked_flag, decay_rate
 
 
@@ -81,8 +83,9 @@ def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTran
 
         def step(g: jax.Array, velocity: jax.Array) -> tuple[jax.Array, jax.Array]:
             d = cast(decay, g.real.dtype)
-            velocity = g + d * velocity
-            return (g + d * velocity if nesterov else velocity), velocity
+            velocity = g + componentwise(operator.mul, velocity, d)
+            ahead = g + componentwise(operator.mul, velocity, d) if nesterov else velocity
+            return ahead, velocity
 
         new_updates, new_trace = map_leaves(step, updates, means=(state.trace,))
         return new_updates, TraceState(count=optax.safe_increment(state.count), trace=new_trace)

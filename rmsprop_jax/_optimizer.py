@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import cast_like, widen
+from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, decay_rate, is_absent
@@ -112,7 +114,9 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None) -> optax.Grad
     if callable(learning_rate):
         return optax.scale_by_schedule(lambda count: -rate.at(count))
     return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u: -cast(rate.value, u.real.dtype) * u, updates),
+        lambda updates, _: jax.tree.map(
+            lambda u: componentwise(operator.mul, u, -cast(rate.value, u.real.dtype)), updates
+        )
     )
 
 
@@ -143,7 +147,7 @@ def subtract_decayed_weights(
 
         def leaf(u: jax.Array, p: jax.Array) -> jax.Array:
             lr, wd = (cast(x, u.real.dtype) for x in now)
-            return u - lr * wd * p
+            return u - componentwise(operator.mul, p, lr * wd)
 
         new_updates = jax.tree.map(leaf, updates, params)
         return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))

@@ -63,7 +63,9 @@ class Hyperparameter:
         if isinstance(value, jax.Array):
             self._check_dtype(value.dtype)
             if value.shape:
-                raise ValueError(f'{self.name} must be a scalar, got an array of {value.shape}.')
+                raise ValueError(
+                    f'{self.name} must be a scalar, got an array of shape {value.shape}.'
+                )
             return value
         number = np.asarray(value)
         if number.shape or number.dtype == bool or number.dtype.kind not in 'fiuV':
