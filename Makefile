@@ -29,7 +29,9 @@ format: $(VENV)/.dev  ## Format the sources and mend what lint can mend
 
 notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run them
 	rm -rf build/notebooks && mkdir -p build/notebooks
-	$(BIN)/jupytext --to ipynb --output-dir build/notebooks notebooks/*.py
+	for source in notebooks/*.py; do \
+	  $(BIN)/jupytext --quiet --output "build/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
+	done
 	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
 
 clean:  ## Remove environments, caches and built files
