@@ -1,5 +1,6 @@
 """RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
 
+from rmsprop_jax import dialects as dialects
 from rmsprop_jax._momentum import TraceState as TraceState
 from rmsprop_jax._momentum import trace as trace
 from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams

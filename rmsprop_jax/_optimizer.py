@@ -173,6 +173,13 @@ def in_accumulator_precision(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+# What the factories of this package take that is no number to be changed while training.
+_NEVER_HYPERPARAMETERS = frozenset(
+    {'ema_overwrite_frequency', 'gradient_accumulation_steps', 'mask', 'norm_type', 'sparse'}
+)
+_NONE_AT_ZERO = frozenset({'momentum', 'wd', 'weight_decay'})
+
+
 def inject_hyperparams(
     inner_factory: Callable[..., optax.GradientTransformation],
     static_args: str | Iterable[str] = (),
@@ -181,9 +188,11 @@ def inject_hyperparams(
     """`optax.inject_hyperparams` with settings that suit this package's factories.
 
     It differs in three defaults. Hyperparameters are held in float32 (float64 with
-    `jax_enable_x64`) even where parameters are narrower, since bfloat16 turns a decay of 0.999 into
-    1. A `mask` that is a function is not taken for a schedule. And a `weight_decay` of zero stays a
-    Python zero, which means 'none'; pass `jnp.array(0.0)` to be able to raise it later.
+    `jax_enable_x64`) even where parameters are narrower, since bfloat16 turns a decay of 0.999
+    into 1. Arguments that decide what a program looks like, such as a `mask` or a number of
+    accumulation steps, are left alone. And a zero for weight decay or momentum stays a Python zero,
+    which means 'none' where the factory says so; pass `jnp.array(0.0)` to be able to raise it
+    later.
 
     Args:
       inner_factory: `rmsprop`, or any function that returns a gradient transformation.
@@ -206,12 +215,12 @@ def inject_hyperparams(
     """
     names = set(inspect.signature(inner_factory).parameters)
     static = {static_args} if isinstance(static_args, str) else set(static_args)
-    static |= {'mask'} & names
+    static |= _NEVER_HYPERPARAMETERS & names
 
     def wrapped(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         given = inspect.signature(inner_factory).bind(*args, **kwargs)
         given.apply_defaults()
-        absent = {name for name in {'weight_decay'} & names if is_absent(given.arguments[name])}
+        absent = {name for name in _NONE_AT_ZERO & names if is_absent(given.arguments[name])}
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
         return optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
 

@@ -15,6 +15,7 @@ from rmsprop_jax._types import (
     cast,
     checked_flag,
     complement,
+    constant,
     decay_rate,
 )
 
@@ -120,9 +121,7 @@ def scale_by_rms(
       variance recurrence).
     """
     decay_, eps_ = decay_rate('decay', decay), Hyperparameter('eps', eps)
-    if callable(initial_scale):
-        raise TypeError('initial_scale is used once, at init: it cannot be a schedule.')
-    start_value = Hyperparameter('initial_scale', initial_scale).value
+    start_value = constant('initial_scale', initial_scale)
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)

@@ -17,10 +17,12 @@ ScalarOrSchedule = ArrayLike | Schedule
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a hyperparameter that means 'nothing' at zero is a concrete Python or NumPy zero.
+    """Whether a hyperparameter that means 'nothing' at zero is None or a Python or NumPy zero.
 
     A JAX array is never read: it may be traced, or live on another process.
     """
+    if value is None:
+        return True
     return not callable(value) and not isinstance(value, jax.Array) and float(value) == 0.0
 
 
@@ -29,6 +31,18 @@ def checked_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f'{name} must be True or False, got {value!r} ({type(value).__name__}).')
     return bool(value)
+
+
+def checked_steps(name: str, value: Any, least: int) -> int:
+    """Returns `value` as an int of at least `least`; it decides what a program looks like."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f'{name} must be a Python integer, got an array. Under optax.inject_hyperparams name it '
+            'in static_args, or use rmsprop_jax.inject_hyperparams.'
+        )
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
+    return int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +110,13 @@ class Hyperparameter:
 def decay_rate(name: str, value: Any) -> Hyperparameter:
     """A hyperparameter in [0, 1) that must be held in float32 or wider."""
     return Hyperparameter(name, value, below=1.0, exact=True)
+
+
+def constant(name: str, value: Any, lower: float = 0.0) -> Scalar:
+    """A number that may not be a schedule, with the checks of a hyperparameter."""
+    if callable(value):
+        raise TypeError(f'{name} cannot be a schedule.')
+    return Hyperparameter(name, value, lower).value
 
 
 def complement(decay: Scalar) -> Scalar:

@@ -1,0 +1,221 @@
+"""The small transformations, beside Optax's, that some framework's dialect needs."""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from rmsprop_jax._lift import cast_like, init_like, widen
+from rmsprop_jax._moments import componentwise
+from rmsprop_jax._optimizer import in_accumulator_precision
+from rmsprop_jax._types import ScalarOrSchedule, cast, checked_steps, constant, decay_rate
+
+Optimizer = optax.GradientTransformationExtraArgs
+Step = optax.GradientTransformation
+
+
+def as_pairs_of_reals(inner: Step) -> Optimizer:
+    """Runs `inner` on complex arrays as real arrays with a last axis of two, as PyTorch does."""
+    inner_ = optax.with_extra_args_support(inner)
+
+    def split(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x, tree
+        )
+
+    def join(tree: Any, like: Any) -> Any:
+        def leaf(x: jax.Array, y: Any) -> jax.Array:
+            return lax.complex(x[..., 0], x[..., 1]) if jnp.iscomplexobj(y) else x
+
+        return jax.tree.map(leaf, tree, like)
+
+    def init(params: optax.Params) -> Any:
+        return inner_.init(split(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new, state = inner_.update(split(updates), state, split(params), **extra_args)
+        return join(new, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AverageState(NamedTuple):
+    """State of `average_parameters`: calls so far, and the average, in float32 or wider."""
+
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    ema: Any
+
+
+def average_parameters(
+    momentum: ScalarOrSchedule, overwrite_frequency: int | None = None, every: int = 1
+) -> Optimizer:
+    """Averages the updated parameters as Keras does, and may put the average in their place.
+
+    ::
+
+        a <- momentum a + (1 - momentum) (p + u)          the first `every` calls: a <- p + u
+        u <- a - p        where floor(call / every) + 1 is a multiple of overwrite_frequency
+
+    It must be the last transformation of a chain; updates come back in the parameters' dtype.
+    """
+    weight = decay_rate('ema_momentum', momentum)
+    if overwrite_frequency is not None:
+        overwrite_frequency = checked_steps('ema_overwrite_frequency', overwrite_frequency, least=1)
+
+    def init(params: optax.Params) -> Any:
+        return AverageState(count=jnp.zeros([], jnp.int32), ema=init_like(params, 0.0))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError('use_ema needs params: call update(updates, state, params).')
+        step = state.count // every
+        past = jnp.where(step == 0, 0.0, weight.at(state.count))
+        target = jax.tree.map(jnp.add, widen(params), widen(updates))
+
+        def average(a: jax.Array, p: jax.Array) -> jax.Array:
+            w = cast(past, a.real.dtype)
+            return componentwise(operator.mul, a, w) + componentwise(operator.mul, p, 1 - w)
+
+        ema = jax.tree.map(average, state.ema, target)
+        if overwrite_frequency is not None:
+            due = (step + 1) % overwrite_frequency == 0
+            target = jax.tree.map(lambda a, p: jnp.where(due, a, p), ema, target)
+            updates = jax.tree.map(lambda t, p: t - p, target, widen(params))
+        return cast_like(updates, params), AverageState(optax.safe_increment(state.count), ema)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
+    """Keeps the updated parameters within `[-limit, limit]`; must be the last of a chain."""
+    bound = constant(name, limit)
+
+    def clip(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError(f'{name} needs params: call update(updates, state, params).')
+
+        def leaf(p: jax.Array, u: jax.Array) -> jax.Array:
+            return jnp.clip(p + u, -cast(bound, p.dtype), cast(bound, p.dtype)) - p
+
+        return jax.tree.map(leaf, params, updates)
+
+    return in_accumulator_precision(optax.stateless(clip))
+
+
+def cautious(inner: Step) -> Optimizer:
+    """Holds back entries of a descent whose sign does not oppose the gradient's.
+
+    The others grow by one over the share of entries that are left in their array, at most 1000.
+
+    Source: Liang et al., Cautious Optimizers, arXiv:2411.16085.
+    """
+    inner_ = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new, state = inner_.update(updates, state, params, **extra_args)
+
+        def leaf(u: jax.Array, g: jax.Array) -> jax.Array:
+            agrees = (u * g < 0).astype(u.dtype)
+            return u * (agrees / jnp.maximum(agrees.mean(), 1e-3))
+
+        return jax.tree.map(leaf, new, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner_.init, update)
+
+
+def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
+    """Leaves rows whose gradient is exactly zero out of a step, statistics included.
+
+    Args:
+      inner: A transformation whose moments have the shape of the parameters.
+      mask: Which parameters it applies to: True for all, a tree of booleans, or a function from the
+        parameters (or gradients) to one.
+    """
+    inner_ = optax.with_extra_args_support(inner)
+
+    def untouched(updates: Any) -> Any:
+        chosen = mask(updates) if callable(mask) else mask
+        chosen = jax.tree.broadcast(chosen, updates)
+
+        def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
+            if not is_sparse:
+                return jnp.zeros(jnp.shape(g), bool)
+            zero = jnp.all(g == 0, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
+            return jnp.broadcast_to(zero, jnp.shape(g))
+
+        return jax.tree.map(leaf, updates, chosen)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new, after = inner_.update(updates, state, params, **extra_args)
+        rows = untouched(updates)
+        # Each statistic has the rows of its parameter; counts and weights go on.
+        held = optax.tree.map_params(
+            inner_, lambda _, r: r, state, rows, transform_non_params=lambda _: False
+        )
+        after = jax.tree.map(lambda h, a, b: jnp.where(h, b, a), held, after, state)
+        return jax.tree.map(lambda r, u: jnp.where(r, 0, u), rows, new), after
+
+    return optax.GradientTransformationExtraArgs(inner_.init, update)
+
+
+def accumulate(inner: Step, every: int) -> Step:
+    """`optax.MultiSteps`, with the mean gradient in float32 or wider."""
+    steps = optax.MultiSteps(inner, every, accumulator_dtype=None)  # pyright: ignore[reportArgumentType]
+    return Step(lambda params: steps.init(widen(params)), steps.gradient_transformation().update)
+
+
+def clip_value(name: str, limit: ArrayLike) -> Step:
+    """`g <- min(max(g, -limit), limit)`, entry by entry."""
+    bound = constant(name, limit)
+
+    def clip(g: jax.Array) -> jax.Array:
+        return jnp.clip(g, -cast(bound, g.dtype), cast(bound, g.dtype))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
+
+
+def clip_each_norm(name: str, limit: ArrayLike) -> Step:
+    """`g <- g limit / max(norm, limit)`, array by array."""
+    bound = constant(name, limit)
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda g: _clipped_to_norm(g, bound), updates)
+    )
+
+
+def clip_global_norm(name: str, limit: ArrayLike) -> Step:
+    """`g <- g limit / max(norm, limit)`, with the norm of all arrays together."""
+    bound = constant(name, limit)
+    return optax.stateless(lambda updates, _: _clipped_to_norm(updates, bound))
+
+
+def _clipped_to_norm(updates: Any, bound: Any) -> Any:
+    norm = optax.tree.norm(updates)
+    bound = cast(bound, norm.dtype)
+    return scaled(updates, bound / jnp.maximum(norm, bound))
+
+
+def rescale(name: str, factor: ArrayLike) -> Step:
+    """`g <- factor g`."""
+    number = constant(name, factor)
+    return optax.stateless(lambda updates, _: scaled(updates, number))
+
+
+def unscale(name: str, factor: ArrayLike) -> Step:
+    """`g <- g / factor`."""
+    number = constant(name, factor)
+
+    def divide(g: jax.Array) -> jax.Array:
+        return componentwise(operator.truediv, g, cast(number, g.real.dtype))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(divide, updates))
+
+
+def scaled(updates: Any, factor: Any) -> Any:
+    """Every array of a tree times a real scalar."""
+    return jax.tree.map(
+        lambda g: componentwise(operator.mul, g, cast(factor, g.real.dtype)), updates
+    )
