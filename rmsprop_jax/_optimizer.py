@@ -29,7 +29,7 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule | None = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp with Optax's argument names, order, defaults and results.
@@ -61,7 +61,7 @@ def rmsprop(
         in Optax.
       bias_correction: Whether the running averages are divided by the sum of their weights.
       weight_decay: Share of a parameter that is subtracted at each step, times the learning rate.
-        Zero (a Python zero) means none at all; otherwise `update` needs `params`.
+        A Python zero (or None) means none; otherwise `update` needs `params`.
       mask: What is decayed: a tree of booleans like the parameters (or a prefix of it), or a
         function from parameters to one. True means decayed. None means all.
 
@@ -100,7 +100,7 @@ def rmsprop(
     ]
     if momentum is not None:
         steps.append(trace(decay_rate('momentum', momentum).value, nesterov))
-    if not is_absent(weight_decay):
+    if weight_decay is not None and not is_absent(weight_decay):
         decay_weights = subtract_decayed_weights(learning_rate, weight_decay)
         steps.append(decay_weights if mask is None else optax.masked(decay_weights, mask))
     return in_accumulator_precision(optax.chain(*steps))

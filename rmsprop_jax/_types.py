@@ -37,8 +37,8 @@ def checked_steps(name: str, value: Any, least: int) -> int:
     """Returns `value` as an int of at least `least`; it decides what a program looks like."""
     if isinstance(value, jax.Array):
         raise TypeError(
-            f'{name} must be a Python integer, got an array. Under optax.inject_hyperparams name it '
-            'in static_args, or use rmsprop_jax.inject_hyperparams.'
+            f'{name} must be a Python integer, got an array. Under optax.inject_hyperparams name '
+            'it in static_args, or use rmsprop_jax.inject_hyperparams.'
         )
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')

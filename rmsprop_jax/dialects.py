@@ -241,7 +241,7 @@ def keras(
             epsilon,
             centered=centered,
             momentum=None if is_absent(momentum) else momentum,
-            weight_decay=0.0 if is_absent(weight_decay) else weight_decay,
+            weight_decay=weight_decay,
             mask=mask,
         ),
     )
@@ -619,17 +619,15 @@ def _decoupled_decay(
     """`p <- p - lr weight_decay p`, times `lr / peak` where a peak is given."""
     if is_absent(weight_decay):
         return None
-    strength: Any = weight_decay
     if callable(peak):
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
-    if peak is not None:
-        rate = Hyperparameter('lr', lr, lower=-math.inf)
-        decay = Hyperparameter('weight_decay', weight_decay)
+    rate = Hyperparameter('lr', lr, lower=-math.inf)
+    decay = Hyperparameter('weight_decay', weight_decay)
 
-        def strength(count: ArrayLike) -> Any:
-            return decay.at(count) * (rate.at(count) / peak)
+    def corrected(count: ArrayLike) -> Any:
+        return decay.at(count) * (rate.at(count) / peak)
 
-    step = subtract_decayed_weights(lr, strength)
+    step = subtract_decayed_weights(lr, weight_decay if peak is None else corrected)
     return step if mask is None else optax.masked(step, mask)
 
 
