@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import cast_like, init_like, widen
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._optimizer import in_accumulator_precision
 from rmsprop_jax._types import ScalarOrSchedule, cast, checked_steps, constant, decay_rate
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -101,9 +100,9 @@ def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
         def leaf(p: jax.Array, u: jax.Array) -> jax.Array:
             return jnp.clip(p + u, -cast(bound, p.dtype), cast(bound, p.dtype)) - p
 
-        return jax.tree.map(leaf, params, updates)
+        return cast_like(jax.tree.map(leaf, widen(params), widen(updates)), params)
 
-    return in_accumulator_precision(optax.stateless(clip))
+    return optax.with_extra_args_support(optax.stateless(clip))
 
 
 def cautious(inner: Step) -> Optimizer:
@@ -162,10 +161,49 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
     return optax.GradientTransformationExtraArgs(inner_.init, update)
 
 
-def accumulate(inner: Step, every: int) -> Step:
-    """`optax.MultiSteps`, with the mean gradient in float32 or wider."""
-    steps = optax.MultiSteps(inner, every, accumulator_dtype=None)  # pyright: ignore[reportArgumentType]
-    return Step(lambda params: steps.init(widen(params)), steps.gradient_transformation().update)
+class AccumulateState(NamedTuple):
+    """State of `accumulate`.
+
+    Attributes:
+      mini_step: Calls since the last step, under the name that `optax.MultiSteps` gives them.
+      total: The sum of their gradients, in float32 or wider.
+      inner: The state of what takes the steps.
+    """
+
+    mini_step: ArrayLike
+    total: Any
+    inner: Any
+
+
+def accumulate(inner: Step, every: int) -> Optimizer:
+    """Gives `inner` the mean of `every` gradients at the last of as many calls, else updates of
+    zero.
+
+    `optax.MultiSteps` casts its sum to one dtype for all leaves, which with `jax_enable_x64` is not
+    that of float32 parameters, and never that of complex ones.
+    """
+    inner_ = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> Any:
+        state = inner_.init(params)
+        return AccumulateState(jnp.zeros([], jnp.int32), init_like(params, 0.0), state)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        total = jax.tree.map(jnp.add, state.total, widen(updates))
+
+        def step() -> tuple[Any, Any]:
+            mean = scaled(total, 1 / every)
+            new, after = inner_.update(mean, state.inner, params, **extra_args)
+            zero = jax.tree.map(jnp.zeros_like, total)
+            return cast_like(new, updates), AccumulateState(jnp.zeros([], jnp.int32), zero, after)
+
+        def wait() -> tuple[Any, Any]:
+            zero = jax.tree.map(jnp.zeros_like, updates)
+            return zero, AccumulateState(state.mini_step + 1, total, state.inner)
+
+        return lax.cond(state.mini_step == every - 1, step, wait)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_value(name: str, limit: ArrayLike) -> Step:
@@ -187,9 +225,17 @@ def clip_each_norm(name: str, limit: ArrayLike) -> Step:
 
 
 def clip_global_norm(name: str, limit: ArrayLike) -> Step:
-    """`g <- g limit / max(norm, limit)`, with the norm of all arrays together."""
+    """`g <- g limit / max(norm, limit)`, with the norm of all arrays together.
+
+    As in TensorFlow, an infinite norm makes all of them NaN.
+    """
     bound = constant(name, limit)
-    return optax.stateless(lambda updates, _: _clipped_to_norm(updates, bound))
+
+    def clip(updates: Any, _: Any) -> Any:
+        clipped, norm = _clipped_to_norm(updates, bound), optax.tree.norm(updates)
+        return jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, jnp.nan), clipped)
+
+    return optax.stateless(clip)
 
 
 def _clipped_to_norm(updates: Any, bound: Any) -> Any:

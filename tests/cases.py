@@ -6,8 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 import rmsprop_jax
+from rmsprop_jax import dialects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,11 @@ class Case:
       descends: Whether its updates decrease a loss by themselves.
       moments: The names of the moments in its state.
       needs_params: Whether `update` must be given the parameters.
+      elementwise: Whether each entry is treated by itself, so that leaves and shards may be split.
+      real_only: Whether it makes no sense for complex arrays.
+      strict: Whether it runs under strict dtype promotion (`optax.MultiSteps` does not).
+      rewrites_params: Whether its updates lead to parameters of its own, in their dtype.
+      every: How many calls make a step.
     """
 
     name: str
@@ -27,17 +34,22 @@ class Case:
     moments: tuple[str, ...]
     descends: bool = True
     needs_params: bool = False
+    elementwise: bool = True
+    real_only: bool = False
+    strict: bool = True
+    rewrites_params: bool = False
+    every: int = 1
 
 
-def _inverse(count: jax.Array) -> jax.Array:
-    return 1.0 / (count + 1).astype('float32')
+def _inverse(count: ArrayLike) -> jax.Array:
+    return 1.0 / (1.0 + jnp.asarray(count, 'float32'))
 
 
-def _halved(count: jax.Array) -> jax.Array:
+def _halved(count: ArrayLike) -> jax.Array:
     return 0.025 + 0.025 * _inverse(count)
 
 
-def _decay(count: jax.Array) -> jax.Array:
+def _decay(count: ArrayLike) -> jax.Array:
     return 0.99 - 0.5 * _inverse(count)
 
 
@@ -87,10 +99,88 @@ CASES = (
     ),
     Case(
         'optax.inject_hyperparams',
-        lambda: optax.inject_hyperparams(rmsprop_jax.rmsprop, hyperparam_dtype='float32')(
-            0.05, decay=_decay, centered=True, weight_decay=1e-3
-        ),
+        lambda: optax.inject_hyperparams(
+            rmsprop_jax.rmsprop, hyperparam_dtype=jnp.dtype('float32')
+        )(0.05, decay=_decay, centered=True, weight_decay=1e-3),
         CENTERED,
         needs_params=True,
     ),
+    Case(
+        'torch',
+        lambda: dialects.torch(_halved, weight_decay=1e-2, momentum=0.9, centered=True),
+        (*CENTERED, 'trace'),
+        needs_params=True,
+    ),
+    Case(
+        'torch_clip_grad_norm',
+        lambda: dialects.torch_clip_grad_norm(0.5),
+        (),
+        descends=False,
+        elementwise=False,
+    ),
+    Case(
+        'keras',
+        lambda: dialects.keras(
+            _halved,
+            momentum=0.5,
+            weight_decay=1e-3,
+            clipnorm=10.0,
+            use_ema=True,
+            ema_momentum=0.5,
+            ema_overwrite_frequency=3,
+            loss_scale_factor=2.0,
+            gradient_accumulation_steps=2,
+        ),
+        ('nu', 'trace'),
+        needs_params=True,
+        elementwise=False,
+        real_only=True,
+        strict=False,
+        rewrites_params=True,
+        every=2,
+    ),
+    Case(
+        'keras_legacy',
+        lambda: dialects.keras_legacy(_halved, clipvalue=2.0, decay=1e-3),
+        ('nu',),
+        real_only=True,
+    ),
+    Case(
+        'tensorflow',
+        lambda: dialects.tensorflow(0.02, momentum=0.5, centered=True, sparse=True),
+        (*CENTERED, 'trace'),
+    ),
+    Case(
+        'timm',
+        lambda: dialects.timm(
+            _halved,
+            weight_decay=1e-3,
+            momentum=0.9,
+            decoupled_decay=True,
+            corrected_weight_decay=True,
+            lr_in_momentum=False,
+            caution=True,
+            max_lr=0.05,
+        ),
+        ('nu', 'trace'),
+        needs_params=True,
+        elementwise=False,
+        real_only=True,
+    ),
+    Case(
+        'stable_baselines3',
+        lambda: dialects.stable_baselines3(0.02, momentum=0.5),
+        ('nu', 'trace'),
+    ),
+    Case(
+        'mxnet',
+        lambda: dialects.mxnet(0.02, clip_weights=5.0, wd=1e-3, clip_gradient=3.0),
+        ('nu',),
+        needs_params=True,
+        rewrites_params=True,
+        real_only=True,
+    ),
+    Case('mxnet1', lambda: dialects.mxnet1(0.02, centered=True), (*CENTERED, 'trace')),
+    Case('graves', lambda: dialects.graves(0.01), (*CENTERED, 'trace')),
+    Case('hinton', lambda: dialects.hinton(0.02), ('nu',)),
 )

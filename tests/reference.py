@@ -12,7 +12,7 @@ import numpy as np
 Wide = np.longdouble
 
 
-def average_weights(decays: Sequence[float]) -> tuple[np.ndarray, Wide]:
+def average_weights(decays: Sequence[float] | np.ndarray) -> tuple[np.ndarray, Wide]:
     """The weight of each past gradient, oldest first, and the weight left on the start value."""
     decay = np.asarray(decays, Wide)
     left = np.cumprod(decay[::-1])[::-1]
@@ -31,12 +31,12 @@ def directions(
 ) -> np.ndarray:
     """`g / root` at every step, for gradients of shape (steps, ...); real or complex."""
     steps = len(gradients)
-    decays, eps = (np.broadcast_to(np.asarray(x, Wide), steps) for x in (decays, eps))
+    decay, small = (np.broadcast_to(np.asarray(x, Wide), steps) for x in (decays, eps))
     wide = np.clongdouble if np.iscomplexobj(gradients) else Wide
     g = np.asarray(gradients, wide)
     out = np.empty_like(g)
     for t in range(steps):
-        weights, left = average_weights(decays[: t + 1])
+        weights, left = average_weights(decay[: t + 1])
         w = weights.reshape(-1, *([1] * (g.ndim - 1)))
         total = weights.sum() if bias_correction else Wide(1)
         past = g[: t + 1]
@@ -48,7 +48,7 @@ def directions(
         else:
             moment = (w * np.abs(past) ** 2).sum(0) + left * initial_scale
         moment = moment / total
-        root = np.sqrt(moment + eps[t]) if eps_in_sqrt else np.sqrt(moment) + eps[t]
+        root = np.sqrt(moment + small[t]) if eps_in_sqrt else np.sqrt(moment) + small[t]
         out[t] = np.where(root == 0, 0, g[t] / np.where(root == 0, 1, root))
     return out
 
@@ -59,11 +59,11 @@ def velocities(
     """What momentum makes of a sequence of inputs; None leaves them as they are."""
     if momenta is None:
         return inputs
-    momenta = np.broadcast_to(np.asarray(momenta, Wide), len(inputs))
+    decay = np.broadcast_to(np.asarray(momenta, Wide), len(inputs))
     trace, out = np.zeros_like(inputs[0]), np.empty_like(inputs)
     for t, x in enumerate(inputs):
-        trace = x + momenta[t] * trace
-        out[t] = x + momenta[t] * trace if nesterov else trace
+        trace = x + decay[t] * trace
+        out[t] = x + decay[t] * trace if nesterov else trace
     return out
 
 
