@@ -1,0 +1,101 @@
+"""Figures of training runs. The only module of the package that imports matplotlib."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+# Okabe and Ito's palette: told apart by colour-blind readers. The dashes do the same in grey.
+COLOURS = ('#000000', '#56B4E9', '#009E73', '#D55E00', '#CC79A7', '#0072B2', '#E69F00')
+DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), '-', (0, (5, 1.5)), (0, (4, 1, 1, 1)), (0, (8, 2)))
+STYLE = {'linewidth': 1.8, 'solid_capstyle': 'round'}
+
+
+def training_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Loss and accuracy of one run over its steps.
+
+    Args:
+      records: One dictionary per epoch, with `step`, `loss`, `train_accuracy` and `test_accuracy`.
+      title: The figure's title.
+
+    Example:
+      >>> record = {'step': 22, 'loss': 2.1, 'train_accuracy': 0.3, 'test_accuracy': 0.5}
+      >>> figure = training_figure([record], 'A short run')
+      >>> [axes.get_ylabel() for axes in figure.axes]
+      ['training loss', 'accuracy']
+    """
+    figure, loss_axes, accuracy_axes = _two_panels(title, height=4.2)
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    loss_axes.plot(columns['step'], columns['loss'], color=COLOURS[5], **STYLE)
+    for name, colour, dash in (('train', COLOURS[5], '-'), ('test', COLOURS[3], DASHES[1])):
+        values = columns[f'{name}_accuracy']
+        label = f'{name} (last: {values[-1]:.1%})'
+        accuracy_axes.plot(columns['step'], values, ls=dash, color=colour, label=label, **STYLE)
+    accuracy_axes.set_ylabel('accuracy')
+    accuracy_axes.legend(loc='lower right', frameon=False)
+    return figure
+
+
+def comparison_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Training loss and test accuracy of several methods, with a band over seeds.
+
+    Args:
+      results: One dictionary per method, with its name as `method`, its `learning_rate`, its
+        `steps`, and `loss` and `test_accuracy`, each a list over seeds of lists over steps.
+      title: The figure's title.
+
+    Example:
+      >>> result = {'method': 'SGD', 'learning_rate': 1.0, 'steps': [22, 44]}
+      >>> result |= {'loss': [[2.0, 1.0], [2.2, 1.2]], 'test_accuracy': [[0.5, 0.8], [0.4, 0.9]]}
+      >>> figure = comparison_figure([result], 'One method, two seeds')
+      >>> [line.get_ydata().tolist() for line in figure.axes[0].lines]
+      [[2.1, 1.1]]
+    """
+    figure, loss_axes, accuracy_axes = _two_panels(title, height=5.4)
+    for result, colour, dash in zip(results, COLOURS, DASHES, strict=False):
+        accuracy = np.asarray(result['test_accuracy'])
+        label = (
+            f'{result["method"]}, learning rate {result["learning_rate"]:g}: '
+            f'{accuracy[:, -1].mean():.1%}'
+        )
+        for axes, values in ((loss_axes, np.asarray(result['loss'])), (accuracy_axes, accuracy)):
+            steps, mean = result['steps'], values.mean(axis=0)
+            axes.plot(steps, mean, color=colour, ls=dash, label=label, **STYLE)
+            low, high = values.min(axis=0), values.max(axis=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    accuracy_axes.set_ylabel('test accuracy')
+    # The first epochs, near chance, would squeeze the differences that matter.
+    accuracy_axes.set_ylim(0.8, 1.005)
+    accuracy_axes.yaxis.set_major_locator(MultipleLocator(0.05))
+    handles, labels = loss_axes.get_legend_handles_labels()
+    seeds = len(results[0]['loss'])
+    figure.legend(
+        handles,
+        labels,
+        loc='outside lower center',
+        ncols=2,
+        frameon=False,
+        handlelength=3.2,
+        title=f'Line: mean of {seeds} seeds. Band: smallest to largest of the {seeds}. '
+        'Percentages: mean final test accuracy.',
+    )
+    return figure
+
+
+def _two_panels(title: str, height: float) -> tuple[Figure, Axes, Axes]:
+    figure = Figure(figsize=(10, height), dpi=150, layout='constrained')
+    figure.suptitle(title, fontsize=13)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes.set_ylabel('training loss')
+    loss_axes.set_yscale('log')
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for axes in (loss_axes, accuracy_axes):
+        axes.set_xlabel('step')
+        axes.set_xmargin(0.02)
+        axes.grid(color='0.9', linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[['top', 'right']].set_visible(False)
+    return figure, loss_axes, accuracy_axes
