@@ -6,14 +6,20 @@ VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 EXTRAS := demo test notebooks dev
 
-.PHONY: help demo test check format notebooks clean
+# The frameworks that the dialects are compared with, each with its own environment.
+FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
+FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
+PARITY := $(CURDIR)/build/parity
+RECORD = cd tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3
+
+.PHONY: help demo test check format notebooks golden parity clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo  ## Train a network on handwritten digits; figures, metrics, checkpoint in demo-output/
-	$(BIN)/python -m rmsprop_jax.demo $(ARGS)
+demo: $(VENV)/.demo  ## Train a network on handwritten digits into demo-output/ (ARGS="--resume" and others)
+	$(BIN)/python -m rmsprop_jax.demo $(or $(ARGS),--overwrite)
 
 test: $(VENV)/.test  ## Run the test suite and the doctests (ARGS="-k name" for a part)
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -34,6 +40,20 @@ notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run
 	done
 	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
 
+golden: $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)  ## Record the frameworks' traces in tests/golden/ anew
+	set -e; for name in $(FRAMEWORKS); do (\
+	  $(RECORD) $(CURDIR)/$(FRAMEWORK_VENVS)/$$name/bin/python -m golden.record_$$name golden/$$name.npz); \
+	done
+
+parity: $(VENV)/.test $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)  ## Replay drawn configurations in the frameworks and compare
+	rm -rf $(PARITY) && mkdir -p $(PARITY)
+	cd tests && $(CURDIR)/$(BIN)/python -m parity.draw $(PARITY)/configurations.json
+	set -e; for name in $(FRAMEWORKS); do (\
+	  $(RECORD) $(CURDIR)/$(FRAMEWORK_VENVS)/$$name/bin/python -m golden.record_$$name \
+	    $(PARITY)/$$name.npz $(PARITY)/configurations.json); \
+	done
+	cd tests && $(CURDIR)/$(BIN)/python -m parity.compare $(FRAMEWORKS:%=$(PARITY)/%.npz)
+
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache
 
@@ -44,4 +64,10 @@ $(VENV)/bin/python:
 
 $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# Their requirements are complete, so that pip need not resolve and brings nothing along.
+$(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r $<
 	@touch $@

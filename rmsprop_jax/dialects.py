@@ -47,6 +47,7 @@ from rmsprop_jax._transforms import (
 from rmsprop_jax._types import (
     Hyperparameter,
     ScalarOrSchedule,
+    cast,
     checked_steps,
     constant,
     decay_rate,
@@ -144,11 +145,17 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
 
     Args:
       max_norm: The largest norm, in the unit of the gradient.
-      norm_type: The order of the norm over all gradients; `math.inf` takes the largest magnitude.
+      norm_type: The order of the norm over all gradients, positive; `math.inf` takes the largest
+        magnitude.
+
+    Raises:
+      ValueError: For an order that is not positive, which PyTorch accepts but which is no norm.
 
     Source: PyTorch 2.13, torch/nn/utils/clip_grad.py.
     """
     limit = constant('max_norm', max_norm)
+    if not norm_type > 0:
+        raise ValueError(f'norm_type must be positive, got {norm_type!r}.')
 
     def clip(updates: optax.Updates, _: Any) -> optax.Updates:
         magnitudes = [jnp.sqrt(squared_magnitude(g)) for g in jax.tree.leaves(updates)]
@@ -211,7 +218,8 @@ def keras(
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
       weight_decay: Decoupled decay per step, times the learning rate.
-      clipnorm: Largest norm of each gradient array.
+      clipnorm: Largest norm of each gradient array. Here and in the next two a Python zero means
+        none, as in Keras.
       clipvalue: Largest magnitude of each entry.
       global_clipnorm: Largest norm of all gradients together. At most one of the three is given.
       use_ema: Whether to average the parameters.
@@ -234,7 +242,9 @@ def keras(
         # The k-th step is taken at the last call of its window.
         rate = functools.partial(_at_last_call, learning_rate, every)
     step = _chain(
-        _clipping(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm),
+        _clipping_unless_zero(
+            clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm
+        ),
         rmsprop(
             rate,
             rho,
@@ -263,7 +273,7 @@ def keras_legacy(
     learning_rate: ScalarOrSchedule = 1e-3,
     rho: ScalarOrSchedule = 0.9,
     momentum: ScalarOrSchedule = 0.0,
-    epsilon: ScalarOrSchedule = 1e-7,
+    epsilon: ScalarOrSchedule | None = 1e-7,
     centered: bool = False,
     *,
     clipnorm: ArrayLike | None = None,
@@ -286,7 +296,8 @@ def keras_legacy(
       learning_rate: Step size, in the unit of the parameter.
       rho: Weight of the past in the running averages, in [0, 1).
       momentum: In [0, 1); a Python zero means none.
-      epsilon: In the unit of the gradient without momentum, in its square with.
+      epsilon: In the unit of the gradient without momentum, in its square with. As in TensorFlow a
+        Python zero, or None, means 1e-7.
       centered: Whether to divide by the standard deviation.
       clipnorm: Largest norm of each gradient array.
       clipvalue: Largest magnitude of each entry; applied before `clipnorm` or `global_clipnorm`.
@@ -304,7 +315,7 @@ def keras_legacy(
         rmsprop(
             learning_rate if is_absent(decay) else _inverse_time_decay(learning_rate, decay),
             rho,
-            epsilon,
+            1e-7 if epsilon is None or is_absent(epsilon) else epsilon,
             eps_in_sqrt=not plain,
             centered=centered,
             momentum=None if plain else momentum,
@@ -318,8 +329,8 @@ def tensorflow(
     decay: ScalarOrSchedule = 0.9,
     momentum: ScalarOrSchedule = 0.0,
     epsilon: ScalarOrSchedule = 1e-10,
-    centered: bool = False,
     *,
+    centered: bool = False,
     sparse: Any = False,
 ) -> Optimizer:
     """`tf.compat.v1.train.RMSPropOptimizer`: the second moment starts at one.
@@ -442,15 +453,16 @@ def stable_baselines3(
 _MXNET_REFUSED = {
     'use_fused_step': _XLA,
     'multi_precision': 'accumulators are float32 for narrow parameters: leave it out',
-    'lr_scheduler': 'pass the schedule as learning_rate',
+    'lr_scheduler': 'pass the schedule as learning_rate, shifted by one: MXNet counts from 1',
     'param_idx2name': 'trees have names: leave it out',
     'param_dict': 'use optax.partition for rates by parameter',
     'begin_num_update': 'shift the schedule instead',
     'aggregate_num': _XLA,
+    'sym': 'it reads rates by parameter out of a graph: use optax.partition',
 }
 
 
-@_refuses(**_MXNET_REFUSED)
+@_refuses(**_MXNET_REFUSED, gamma1='use rho', gamma2='use momentum')
 def mxnet(
     learning_rate: ScalarOrSchedule = 1e-3,
     rho: ScalarOrSchedule = 0.9,
@@ -481,7 +493,8 @@ def mxnet(
       epsilon: In the unit of the gradient, or in its square when centered.
       centered: Whether to divide by the standard deviation.
       clip_weights: Largest magnitude of a parameter after the step; then `params` are needed and
-        nothing may follow in a chain.
+        nothing may follow in a chain. Here and in `clip_gradient` a Python zero means none, as in
+        MXNet.
       wd: L2 penalty, added to the clipped gradient.
       rescale_grad: What gradients are multiplied by.
       clip_gradient: Largest magnitude of a gradient's entry.
@@ -492,7 +505,7 @@ def mxnet(
     """
     prepare = (
         rescale('rescale_grad', rescale_grad),
-        _clipping(clip_gradient=clip_gradient),
+        _clipping_unless_zero(clip_gradient=clip_gradient),
         _coupled_decay(wd, mask),
     )
     return _mxnet(prepare, learning_rate, rho, momentum, epsilon, centered, clip_weights, centered)
@@ -526,7 +539,7 @@ def mxnet1(
     prepare = (
         rescale('rescale_grad', rescale_grad),
         _coupled_decay(wd, mask),
-        _clipping(clip_gradient=clip_gradient),
+        _clipping_unless_zero(clip_gradient=clip_gradient),
     )
     return _mxnet(prepare, learning_rate, gamma1, gamma2, epsilon, centered, clip_weights, True)
 
@@ -552,7 +565,7 @@ def _mxnet(
     chained = _chain(*prepare, step)
     return (
         chained
-        if clip_weights is None
+        if clip_weights is None or is_absent(clip_weights)
         else optax.chain(chained, clip_parameters('clip_weights', clip_weights))
     )
 
@@ -603,6 +616,12 @@ def _coupled_decay(weight_decay: ScalarOrSchedule, mask: Any) -> Step | None:
     return optax.add_decayed_weights(Hyperparameter('weight_decay', weight_decay).value, mask)
 
 
+def _clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
+    """`_clipping`, where the framework takes a limit of zero for none."""
+    kind = _clipping(**limits)
+    return None if all(is_absent(value) for value in limits.values()) else kind
+
+
 def _clipping(**limits: ArrayLike | None) -> Step | None:
     """The one kind of clipping that is asked for, if any."""
     given = {name: value for name, value in limits.items() if value is not None}
@@ -636,6 +655,7 @@ def _inverse_time_decay(learning_rate: ScalarOrSchedule, decay: ScalarOrSchedule
     slope = Hyperparameter('decay', decay)
 
     def at(count: ArrayLike) -> Any:
-        return rate.at(count) / (1.0 + slope.at(count) * jnp.asarray(count, float))
+        time = jnp.asarray(count, float)
+        return cast(rate.at(count), time.dtype) / (1.0 + cast(slope.at(count), time.dtype) * time)
 
     return at

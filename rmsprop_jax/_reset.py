@@ -1,0 +1,107 @@
+"""`reset`: fresh statistics for parameters that have been initialised anew."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.tree_util import keystr, tree_map_with_path
+
+from rmsprop_jax._lift import widen
+from rmsprop_jax._precondition import RmsState
+from rmsprop_jax._transforms import AverageState
+
+
+def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) -> Any:
+    """Gives the statistics of some parameters the values `tx.init` starts with.
+
+    For layers that are initialised anew while the rest trains on: their old second moment would
+    scale the steps, and their old velocity would push, as if nothing had happened. Everything that
+    `tx` keeps for a selected parameter starts again, through chains, `optax.masked`,
+    `optax.partition` and other wrappers. Step counts, and thus schedules, go on.
+
+    The transformation is asked for because the start value of a second moment, `initial_scale`, is
+    nowhere in the state.
+
+    Args:
+      tx: The transformation that `state` belongs to.
+      state: Its state.
+      params: The parameters, after they have been initialised anew: an average of parameters, which
+        `dialects.keras(use_ema=True)` keeps, starts from them.
+      mask: What starts again: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one.
+
+    Returns:
+      The new state; the old one is unchanged.
+
+    A bias-corrected state has one sum of weights for all parameters that share it. It starts again
+    if they all do. If only some do, their averages are divided by the old sum, which is an
+    uncorrected start: the first step is up to `1 / sqrt(1 - decay)` learning rates long.
+
+    Raises:
+      TypeError: For a mask with leaves that are not booleans.
+      ValueError: For a mask that is no prefix of the parameters, or a state that is not of `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax._reset import reset
+      >>> tx = rmsprop_jax.rmsprop(0.1, initial_scale=1.0)
+      >>> params = {'body': jnp.ones(2), 'head': jnp.ones(2)}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> state = reset(tx, state, params, {'body': False, 'head': True})
+      >>> state[0].nu['head'], state[0].count
+      (Array([1., 1.], dtype=float32), Array(1, dtype=int32))
+    """
+    chosen = _chosen(params, mask)
+    start = _with_average(tx.init(params), params)
+    if jax.tree.structure(start) != jax.tree.structure(state):
+        raise ValueError(
+            'state does not belong to tx and params:\n'
+            f'  tx.init(params): {jax.tree.structure(start)}\n  state: {jax.tree.structure(state)}'
+        )
+    marks = optax.tree.map_params(
+        tx,
+        _marked,
+        state,
+        chosen,
+        transform_non_params=lambda _: False,
+        # Whole trees are handed over, so that what wrappers have masked out can be skipped.
+        is_leaf=lambda _: True,
+    )
+    marks = jax.tree.map(_with_weight, marks, is_leaf=lambda node: isinstance(node, RmsState))
+    return jax.tree.map(lambda mark, new, old: new if mark else old, marks, start, state)
+
+
+def _chosen(params: Any, mask: Any) -> Any:
+    selected = jax.tree.broadcast(mask(params) if callable(mask) else mask, params)
+
+    def leaf(path: tuple[Any, ...], value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f'mask{keystr(path)} must be True or False, got {value!r}.')
+        return bool(value)
+
+    return tree_map_with_path(leaf, selected)
+
+
+def _marked(moments: Any, chosen: Any) -> Any:
+    """The choice of each parameter for all that stands in its place among the moments."""
+    return jax.tree.map(lambda mark, part: jax.tree.map(lambda _: mark, part), chosen, moments)
+
+
+def _with_weight(node: Any) -> Any:
+    if not isinstance(node, RmsState) or node.weight is None:
+        return node
+    return node._replace(weight=all(jax.tree.leaves((node.nu, node.mu, node.var))))
+
+
+def _with_average(start: Any, params: Any) -> Any:
+    def is_average(node: Any) -> bool:
+        return isinstance(node, AverageState)
+
+    def leaf(node: Any) -> Any:
+        if not is_average(node):
+            return node
+        ema = jax.tree.map(lambda p, a: p if jax.tree.leaves(a) else a, widen(params), node.ema)
+        return node._replace(ema=ema)
+
+    return jax.tree.map(leaf, start, is_leaf=is_average)

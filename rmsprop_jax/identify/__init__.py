@@ -1,0 +1,11 @@
+"""Which RMSProp a recorded run was made with, and how sure that is.
+
+On the command line: `python -m rmsprop_jax.identify trace.npz`.
+"""
+
+from rmsprop_jax.identify._recording import Trace as Trace
+from rmsprop_jax.identify._replay import Facts as Facts
+from rmsprop_jax.identify._verdict import Candidate as Candidate
+from rmsprop_jax.identify._verdict import Fact as Fact
+from rmsprop_jax.identify._verdict import Identification as Identification
+from rmsprop_jax.identify._verdict import identify_dialect as identify_dialect

@@ -1,0 +1,64 @@
+"""`python -m rmsprop_jax.identify trace.npz`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rmsprop_jax.identify import identify_dialect
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def _parser() -> _OneLineParser:
+    made = _OneLineParser(
+        prog='python -m rmsprop_jax.identify',
+        description='Find out which RMSProp made a recorded run. What is not given is taken from '
+        'the file, and what is not there is fitted.',
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        'trace',
+        type=Path,
+        help='.npz file with the arrays params/NAME of shape (steps + 1, ...), gradients/NAME of '
+        'shape (steps, ...), learning_rate of shape (steps,) or (), and, where known, the scalars '
+        'decay, eps, momentum, weight_decay. It must begin with the first step of the optimizer.',
+    )
+    helps = {
+        'learning-rate': 'one learning rate for all steps',
+        'decay': 'weight of the past in the running averages (alpha, rho), in [0, 1)',
+        'eps': 'epsilon, as the framework was given it',
+        'momentum': 'momentum, in [0, 1); 0 means that there is none',
+    }
+    for name, text in helps.items():
+        made.add_argument(f'--{name}', type=float, metavar='X', help=text)
+    made.add_argument(
+        '--weight-decay',
+        metavar='X|fit',
+        help='weight decay, or "fit" to look for one; without this and in the absence of one in '
+        'the file, none',
+    )
+    made.add_argument('--json', action='store_true', help='print everything as JSON')
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`; exits with code 2 and one line where it cannot be done."""
+    command = _parser()
+    options = vars(command.parse_args(argv))
+    path, as_json = options.pop('trace'), options.pop('json')
+    try:
+        found = identify_dialect(path, **options)
+    except (OSError, ValueError) as error:
+        command.error(' '.join(str(error).split()))
+    print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else found)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Fits every candidate's unknown hyperparameters to a recorded run."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rmsprop_jax.identify._recording import Steps
+from rmsprop_jax.identify._replay import (
+    FLOAT32_ROUNDING,
+    FORMS,
+    ZERO,
+    Facts,
+    Problem,
+    Switches,
+    replay,
+)
+
+HYPERPARAMETERS = ('decay', 'eps', 'momentum', 'weight_decay')
+# Fitted values stay in these ranges. The lower ends of momentum and weight decay are where they
+# count as present: so 'none' and 'some' are different statements, and both may be left standing.
+RANGES = {'decay': (1e-6, 1 - 1e-6), 'momentum': (0.01, 0.9999), 'weight_decay': (1e-5, 10.0)}
+# Errors are in units of what rounding can do at most. The gap between the two limits is there for
+# what the estimate leaves out: a candidate in it neither explains a run nor is ruled out.
+EXPLAINED, RULED_OUT = 2.0, 10.0
+_POINTS, _GUESSES, _STARTS, _ITERATIONS, _TOGETHER = 128, 6, 2, 15, 16
+
+
+class Fit(NamedTuple):
+    """How well one candidate can explain a trace.
+
+    Attributes:
+      error: The largest deviation of a step, in units of what rounding can explain.
+      values: The hyperparameters by name at which it is reached.
+    """
+
+    error: float
+    values: dict[str, float]
+
+
+class Box(NamedTuple):
+    """Where a candidate's coordinates may be; see `natural`. Each field has shape (4,).
+
+    Attributes:
+      low: Smallest values.
+      high: Largest values.
+      first_low: Smallest first guess.
+      first_high: Largest first guess.
+      pull: How strongly a coordinate is held at the middle: none for an unknown one.
+    """
+
+    low: Any
+    high: Any
+    first_low: Any
+    first_high: Any
+    pull: Any
+
+
+@jax.jit
+def _best_of(problem: Problem, form: Any, switches: Switches, _: Box, points: Any) -> jax.Array:
+    """Of points of shape (candidates, n, 4), the best few of each candidate, best first."""
+
+    def one(switches: Switches, points: jax.Array) -> jax.Array:
+        def mismatch(x: jax.Array) -> jax.Array:
+            # Bounded per number, since a first guess is far off somewhere.
+            seen = problem.after - problem.before
+            steps, floor = replay(problem, form, switches, x)
+            share = (seen - steps) ** 2 / (seen**2 + steps**2 + floor**2 + ZERO)
+            return jnp.sum(jnp.where(problem.counts, share, 0.0))
+
+        return points[jnp.argsort(jax.vmap(mismatch)(points))[:_GUESSES]]
+
+    return jax.vmap(one)(switches, points)
+
+
+@jax.jit
+def _fit_from(
+    problem: Problem, form: Any, switches: Switches, boxes: Box, starts: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Fits candidates of one form from `starts` of shape (candidates, n, 4).
+
+    Returns the largest residual and the coordinates of each.
+    """
+
+    def one(switches: Switches, box: Box, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def residuals(x: jax.Array) -> jax.Array:
+            steps, floor = replay(problem, form, switches, x)
+            off = problem.after - problem.before - steps
+            return jnp.where(problem.counts, off / (floor + ZERO), 0.0).ravel()
+
+        errors, ends = jax.vmap(lambda x: _least_squares(residuals, x, box))(starts)
+        winner = jnp.argmin(errors)
+        return errors[winner], ends[winner]
+
+    return jax.vmap(one)(switches, boxes, starts)
+
+
+def _least_squares(residuals: Any, x: jax.Array, box: Box) -> tuple[jax.Array, jax.Array]:
+    """Levenberg-Marquardt inside a box; known coordinates are held near its middle.
+
+    Returns the largest residual at the end, and the end.
+    """
+    middle, size = (box.low + box.high) / 2, x.size
+
+    def derivatives(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def twice(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            r = residuals(x)
+            return r, r
+
+        jacobian, r = jax.jacfwd(twice, has_aux=True)(x)
+        return r, jacobian
+
+    def iterate(_: Any, carry: Any) -> Any:
+        ahead, damping, kept = carry
+        r, jacobian = derivatives(ahead)
+        off = ahead - middle
+        cost = jnp.sum(r**2) + jnp.sum(box.pull * off**2)
+        slope = jacobian.T @ r + box.pull * off
+        normal = jacobian.T @ jacobian + jnp.diag(box.pull)
+        better = cost < kept[0]
+        new = (cost, jnp.max(jnp.abs(r)), ahead, slope, normal)
+        kept = jax.tree.map(functools.partial(jnp.where, better), new, kept)
+        damping = jnp.clip(jnp.where(better, damping / 5, damping * 4), 1e-12, 1e6)
+        _, _, x, slope, normal = kept
+        damped = normal + jnp.diag(jnp.diag(normal) * damping + 1e-9)
+        # Where epsilon is too small to matter, slopes are flat and whole steps meaningless.
+        move = jnp.clip(jnp.linalg.solve(damped, slope), -2.0, 2.0)
+        return jnp.clip(x - move, box.low, box.high), damping, kept
+
+    nothing = (jnp.inf, jnp.inf, x, jnp.zeros(size), jnp.eye(size))
+    nothing = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), nothing)
+    _, _, kept = lax.fori_loop(0, _ITERATIONS, iterate, (x, jnp.asarray(0.05), nothing))
+    return kept[1], kept[2]
+
+
+def fit(
+    steps: Steps, known: Mapping[str, float], facts: Sequence[Facts], judged: int | None = None
+) -> list[Fit]:
+    """Fits each candidate's unknown hyperparameters, in the order of `facts`.
+
+    Args:
+      steps: The recorded run.
+      known: The hyperparameters that are known, by name.
+      facts: The candidates.
+      judged: How many of the steps count, from the first; all if None.
+    """
+    steps = steps.reduced()
+    same = facts
+    if not np.ptp(steps.learning_rate):
+        # A constant rate gives the same steps before and after momentum.
+        same = [
+            f if f.momentum == 'none' else dataclasses.replace(f, learning_rate='before momentum')
+            for f in facts
+        ]
+    distinct = list(dict.fromkeys(same))
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend='cpu')[0]):
+        batches = _batches(distinct, {f: _box(f, known, steps) for f in distinct})
+        ends = _search(_padded(steps, judged), batches)
+    return [Fit(ends[f][0], _values(f, ends[f][1])) for f in same]
+
+
+_Ends = dict[Facts, tuple[float, np.ndarray]]
+
+
+def _search(problem: Problem, batches: Sequence['_Batch']) -> _Ends:
+    """Where the least squares of each candidate end, with the error there.
+
+    A candidate must not be ruled out because of a poor first guess. So each goes on from where it
+    ended and from the best of a sweep over epsilon, twice; and all over again from other guesses
+    while none explains the run.
+    """
+    guesses = [np.asarray(_best_of(problem, *b.given, _spread_over(b))) for b in batches]
+    ends: _Ends = {}
+    for first in range(0, _GUESSES, _STARTS):
+        _improve(ends, problem, batches, [x[:, first : first + _STARTS] for x in guesses])
+        for _ in range(2):
+            best = ends[min(ends, key=lambda f: ends[f][0])][1]
+            own = [np.stack([ends[f][1] for f in b.filled]) for b in batches]
+            swept = [
+                np.asarray(_best_of(problem, *b.given, _sweep(b, x, best)))[:, 0]
+                for b, x in zip(batches, own, strict=True)
+            ]
+            starts = [np.stack(pair, axis=1) for pair in zip(own, swept, strict=True)]
+            _improve(ends, problem, batches, starts)
+        if min(error for error, _ in ends.values()) <= EXPLAINED:
+            break
+    return ends
+
+
+def _improve(
+    ends: _Ends, problem: Problem, batches: Sequence['_Batch'], starts: Sequence[np.ndarray]
+) -> None:
+    """Enters into `ends` what is better from these starts, of shape (candidates, _STARTS, 4)."""
+    for batch, start in zip(batches, starts, strict=True):
+        errors, where = map(np.asarray, _fit_from(problem, *batch.given, start))
+        for f, error, end in zip(batch.facts, errors, where, strict=False):
+            if f not in ends or error < ends[f][0]:
+                ends[f] = (float(error), end)
+
+
+class _Batch(NamedTuple):
+    """Candidates of one form, in a number that does not change, so that programs are shared.
+
+    Attributes:
+      facts: The candidates.
+      filled: The first of them again and again behind them.
+      given: The arguments that the programs have of `filled`: form, switches, boxes.
+    """
+
+    facts: list[Facts]
+    filled: list[Facts]
+    given: tuple[Any, Switches, Box]
+
+
+def _batches(facts: Sequence[Facts], boxes: Mapping[Facts, Box]) -> list[_Batch]:
+    made = []
+    for number, form in enumerate(FORMS):
+        group = [f for f in facts if (f.epsilon, f.centered) == form]
+        for first in range(0, len(group), _TOGETHER):
+            some = group[first : first + _TOGETHER]
+            full = [*some, *some[:1] * (_TOGETHER - len(some))]
+            switches = Switches(*np.array([_switches(f) for f in full], float).T)
+            stacked = Box(*(np.stack(x) for x in zip(*(boxes[f] for f in full), strict=True)))
+            made.append(_Batch(some, full, (np.int32(number), switches, stacked)))
+    return made
+
+
+def _spread_over(batch: _Batch) -> np.ndarray:
+    """Points spread evenly over the box of each candidate."""
+    box = batch.given[2]
+    width = box.first_high - box.first_low
+    return box.first_low[:, None] + width[:, None] * _spread()
+
+
+def _sweep(batch: _Batch, own: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Every epsilon with the other coordinates of each candidate's end, and of the best one's.
+
+    In epsilon alone there are flats and several valleys that least squares cannot leave.
+    """
+    box = batch.given[2]
+    points = np.stack([own, np.broadcast_to(best, own.shape)], axis=1)
+    points = np.repeat(points, _POINTS // 2, axis=1)
+    along = np.linspace(box.first_low[:, 1], box.first_high[:, 1], _POINTS // 2, axis=1)
+    points[:, :, 1] = np.tile(along, (1, 2))
+    return np.clip(points, box.low[:, None], box.high[:, None])
+
+
+def _switches(facts: Facts) -> tuple[bool, ...]:
+    return (
+        facts.start == 'one',
+        facts.bias_correction == 'yes',
+        facts.learning_rate != 'after momentum',
+        facts.momentum == 'Nesterov',
+        facts.weight_decay == 'coupled',
+        facts.weight_decay == 'decoupled',
+    )
+
+
+def _values(facts: Facts, x: np.ndarray) -> dict[str, float]:
+    decay, momentum = 1 / (1 + np.exp(-x[[0, 2]]))
+    values = {'decay': float(decay), 'eps': float(np.exp(x[1]))}
+    values['momentum'] = 0.0 if facts.momentum == 'none' else float(momentum)
+    values['weight_decay'] = 0.0 if facts.weight_decay == 'none' else float(np.exp(x[3]))
+    return {name: 0.0 if value < 1e-200 else value for name, value in values.items()}
+
+
+def _coordinate(name: str, value: float) -> float:
+    value = max(value, ZERO)
+    logarithmic = name in ('eps', 'weight_decay')
+    return float(np.log(value) if logarithmic else np.log(value) - np.log1p(-value))
+
+
+def _box(facts: Facts, known: Mapping[str, float], steps: Steps) -> Box:
+    """Where the hyperparameters of a candidate may be, and where to look first."""
+    size = np.abs(steps.gradients)[steps.gradients != 0]
+    small, large = (size.min(), size.max()) if size.size else (1.0, 1.0)
+    # Second moments lie between the squares of the smallest and the largest gradient, or near 1.
+    large = max(large, 1.0) if facts.start == 'one' else large
+    power = 2 if facts.epsilon == 'inside the root' else 1
+    ranges = {**RANGES, 'eps': ((1e-12 * small) ** power, (1e6 * large) ** power)}
+    guesses = {
+        'decay': (0.3, 0.9995),
+        'eps': ((1e-4 * small) ** power, (10 * large) ** power),
+        'momentum': (0.1, 0.99),
+        'weight_decay': (1e-4, 1.0),
+    }
+    fixed = dict(known)
+    if facts.momentum == 'none':
+        fixed['momentum'] = 0.0
+    if facts.weight_decay == 'none':
+        fixed['weight_decay'] = 0.0
+    rows = []
+    for name in HYPERPARAMETERS:
+        if name in fixed:
+            middle, slack = _coordinate(name, fixed[name]), _slack(name, fixed[name])
+            rows.append((middle - slack, middle + slack, middle, middle, slack**-2))
+        else:
+            low, high = (_coordinate(name, value) for value in ranges[name])
+            first = [_coordinate(name, value) for value in guesses[name]]
+            rows.append((low, high, *first, 0.0))
+    return Box(*np.array(rows).T)
+
+
+def _slack(name: str, value: float) -> float:
+    """How far from its coordinate a known hyperparameter may be.
+
+    It is known to rounding: frameworks hold it in float32, and `1 - decay` as well.
+    """
+    relative = 2 * FLOAT32_ROUNDING
+    return relative / (1 - value) if name in ('decay', 'momentum') else relative
+
+
+def _padded(steps: Steps, judged: int | None) -> Problem:
+    """Arrays of one of a few shapes, so that traces of similar size share a compiled program."""
+    length, width = steps.gradients.shape
+    shape = (_rounded_up(2 * length) // 2, _rounded_up(width))
+
+    def pad(x: np.ndarray, *sizes: int, fill: float = 0.0) -> np.ndarray:
+        gaps = [(0, size - have) for size, have in zip(sizes, x.shape, strict=True)]
+        return np.pad(x, gaps, constant_values=fill)
+
+    return Problem(
+        pad(steps.before, *shape),
+        pad(steps.after, *shape),
+        pad(steps.gradients, *shape),
+        pad(steps.learning_rate, shape[0]),
+        pad(steps.rounding, shape[1], fill=1.0),
+        pad(np.ones((length, width), bool)[:judged], *shape),
+    )
+
+
+def _rounded_up(size: int) -> int:
+    """The next of 32, 64, 128 and so on."""
+    return max(32, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def _spread() -> np.ndarray:
+    """First guesses in the unit cube: a Halton sequence, the same at every call."""
+    return np.array([[_mirrored(n, base) for base in (2, 3, 5, 7)] for n in range(1, _POINTS + 1)])
+
+
+def _mirrored(number: int, base: int) -> float:
+    """The digits of `number` behind the point, in reverse order."""
+    result, unit = 0.0, 1.0
+    while number:
+        unit /= base
+        number, digit = divmod(number, base)
+        result += digit * unit
+    return result

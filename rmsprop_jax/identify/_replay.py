@@ -1,0 +1,183 @@
+"""Candidates, and the steps each of them takes on a recorded run.
+
+A candidate is a combination of facts. Its replay is a chain of this package's transformations in
+float64, so that one program serves all candidates and all hyperparameters, and has derivatives.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rmsprop_jax._momentum import trace
+from rmsprop_jax._precondition import scale_by_rms
+
+Epsilon = Literal['inside the root', 'outside the root']
+Momentum = Literal['none', 'heavy ball', 'Nesterov']
+RatePlace = Literal['before momentum', 'after momentum', 'no momentum']
+WeightDecay = Literal['none', 'coupled', 'decoupled']
+
+# TensorFlow and Keras round hyperparameters to float32 whatever the dtype of the parameters.
+FLOAT32_ROUNDING = 2.0**-24
+# In the place of an exact zero, whose logarithm or quotient is not finite.
+ZERO = 1e-300
+IN, OUT = 'inside the root', 'outside the root'
+# What needs a branch of its own in the program; the other facts are numbers.
+FORMS = tuple(itertools.product((IN, OUT), ('no', 'yes')))
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What distinguishes one RMSProp from another, in words.
+
+    Attributes:
+      epsilon: Where epsilon is added.
+      start: The second moment before the first step.
+      bias_correction: Whether averages are divided by the sum of their weights.
+      centered: Whether the variance takes the place of the second moment.
+      momentum: Its kind.
+      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
+      weight_decay: Whether it is added to the gradient (coupled) or subtracted from the parameter.
+    """
+
+    epsilon: Epsilon
+    start: Literal['zero', 'one']
+    bias_correction: Literal['no', 'yes']
+    centered: Literal['no', 'yes']
+    momentum: Momentum
+    learning_rate: RatePlace
+    weight_decay: WeightDecay
+
+
+def candidates(momentum: float | None, weight_decay: float | None) -> tuple[Facts, ...]:
+    """All combinations of facts that a momentum and a weight decay allow; None means unknown."""
+    kinds: list[tuple[Momentum, RatePlace]] = []
+    if not momentum:
+        kinds.append(('none', 'no momentum'))
+    if momentum != 0:
+        places: tuple[RatePlace, ...] = ('before momentum', 'after momentum')
+        styles: tuple[Momentum, ...] = ('heavy ball', 'Nesterov')
+        kinds += itertools.product(styles, places)
+    decays: list[WeightDecay] = []
+    if not weight_decay:
+        decays.append('none')
+    if weight_decay != 0:
+        decays.append('coupled')
+        decays.append('decoupled')
+    places_of_eps: tuple[Epsilon, ...] = ('inside the root', 'outside the root')
+    starts = (('zero', 'no'), ('one', 'no'), ('zero', 'yes'))
+    combinations = itertools.product(places_of_eps, starts, ('no', 'yes'), kinds, decays)
+    return tuple(
+        Facts(eps, start, correction, centered, style, place, decay)  # pyright: ignore
+        for eps, (start, correction), centered, (style, place), decay in combinations
+    )
+
+
+class Problem(NamedTuple):
+    """What the compiled program knows of a trace; padded, with `counts` False in the padding."""
+
+    before: Any
+    after: Any
+    gradients: Any
+    learning_rate: Any
+    rounding: Any
+    counts: Any
+
+
+class Switches(NamedTuple):
+    """A candidate as numbers, 0 or 1, but for its `FORMS`."""
+
+    start: Any
+    corrected: Any
+    rate_first: Any
+    nesterov: Any
+    coupled: Any
+    decoupled: Any
+
+
+def natural(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Decay, epsilon, momentum and weight decay from unbounded coordinates."""
+    return jax.nn.sigmoid(x[0]), jnp.exp(x[1]), jax.nn.sigmoid(x[2]), jnp.exp(x[3])
+
+
+def replay(
+    problem: Problem, form: jax.Array, switches: Switches, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The steps a candidate takes on the recorded gradients and parameters, and their rounding.
+
+    Rounding is followed to first order. At step t (from 1) the direction is uncertain by `4 + t`
+    roundings, more where a difference cancels; momentum and learning rate carry that on as they
+    carry the direction; and storing the parameter rounds once, or twice where it decays first.
+    """
+    decay, eps, momentum, weight_decay = natural(x)
+    rates = problem.learning_rate
+    # What multiplies before the momentum and after it.
+    first = jnp.where(switches.rate_first == 1, rates, 1.0)
+    last = jnp.where(switches.rate_first == 1, 1.0, rates)
+    preconditions = _preconditions(switches, decay, eps)
+    momenta = trace(momentum, nesterov=True)
+
+    def direction(n: int, g: Any, whole: Any, states: Any) -> tuple[Any, jax.Array, Any]:
+        u: Any
+        u, state = preconditions[n].update(whole, states[n])
+        condition = _condition(whole, g, state, eps if FORMS[n][0] == IN else eps**2)
+        return u, jnp.abs(u) * condition, (*states[:n], state, *states[n + 1 :])
+
+    branches = [functools.partial(direction, n) for n in range(len(FORMS))]
+
+    def accelerate(u: Any, state: Any) -> tuple[jax.Array, Any]:
+        ahead, state = momenta.update(u, state)
+        return jnp.where(switches.nesterov == 1, ahead, state.trace), state
+
+    def step(carry: Any, now: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        count, moments, moved, spread = carry
+        p, g, rate, before, after = now
+        whole = g + switches.coupled * weight_decay * p
+        u, error, moments = lax.switch(form, branches, g, whole, moments)
+        u, moved = accelerate(before * u, moved)
+        error, spread = accelerate((4 + count) * jnp.abs(before) * error, spread)
+        taken = -after * u - rate * switches.decoupled * weight_decay * p
+        return (count + 1, moments, moved, spread), (taken, jnp.abs(after) * error)
+
+    like = problem.before[0]
+    moments = tuple(precondition.init(like) for precondition in preconditions)
+    carry = (jnp.array(1.0), moments, momenta.init(like), momenta.init(like))
+    recorded = (problem.before, problem.gradients, rates, first, last)
+    _, (steps, errors) = lax.scan(step, carry, recorded)
+    stored = jnp.maximum(jnp.abs(problem.before), jnp.abs(problem.after))
+    rounding = problem.rounding * (1.0 + switches.decoupled) * stored
+    relative = jnp.maximum(problem.rounding, FLOAT32_ROUNDING) * errors
+    return steps, lax.stop_gradient(rounding + relative)
+
+
+def _preconditions(switches: Switches, decay: jax.Array, eps: jax.Array) -> list[Any]:
+    """The transformation of each form."""
+
+    def decay_at(count: Any) -> jax.Array:
+        # A bias-corrected average is a plain one whose decay grows: rho (1 - rho^(t-1)) / (1 -
+        # rho^t). As a number it needs no program of its own.
+        before = count.astype(decay.dtype) * jnp.log(decay)
+        growing = decay * jnp.expm1(before) / jnp.expm1(before + jnp.log(decay))
+        return jnp.where(switches.corrected == 1, growing, decay)
+
+    return [
+        scale_by_rms(decay_at, eps, switches.start, eps_in_sqrt=place == IN, centered=c == 'yes')
+        for place, c in FORMS
+    ]
+
+
+def _condition(whole: jax.Array, g: jax.Array, moments: Any, offset: jax.Array) -> jax.Array:
+    """By how much cancellation magnifies the relative rounding error of a direction.
+
+    Frameworks subtract mu^2 from nu; adding weight decay to a gradient may cancel too.
+    """
+    added = jnp.abs(whole - g) + jnp.abs(g)
+    condition = added / jnp.maximum(jnp.abs(whole), 1e-3 * added + ZERO)
+    if moments.var is not None:
+        raised = moments.var + moments.mu**2
+        condition += raised / jnp.maximum(moments.var + offset, 1e-4 * raised + ZERO)
+    return condition

@@ -1,0 +1,367 @@
+"""`identify_dialect`, and what it says of each fact."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rmsprop_jax.identify._fit import EXPLAINED, HYPERPARAMETERS, RULED_OUT, fit
+from rmsprop_jax.identify._recording import Steps, Trace, lay_out, read_trace
+from rmsprop_jax.identify._replay import Facts, candidates
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Facts))
+_IN, _OUT = {'inside the root'}, {'outside the root'}
+_BEFORE, _AFTER = {'before momentum', 'no momentum'}, {'after momentum', 'no momentum'}
+_PLAIN = {'start': {'zero'}, 'bias_correction': {'no'}, 'momentum': {'none', 'heavy ball'}}
+_FROM_ONE = {**_PLAIN, 'epsilon': _IN, 'start': {'one'}}
+_NO_DECAY, _L2 = {'weight_decay': {'none'}}, {'weight_decay': {'none', 'coupled'}}
+_STILL, _GRAVES = {'momentum': {'none'}}, {'epsilon': _IN, 'centered': {'yes'}}
+# The facts of each dialect, where it does not allow all; those with two rows change with options.
+_DIALECTS: tuple[tuple[str, Mapping[str, set[str]]], ...] = (
+    ('torch', {**_PLAIN, **_L2, 'epsilon': _OUT, 'learning_rate': _AFTER}),
+    (
+        'keras',
+        {
+            **_PLAIN,
+            'epsilon': _IN,
+            'learning_rate': _BEFORE,
+            'weight_decay': {'none', 'decoupled'},
+        },
+    ),
+    ('keras_legacy', {**_PLAIN, **_NO_DECAY, **_STILL, 'epsilon': _OUT}),
+    (
+        'keras_legacy',
+        {
+            **_PLAIN,
+            **_NO_DECAY,
+            'momentum': {'heavy ball'},
+            'epsilon': _IN,
+            'learning_rate': _BEFORE,
+        },
+    ),
+    ('tensorflow', {**_FROM_ONE, **_NO_DECAY, 'learning_rate': _BEFORE}),
+    ('timm', _FROM_ONE),
+    ('stable_baselines3', {**_FROM_ONE, **_L2, 'learning_rate': _AFTER}),
+    ('optax', {**_NO_DECAY, 'learning_rate': _BEFORE}),
+    ('mxnet', {**_PLAIN, **_L2, **_STILL, 'epsilon': _OUT, 'centered': {'no'}}),
+    ('mxnet', {**_PLAIN, **_L2, **_GRAVES, 'learning_rate': _BEFORE}),
+    ('mxnet1', {**_PLAIN, **_L2, **_STILL, 'epsilon': _IN, 'centered': {'no'}}),
+    ('mxnet1', {**_PLAIN, **_L2, **_GRAVES, 'learning_rate': _BEFORE}),
+    ('graves', {**_PLAIN, **_NO_DECAY, **_GRAVES, 'learning_rate': _BEFORE}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What a trace says about one property of the optimizer.
+
+    Attributes:
+      value: The answer, or None where it is not determined.
+      possible: All answers that are not ruled out.
+      status: Whether the trace shows it, or the caller said so, or neither.
+      reason: Why it is not determined, or how surely it is.
+      margin: The error of the best candidate with another answer; None where there is no other.
+    """
+
+    value: str | None
+    possible: tuple[str, ...]
+    status: Literal['determined', 'given', 'not determined']
+    reason: str
+    margin: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One combination of facts, and how well it explains a trace.
+
+    Attributes:
+      facts: The combination.
+      error: The largest deviation of a step, in units of what rounding can do at most.
+      decay: The value given or fitted; likewise the next three.
+      eps: Inside the root in the squared unit of the gradient, outside it in the gradient's.
+      momentum: Zero where there is none.
+      weight_decay: Zero where there is none.
+      dialects: The names in `rmsprop_jax.dialects`, and `optax`, that compute it.
+    """
+
+    facts: Facts
+    error: float
+    decay: float
+    eps: float
+    momentum: float
+    weight_decay: float
+    dialects: tuple[str, ...]
+
+    def __str__(self) -> str:
+        values = (self.decay, self.eps, self.momentum, self.weight_decay)
+        numbers = ' '.join(f'{x:<9.4g}' for x in values)
+        return f'{self.error:<9.2g} {numbers} {_in_words(dataclasses.asdict(self.facts))}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Identification:
+    """What `identify_dialect` found out; `str` of it is a table and a verdict in words.
+
+    Attributes:
+      candidates: All candidates, best first.
+      facts: What the trace says about each property, by the names of `Facts`.
+      problem: Why the trace tells nothing, or empty where some candidate explains it.
+      precision: The dtype whose rounding the parameters show.
+    """
+
+    candidates: tuple[Candidate, ...]
+    facts: Mapping[str, Fact]
+    problem: str
+    precision: str
+
+    @property
+    def survivors(self) -> tuple[Candidate, ...]:
+        """The candidates that are not ruled out; none where the trace has a problem."""
+        return () if self.problem else tuple(c for c in self.candidates if c.error <= RULED_OUT)
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """The names of all dialects among the survivors."""
+        return tuple(dict.fromkeys(name for c in self.survivors for name in c.dialects))
+
+    @property
+    def verdict(self) -> str:
+        """The conclusion in words."""
+        if self.problem:
+            return f'Nothing is determined: {self.problem}.'
+        lines = []
+        for status in ('determined', 'given'):
+            values = {n: f.value for n, f in self.facts.items() if f.status == status and f.value}
+            lines += [f'{status.capitalize()}: {_in_words(values)}.'] if values else []
+        margins = [f.margin for f in self.facts.values() if f.margin is not None]
+        if margins:
+            lines.append(f'Any other answer misses by {min(margins):.2g} times the rounding.')
+        for name, fact in self.facts.items():
+            if fact.status == 'not determined':
+                lines.append(f'Not determined: {name.replace("_", " ")}, since {fact.reason}.')
+        names = ', '.join(self.dialects) or 'none; rmsprop_jax.rmsprop has all options'
+        return '\n'.join([*lines, f'Dialects that do this: {names}.'])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON, which has no infinity: None stands for it."""
+        best = [
+            {**dataclasses.asdict(c), 'error': c.error if math.isfinite(c.error) else None}
+            for c in self.candidates
+        ]
+        return {
+            'dialects': list(self.dialects),
+            'problem': self.problem,
+            'verdict': self.verdict,
+            'precision': self.precision,
+            'facts': {name: dataclasses.asdict(fact) for name, fact in self.facts.items()},
+            'candidates': best,
+        }
+
+    def __str__(self) -> str:
+        shown = self.candidates[: max(5, min(len(self.survivors), 12))]
+        return '\n'.join(
+            [
+                f'Errors of {len(self.candidates)} candidates, best first; up to {EXPLAINED:g} '
+                f'{self.precision} rounding explains them, from {RULED_OUT:g} it cannot:',
+                'error     decay     eps       momentum  weight_decay',
+                *map(str, shown),
+                '',
+                self.verdict,
+            ]
+        )
+
+
+def identify_dialect(
+    trace: Trace | Mapping[str, Any] | str | Path,
+    *,
+    learning_rate: Any = None,
+    decay: float | None = None,
+    eps: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | Literal['fit'] | None = None,
+) -> Identification:
+    """Finds out which RMSProp made a recorded run.
+
+    Every combination of facts (where epsilon is, what the accumulator starts at, where the learning
+    rate enters, and so on) is replayed on the recorded gradients, with the hyperparameters you give
+    and the best ones for those you do not. A fact counts as determined only if all combinations
+    that explain the run to rounding agree on it. The trace must begin with the optimizer's first
+    step.
+
+    Args:
+      trace: A `Trace`, a mapping with its fields, or the path of an .npz file with the arrays
+        `params/<name>` of shape (steps + 1, ...), `gradients/<name>` of shape (steps, ...),
+        `learning_rate`, and scalars for the hyperparameters that are known. Pickles are not loaded.
+      learning_rate: In the place of the trace's: a number or one per step.
+      decay: In the place of the trace's, like the following; None leaves it to the trace, and what
+        that does not have either is fitted.
+      eps: Epsilon, in the unit that the framework gives it.
+      momentum: Zero means that there is none.
+      weight_decay: A positive number, of which coupled and decoupled decay are tried, or 'fit',
+        which also finds the number. Unlike the others it is taken to be zero if nobody says it.
+
+    Returns:
+      An `Identification`: print it.
+
+    Raises:
+      ValueError: For arrays that do not fit together, are not real and finite, or are no trace.
+      OSError: For a file that cannot be read.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax
+      >>> from rmsprop_jax import dialects
+      >>> from rmsprop_jax.identify import identify_dialect
+      >>> params, rates = jnp.ones(20), jnp.array([0.1, 0.1, 0.1, 0.02, 0.02, 0.02])
+      >>> tx = dialects.torch(lambda step: rates[step], alpha=0.9, eps=0.1, momentum=0.5)
+      >>> state, seen, gradients = tx.init(params), [params], []
+      >>> for step in range(6):
+      ...     gradients.append(jnp.sin(jnp.arange(20.0) * (step + 1)))
+      ...     updates, state = tx.update(gradients[-1], state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     seen.append(params)
+      >>> found = identify_dialect({
+      ...     'params': np.stack(seen), 'gradients': np.stack(gradients), 'learning_rate': rates
+      ... })
+      >>> found.dialects
+      ('torch',)
+      >>> print(found.facts['learning_rate'].value)
+      after momentum
+    """
+    read = read_trace(trace)
+    given = {'decay': decay, 'eps': eps, 'momentum': momentum, 'weight_decay': weight_decay}
+    known = {}
+    for name, value in given.items():
+        value = getattr(read, name) if value is None else value
+        if value is not None and not (name == 'weight_decay' and value == 'fit'):
+            known[name] = _number(name, value)
+        elif name == 'weight_decay' and value is None:
+            known[name] = 0.0
+    steps, precision = lay_out(read, read.learning_rate if learning_rate is None else learning_rate)
+    facts = candidates(known.get('momentum'), known.get('weight_decay'))
+    ranked = tuple(
+        sorted(
+            (
+                Candidate(f, error, **values, dialects=_dialects(f))
+                for f, (error, values) in zip(facts, fit(steps, known, facts), strict=True)
+            ),
+            key=lambda c: c.error,
+        )
+    )
+    problem = _problem(steps, known, facts, ranked[0].error)
+    judged = {name: _judge(name, ranked, steps, known, problem) for name in _NAMES}
+    return Identification(ranked, judged, problem, precision)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'{name} must be a number, got {value!r}.') from None
+    below = 1.0 if name in ('decay', 'momentum') else math.inf
+    if not 0 <= number < below:
+        raise ValueError(f'{name} must be in [0, {below:g}), got {number}.')
+    return number
+
+
+def _dialects(facts: Facts) -> tuple[str, ...]:
+    values = dataclasses.asdict(facts)
+    fitting = [
+        name
+        for name, allowed in _DIALECTS
+        if all(values[fact] in answers for fact, answers in allowed.items())
+    ]
+    return tuple(dict.fromkeys(fitting))
+
+
+def _problem(steps: Steps, known: Mapping[str, float], facts: Sequence[Facts], error: float) -> str:
+    """Why nothing can be said, if so."""
+    if not steps.gradients.any():
+        return 'all gradients are zero'
+    if not steps.learning_rate.any():
+        return 'the learning rate is zero'
+    unknown = len(HYPERPARAMETERS) - len(known)
+    if np.count_nonzero(steps.gradients) < unknown + 3:
+        return f'so few numbers can be explained in many ways with {unknown} unknown ones'
+    if error <= EXPLAINED:
+        return ''
+    if min(found.error for found in fit(steps, known, facts, judged=1)) > RULED_OUT:
+        return (
+            'no candidate explains the first step. The run did not begin there with fresh '
+            'accumulators, a hyperparameter is not what was said, weights decay (give '
+            'weight_decay), or gradients were clipped or scaled after they were recorded'
+        )
+    return (
+        'no candidate explains all steps, though some explain the first. A hyperparameter '
+        'changed or is not what was said, weights decay (give weight_decay), leaves are treated '
+        'differently (identify them one by one), or something else acts on the parameters'
+    )
+
+
+def _judge(
+    name: str,
+    ranked: Sequence[Candidate],
+    steps: Steps,
+    known: Mapping[str, float],
+    problem: str,
+) -> Fact:
+    answers = {c: getattr(c.facts, name) for c in ranked}
+    everything = tuple(dict.fromkeys(answers.values()))
+    if problem:
+        return Fact(None, everything, 'not determined', problem)
+    possible = tuple(dict.fromkeys(a for c, a in answers.items() if c.error <= RULED_OUT))
+    if possible == ('no momentum',):
+        return Fact(None, possible, 'not determined', 'there is no momentum')
+    if len(possible) > 1:
+        return Fact(None, possible, 'not determined', _why(name, steps, known))
+    answer = next(iter(possible))
+    if len(everything) == 1:
+        return Fact(answer, possible, 'given', 'it follows from what was given')
+    margin = min(c.error for c, other in answers.items() if other != answer)
+    reason = f'any other answer misses by {margin:.2g} times the rounding'
+    return Fact(answer, possible, 'determined', reason, margin)
+
+
+def _why(name: str, steps: Steps, known: Mapping[str, float]) -> str:
+    """Why several answers about `name` explain a trace."""
+    rates = steps.learning_rate
+    if len(rates) == 1 and name in ('momentum', 'learning_rate'):
+        return 'there is only one step'
+    if name == 'learning_rate' and not np.ptp(rates):
+        return 'the learning rate is constant'
+    if name == 'learning_rate' and 'momentum' not in known and _geometric(rates):
+        return 'a learning rate that changes by one factor looks like another momentum; give that'
+    if name == 'epsilon':
+        return 'epsilon is too small next to the gradients, or there are too few steps'
+    return 'several answers explain the trace'
+
+
+def _geometric(rates: np.ndarray) -> bool:
+    return bool(np.all(rates)) and bool(np.ptp(rates[1:] / rates[:-1]) < 1e-6)
+
+
+def _in_words(facts: Mapping[str, str | None]) -> str:
+    words = {
+        'epsilon': 'epsilon {}',
+        'start': 'accumulator starts at {}',
+        'learning_rate': 'learning rate {}',
+        'weight_decay': 'weight decay {}',
+    }
+    flags = {
+        ('bias_correction', 'no'): '',
+        ('bias_correction', 'yes'): 'bias-corrected',
+        ('centered', 'no'): 'not centered',
+        ('centered', 'yes'): 'centered',
+        ('momentum', 'none'): 'no momentum',
+        ('momentum', 'heavy ball'): 'momentum',
+        ('momentum', 'Nesterov'): 'Nesterov momentum',
+        ('learning_rate', 'no momentum'): '',
+        ('weight_decay', 'none'): 'no weight decay',
+    }
+    parts = [
+        flags.get((name, value or ''), words.get(name, '').format(value))
+        for name, value in facts.items()
+    ]
+    return '; '.join(part for part in parts if part)

@@ -1,0 +1,292 @@
+"""Which of their arrays is which of ours, and how the axes of each lie."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+
+class InterchangeError(ValueError):
+    """What was to be converted does not fit; the message lists every entry at fault.
+
+    Attributes:
+      problems: One line for each.
+    """
+
+    def __init__(self, task: str, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__('\n  '.join([f'{task}:', *self.problems]))
+
+
+class Problems:
+    """Gathers what is wrong, so that one error can name it all."""
+
+    def __init__(self, task: str):
+        self._task = task
+        # A dictionary as an ordered set: two moments of one array often share their fault.
+        self._lines: dict[str, None] = {}
+
+    def add(self, line: str) -> None:
+        self._lines[line] = None
+
+    def raise_if_any(self) -> None:
+        if self._lines:
+            raise InterchangeError(self._task, list(self._lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the axes of their array become those of ours.
+
+    Attributes:
+      axes: Our axes in terms of theirs, as for `np.transpose`. An Ellipsis stands for all axes that
+        are not named, in their order, so that one layout serves every rank.
+      split: The lengths their second axis is split into before the axes move; they are merged again
+        afterwards, in our order.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax.interchange import KERNEL
+      >>> KERNEL.to_ours(np.zeros((8, 3, 5, 5))).shape  # PyTorch's OIHW to Flax's HWIO
+      (5, 5, 3, 8)
+    """
+
+    axes: tuple[int | EllipsisType, ...] = (...,)
+    split: tuple[int, ...] = ()
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """Their array with our axes.
+
+        Raises:
+          ValueError: If the array has not the axes that the layout speaks of.
+        """
+        if not self.split:
+            return array.transpose(self._order(array.ndim))
+        outputs, features = self._matrix(array, 0, 1)
+        order = self._order(1 + len(self.split))
+        return array.reshape(outputs, *self.split).transpose(order).reshape(features, outputs)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """Our array with their axes: the inverse of `to_ours`.
+
+        Raises:
+          ValueError: As `to_ours`.
+        """
+        if not self.split:
+            return array.transpose(np.argsort(self._order(array.ndim)))
+        outputs, features = self._matrix(array, 1, 0)
+        order = self._order(1 + len(self.split))
+        whole = (outputs, *self.split)
+        ours = array.reshape([whole[axis] for axis in order])
+        return ours.transpose(np.argsort(order)).reshape(outputs, features)
+
+    def _order(self, rank: int) -> list[int]:
+        named = [axis for axis in self.axes if not isinstance(axis, EllipsisType)]
+        rest = [axis for axis in range(rank) if axis not in named]
+        order: list[int] = []
+        for axis in self.axes:
+            order += rest if isinstance(axis, EllipsisType) else [axis]
+        if sorted(order) != list(range(rank)):
+            raise ValueError(f'its {rank} axes cannot be laid out as {self.axes}')
+        return order
+
+    def _matrix(self, array: np.ndarray, outputs: int, features: int) -> tuple[int, int]:
+        wanted = math.prod(self.split)
+        if array.ndim != 2 or array.shape[features] != wanted:
+            raise ValueError(
+                f'of shape {array.shape}, it is no matrix of {wanted} features ({self.split})'
+            )
+        return array.shape[outputs], wanted
+
+
+AS_IS = Layout()
+KERNEL = Layout((..., 1, 0))
+
+
+def flattened(channels: int, *window: int) -> Layout:
+    """The layout of a linear kernel that reads a flattened image.
+
+    PyTorch flattens channels first, Flax and Keras channels last, so that their features come in
+    another order, and not just their axes.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax.interchange import flattened
+      >>> flattened(2, 3).to_ours(np.arange(6).reshape(1, 6)).ravel()
+      array([0, 3, 1, 4, 2, 5])
+    """
+    return Layout((..., 1, 0), split=(channels, *window))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One array under both its names.
+
+    Attributes:
+      theirs: Its name there: PyTorch's `'fc.weight'`, Keras's `'dense/kernel'`.
+      ours: Its path in the tree of parameters, `('fc', 'kernel')` or `'fc/kernel'`; kept as the
+        latter.
+      layout: How the axes differ.
+
+    Example:
+      >>> from rmsprop_jax.interchange import KERNEL, Pair
+      >>> Pair('fc.weight', ('fc', 'kernel'), KERNEL).ours
+      'fc/kernel'
+    """
+
+    theirs: str
+    ours: str | tuple[Any, ...]
+    layout: Layout = AS_IS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'ours', joined(self.ours))
+
+
+def joined(path: str | Sequence[Any]) -> str:
+    """A path as one string."""
+    return path if isinstance(path, str) else '/'.join(map(str, path))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their joined paths, without the `.value` of a Flax NNX variable."""
+    return {path_name(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as `named_leaves` writes it."""
+    if len(path) > 1 and path[-1] == GetAttrKey('value'):
+        path = path[:-1]
+    return keystr(path, simple=True, separator='/')
+
+
+def paired(
+    mapping: Iterable[Pair], params: Any, problems: Problems
+) -> tuple[dict[str, Pair], dict[str, Any]]:
+    """The pairs by their `ours`, and the parameters by path, with the mapping's faults noted."""
+    pairs, leaves = list(mapping), named_leaves(params)
+    for name, values in (
+        ('theirs', [p.theirs for p in pairs]),
+        ('ours', [str(p.ours) for p in pairs]),
+    ):
+        for value in {value for value in values if values.count(value) > 1}:
+            problems.add(f'{value!r} is the `{name}` of more than one pair')
+    for pair in pairs:
+        if pair.ours not in leaves:
+            problems.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
+    return {str(pair.ours): pair for pair in pairs}, leaves
+
+
+def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:
+    """`value` as a finite array of floating or complex numbers, or None with its fault noted."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        problems.add(f'{name} cannot be read as an array: {error}')
+        return None
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        problems.add(f'{name} has dtype {array.dtype}, not a floating or complex one')
+        return None
+    if not np.isfinite(array).all():
+        problems.add(f'{name} is not finite')
+        return None
+    return array
+
+
+def laid_out(name: str, turn: Any, array: np.ndarray, problems: Problems) -> np.ndarray | None:
+    """`array` with its axes turned by a method of a layout, or None with the fault noted."""
+    try:
+        return turn(array)
+    except ValueError as error:
+        problems.add(f'{name}: {error}')
+        return None
+
+
+def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair]) -> Any:
+    """Their parameters as a tree like ours.
+
+    Args:
+      theirs: Arrays by name: `{k: v.detach() for k, v in model.named_parameters()}` in PyTorch,
+        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras.
+      like: A tree of arrays (or `jax.ShapeDtypeStruct`s) with our structure, shapes and dtypes.
+      mapping: The pairs.
+
+    Raises:
+      InterchangeError: Listing every parameter without a pair or an entry, entry without a pair,
+        and array that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from rmsprop_jax import interchange
+      >>> theirs = {'fc.weight': np.ones((3, 2), 'f'), 'fc.bias': np.zeros(3, 'f')}
+      >>> like = {'fc': {'kernel': jnp.zeros((2, 3)), 'bias': jnp.zeros(3)}}
+      >>> pairs = interchange.torch.linear('fc', 'fc')
+      >>> interchange.parameters_from(theirs, like, pairs)['fc']['kernel'].shape
+      (2, 3)
+    """
+    problems = Problems('parameters cannot be converted')
+    pairs, leaves = paired(mapping, like, problems)
+    for name in sorted(theirs.keys() - {pair.theirs for pair in pairs.values()}):
+        problems.add(f'{name!r} is in no pair')
+
+    def leaf(path: str, ours: Any) -> Any:
+        if path not in pairs:
+            problems.add(f'{path!r} is in no pair')
+            return None
+        name = pairs[path].theirs
+        if name not in theirs:
+            problems.add(f'{name!r}, paired with {path!r}, is missing')
+            return None
+        array = as_array(repr(name), theirs[name], problems)
+        if array is not None:
+            array = laid_out(repr(name), pairs[path].layout.to_ours, array, problems)
+        return None if array is None else placed(repr(name), array, ours, problems)
+
+    converted = [leaf(path, ours) for path, ours in leaves.items()]
+    problems.raise_if_any()
+    return jax.tree.unflatten(jax.tree.structure(like), converted)
+
+
+def parameters_to(params: Any, mapping: Iterable[Pair]) -> dict[str, np.ndarray]:
+    """Our parameters under their names and with their axes, in the order of the pairs.
+
+    The inverse of `parameters_from`.
+
+    Raises:
+      InterchangeError: As `parameters_from`.
+    """
+    problems = Problems('parameters cannot be converted')
+    pairs, leaves = paired(mapping, params, problems)
+    converted: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        if path not in pairs:
+            problems.add(f'{path!r} is in no pair')
+            continue
+        array = as_array(repr(path), leaf, problems)
+        if array is not None:
+            array = laid_out(repr(path), pairs[path].layout.to_theirs, array, problems)
+        if array is not None:
+            converted[pairs[path].theirs] = np.array(array, order='C')
+    problems.raise_if_any()
+    return {pair.theirs: converted[pair.theirs] for pair in pairs.values()}
+
+
+def placed(name: str, array: np.ndarray, like: Any, problems: Problems) -> Any:
+    """`array` with the dtype, sharding and memory of `like`, or None with the fault noted."""
+    if array.shape != like.shape:
+        problems.add(f'{name} has shape {array.shape} where ours is {like.shape}')
+        return None
+    if np.iscomplexobj(array) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
+        problems.add(f'{name} has dtype {array.dtype} where ours is {like.dtype}')
+        return None
+    with np.errstate(over='ignore'):
+        narrow = array.astype(like.dtype)
+    if not np.isfinite(narrow).all():
+        problems.add(f'{name} does not fit into {like.dtype}')
+        return None
+    return jax.device_put(narrow, getattr(like, 'sharding', None))

@@ -1,0 +1,166 @@
+"""Reads moments out of optimizer states and writes them in, wherever in a state they sit."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import (
+    DictKey,
+    GetAttrKey,
+    keystr,
+    tree_flatten_with_path,
+    tree_map_with_path,
+)
+
+from rmsprop_jax._momentum import TraceState
+from rmsprop_jax._precondition import RmsState
+from rmsprop_jax._transforms import AverageState
+from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
+
+# By name, since Optax exports only two of these classes.
+_OPTAX_RMS = frozenset(
+    {
+        'ScaleByRmsState',
+        'ScaleByRmsWithCountState',
+        'ScaleByRStdDevState',
+        'ScaleByRStdDevWithCountState',
+    }
+)
+# How moments travel: by name and by path, nu always the raw second moment; None where one is there
+# but at fault, which has been noted.
+Columns = dict[str, dict[str, np.ndarray | None]]
+MOMENTS = ('nu', 'mu', 'trace', 'ema')
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What a state holds, by moment and by path.
+
+    Attributes:
+      columns: Arrays, in the dtype they have in the state.
+      weights: For bias-corrected second moments: the step count and the sum of weights, where the
+        state has them.
+      counts: All step counts in the state.
+    """
+
+    columns: dict[str, dict[str, np.ndarray]]
+    weights: dict[str, tuple[int, float | None]]
+    counts: frozenset[int]
+
+
+def is_node(node: Any) -> bool:
+    """Whether a part of a state is one that holds moments."""
+    return (
+        is_average(node)
+        or isinstance(node, RmsState | TraceState | optax.TraceState)
+        or (type(node).__name__ in _OPTAX_RMS and hasattr(node, 'nu'))
+    )
+
+
+def is_average(node: Any) -> bool:
+    """Whether it holds an average of the parameters, whose count is of calls, not of steps."""
+    return isinstance(node, AverageState)
+
+
+def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a leaf counts steps: those are integers, and parameters are none."""
+    named = path and path[-1] in (GetAttrKey('count'), GetAttrKey('gradient_step'))
+    return bool(named) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+
+
+def is_corrected(node: Any) -> bool:
+    """Whether a node with a second moment divides it by the sum of its weights."""
+    return node.weight is not None if isinstance(node, RmsState) else 'count' in node._fields
+
+
+def read(state: Any, problems: Problems) -> Moments:
+    """The moments in `state`."""
+    columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in MOMENTS}
+    weights: dict[str, tuple[int, float | None]] = {}
+    for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+        found = _node_columns(node)
+        for name, leaves in found.items():
+            for path in leaves.keys() & columns[name].keys():
+                problems.add(f'{path!r} has more than one {name} in the state')
+            columns[name].update(leaves)
+        if 'nu' in found and is_corrected(node):
+            weight = float(node.weight) if isinstance(node, RmsState) else None  # pyright: ignore[reportArgumentType]
+            weights.update(dict.fromkeys(found['nu'], (int(np.asarray(node.count)), weight)))
+    counts: set[int] = set()
+    for path, leaf in tree_flatten_with_path(state, is_leaf=is_average)[0]:
+        if not is_average(leaf) and is_count(path, leaf):
+            counts.add(int(leaf))
+        if path and path[-1] == GetAttrKey('mini_step') and int(leaf) != 0:
+            problems.add(
+                f'{keystr(path)} is {int(leaf)}: gradients are being accumulated, and have no '
+                'counterpart there. Convert when it is 0'
+            )
+    return Moments(columns, weights, frozenset(counts))
+
+
+def _node_columns(node: Any) -> dict[str, dict[str, np.ndarray]]:
+    """One node's moments, with the raw second moment in the place of a variance."""
+    columns = {
+        name: {k: np.asarray(x) for k, x in named_leaves(getattr(node, name)).items()}
+        for name in MOMENTS
+        if name in node._fields
+    }
+    if isinstance(node, RmsState) and node.var is not None:
+        weight = 1.0 if node.weight is None else float(node.weight)
+        columns['nu'] = {
+            path: (wide(var) + square(columns['mu'][path], weight)).astype(var.dtype)
+            for path, var in named_leaves(node.var).items()
+        }
+    return columns
+
+
+def collect(
+    columns: Columns,
+    moment: str,
+    pair: Pair,
+    label: str,
+    value: Any,
+    problems: Problems,
+    *,
+    negated: bool = False,
+) -> None:
+    """Puts one of their arrays into `columns`, with our axes and sign, or notes its fault."""
+    array = as_array(label, value, problems)
+    if array is not None:
+        array = laid_out(label, pair.layout.to_ours, array, problems)
+    columns[moment][str(pair.ours)] = -array if negated and array is not None else array
+
+
+def wide(array: Any) -> np.ndarray:
+    """`array` in double precision."""
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def square(mean: Any, weight: float) -> np.ndarray:
+    """`|mean|^2 / weight`, and 0 where nothing has been averaged yet."""
+    exact = wide(mean)
+    return (np.real(exact) ** 2 + np.imag(exact) ** 2) / (weight or 1.0)
+
+
+def refilled(leaf: Any, value: Any) -> Any:
+    """A number in the place of a leaf, with its dtype and sharding."""
+    return jax.device_put(np.asarray(value).astype(leaf.dtype), getattr(leaf, 'sharding', None))
+
+
+def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:
+    """The constants called `name` that `inject_hyperparams` holds in a state, by key path."""
+    ends = (GetAttrKey('hyperparams'), DictKey(name))
+    scheduled = (GetAttrKey('hyperparams_states'), DictKey(name))
+    leaves = tree_flatten_with_path(state)[0]
+    driven = {path[:-3] for path, _ in leaves if path[-3:-1] == scheduled}
+    return {path: leaf for path, leaf in leaves if path[-2:] == ends and path[:-2] not in driven}
+
+
+def with_injected(state: Any, name: str, value: float) -> Any:
+    """`state` with that constant set, where there is one."""
+    places = injected(state, name)
+    return tree_map_with_path(lambda path, x: refilled(x, value) if path in places else x, state)

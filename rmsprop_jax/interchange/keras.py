@@ -1,0 +1,211 @@
+"""Keras 3: the variables of `keras.optimizers.RMSprop`.
+
+Collect them by name, and put them back the same way::
+
+    variables = {v.name: v.numpy() for v in optimizer.variables}
+    for v in optimizer.variables:
+        v.assign(converted[v.name])
+
+Keras names a slot after the path of its variable, `sequential/dense/kernel`, with underscores:
+`sequential_dense_kernel_velocity`. Pairs have that path as `theirs`; `v.path` of the optimizer's
+variables, which starts with the optimizer's own name, is understood too.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import optax
+
+from rmsprop_jax.interchange._mapping import (
+    AS_IS,
+    Layout,
+    Pair,
+    Problems,
+    as_array,
+    joined,
+    laid_out,
+    paired,
+)
+from rmsprop_jax.interchange._state import (
+    Columns,
+    collect,
+    injected,
+    read,
+    with_injected,
+)
+from rmsprop_jax.interchange._write import Writer
+
+_SLOTS = {'nu': 'velocity', 'mu': 'average_gradient', 'trace': 'momentum', 'ema': 'average'}
+_ACCUMULATOR = 'gradient_accumulator'
+
+
+def dense(
+    theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True, layout: Layout = AS_IS
+) -> tuple[Pair, ...]:
+    """The pairs of Keras's `Dense` or `Conv` with Flax's: the axes lie alike.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> [(pair.theirs, pair.ours) for pair in interchange.keras.dense('net/dense', 'Dense_0')]
+      [('net/dense/kernel', 'Dense_0/kernel'), ('net/dense/bias', 'Dense_0/bias')]
+    """
+    path = joined(ours)
+    kernel = Pair(f'{theirs}/kernel', f'{path}/kernel', layout)
+    return (kernel, Pair(f'{theirs}/bias', f'{path}/bias')) if bias else (kernel,)
+
+
+conv = dense
+
+
+def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
+    """The pairs of Keras's normalisation layers with Flax's: `gamma` is `scale`."""
+    path = joined(ours)
+    scale = Pair(f'{theirs}/gamma', f'{path}/scale')
+    return (scale, Pair(f'{theirs}/beta', f'{path}/bias')) if bias else (scale,)
+
+
+def from_keras(
+    variables: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    params: Any,
+    mapping: Iterable[Pair],
+    *,
+    gradient_accumulation_steps: int = 1,
+) -> Any:
+    """The state of `tx` that goes on where Keras's optimizer stopped.
+
+    Args:
+      variables: The optimizer's variables by name.
+      tx: `dialects.keras(...)` with the optimizer's settings, inside whatever wrappers.
+      params: Our parameters.
+      mapping: The pairs.
+      gradient_accumulation_steps: As the optimizer has it. Keras's `iteration` counts calls, of
+        which so many make a step; between them there is nothing to convert to.
+
+    Returns:
+      A state like `tx.init(params)`. Our `trace` is the negative of Keras's `momentum`. The
+      variable `learning_rate` goes where `inject_hyperparams` holds one; otherwise make `tx` with
+      it: `dialects.keras(float(variables['learning_rate']))`.
+
+    Raises:
+      InterchangeError: Listing every entry that is missing, left over, misshapen, of the wrong kind
+        or not finite.
+
+    Warns:
+      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax
+      >>> from rmsprop_jax import dialects, interchange
+      >>> params = {'kernel': jnp.zeros(2)}
+      >>> theirs = {'iteration': np.int64(7), 'learning_rate': np.float32(0.1),
+      ...           'dense_kernel_velocity': np.ones(2, 'f'),
+      ...           'dense_kernel_momentum': np.ones(2, 'f')}
+      >>> tx = dialects.keras(0.1, momentum=0.9)
+      >>> pairs = [interchange.Pair('dense/kernel', 'kernel')]
+      >>> state = interchange.from_keras(theirs, tx, params, pairs)
+      >>> optax.tree.get(state, 'trace')['kernel']
+      Array([-1., -1.], dtype=float32)
+
+    Source: Keras 3.15, keras/src/optimizers/base_optimizer.py and rmsprop.py.
+    """
+    problems = Problems('the Keras variables cannot be converted')
+    pairs, _ = paired(mapping, params, problems)
+    entries = {name.rpartition('/')[2]: value for name, value in variables.items()}
+    if len(entries) < len(variables):
+        problems.add('names of variables are the same but for what is before the last slash')
+    calls = _iteration(entries, gradient_accumulation_steps, problems)
+    rate = entries.pop('learning_rate', None)
+    if rate is not None:
+        rate = as_array("'learning_rate'", rate, problems)
+    columns: Columns = {name: {} for name in _SLOTS}
+    for pair in pairs.values():
+        for moment, slot in (*_SLOTS.items(), (_ACCUMULATOR, _ACCUMULATOR)):
+            label = _slot(pair, slot)
+            if label not in entries:
+                continue
+            value = entries.pop(label)
+            if moment != _ACCUMULATOR:
+                flip = moment == 'trace'
+                collect(columns, moment, pair, repr(label), value, problems, negated=flip)
+            elif np.asarray(value).any():
+                problems.add(f'{label!r} holds gradients: convert at the end of an accumulation')
+    for name in sorted(entries):
+        problems.add(f'{name!r} belongs to no pair')
+
+    def describe(moment: str, path: str) -> str:
+        return repr(_slot(pairs[path], _SLOTS[moment])) if path in pairs else f'{path!r} {moment}'
+
+    state = Writer(columns, describe, problems).write(
+        tx.init(params), calls // gradient_accumulation_steps, calls
+    )
+    return state if rate is None else with_injected(state, 'learning_rate', float(rate))
+
+
+def _slot(pair: Pair, slot: str) -> str:
+    return f'{pair.theirs.replace("/", "_")}_{slot}'
+
+
+def _iteration(entries: dict[str, Any], every: int, problems: Problems) -> int:
+    value = entries.pop('iteration', entries.pop('iterations', None))
+    if value is None or np.asarray(value).dtype.kind not in 'iu' or np.asarray(value) < 0:
+        problems.add("'iteration' is missing or no step count")
+        return 0
+    if int(value) % every:
+        problems.add(
+            f"'iteration' is {int(value)}, in the middle of an accumulation of {every}: convert at "
+            'its end'
+        )
+    return int(value)
+
+
+def to_keras(
+    state: Any,
+    params: Any,
+    mapping: Iterable[Pair],
+    *,
+    learning_rate: Any = None,
+    gradient_accumulation_steps: int = 1,
+) -> dict[str, np.ndarray]:
+    """The variables of a Keras optimizer, by `v.name`, that goes on where our state stopped.
+
+    Args:
+      state: The state of our transformation.
+      params: Our parameters.
+      mapping: The pairs.
+      learning_rate: What Keras's variable of that name is to hold. If not given: what
+        `inject_hyperparams` holds in the state; if there is none either, no such entry is written,
+        as Keras has none where the learning rate is a schedule.
+      gradient_accumulation_steps: As for `from_keras`.
+
+    Raises:
+      InterchangeError: Listing every moment without a pair or a counterpart in Keras.
+    """
+    problems = Problems('the state cannot be written for Keras')
+    pairs, _ = paired(mapping, params, problems)
+    moments = read(state, problems)
+    if len(moments.counts) != 1:
+        problems.add(f'the state has step counts {sorted(moments.counts)}, and Keras has one')
+    for path in sorted(moments.weights):
+        problems.add(f'{path!r} is bias-corrected, which Keras has not')
+    calls = max(moments.counts, default=0) * gradient_accumulation_steps
+    variables = {'iteration': np.array(calls, np.int64)}
+    if learning_rate is None:
+        learning_rate = next(iter(injected(state, 'learning_rate').values()), None)
+    if learning_rate is not None:
+        variables['learning_rate'] = np.asarray(learning_rate)
+    for moment, slot in _SLOTS.items():
+        for path, array in moments.columns[moment].items():
+            if path not in pairs:
+                problems.add(f'{path!r} is in no pair')
+                continue
+            label = f'{moment} of {path!r}'
+            turned = laid_out(label, pairs[path].layout.to_theirs, array, problems)
+            if turned is not None:
+                signed = -turned if moment == 'trace' else turned
+                variables[_slot(pairs[path], slot)] = np.array(signed, order='C')
+                if gradient_accumulation_steps > 1 and moment == 'nu':
+                    variables[_slot(pairs[path], _ACCUMULATOR)] = np.zeros_like(turned)
+    problems.raise_if_any()
+    return variables

@@ -1,0 +1,130 @@
+"""Optax: the states of `optax.rmsprop`, `optax.scale_by_rms` and `optax.scale_by_stddev`.
+
+All four of its state classes are read and written: with and without a count (that is, bias
+correction), centered and not. Names and layouts are ours already, and so is the sign of `trace`.
+"""
+
+from typing import Any
+
+import optax
+
+from rmsprop_jax.interchange._mapping import Problems
+from rmsprop_jax.interchange._state import Moments, read
+from rmsprop_jax.interchange._write import Writer
+
+
+def from_optax(
+    theirs: Any,
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    decay: float | None = None,
+    count: int | None = None,
+) -> Any:
+    """The state of our `tx` that goes on where an Optax optimizer stopped.
+
+    Args:
+      theirs: The state of `optax.rmsprop`, or of a chain or wrapper that holds one.
+      tx: `rmsprop_jax.rmsprop` with the same arguments, inside whatever wrappers.
+      params: The parameters.
+      decay: The constant decay of a bias-corrected one, which divides by `1 - decay^count`.
+      count: The step count for schedules. Needed where `theirs` has none, as with a constant
+        learning rate and no bias correction; if nothing depends on it, pass 0.
+
+    Returns:
+      A state like `tx.init(params)`.
+
+    Raises:
+      InterchangeError: Listing every moment that is missing, left over, misshapen, of the wrong
+        kind or not finite, and a count or decay that is needed.
+
+    Warns:
+      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rmsprop_jax
+      >>> from rmsprop_jax import interchange
+      >>> theirs, params = optax.rmsprop(0.1, momentum=0.9), jnp.zeros(2)
+      >>> _, state = theirs.update(jnp.ones(2), theirs.init(params))
+      >>> tx = rmsprop_jax.rmsprop(0.1, momentum=0.9)
+      >>> interchange.from_optax(state, tx, params, count=1)[0].nu
+      Array([0.1, 0.1], dtype=float32)
+
+    Source: Optax 0.2.8, optax/_src/transform.py.
+    """
+    problems = Problems('the Optax state cannot be converted')
+    moments = read(theirs, problems)
+    if count is None:
+        if len(moments.counts) != 1:
+            found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
+            problems.add(f'no single step count: the state {found}: pass count')
+        count = max(moments.counts, default=0)
+    if moments.weights and decay is None:
+        problems.add('the state is bias-corrected: pass its decay')
+
+    def weight(path: str) -> float | None:
+        if path not in moments.weights:
+            return None
+        steps, held = moments.weights[path]
+        return _weight(decay, steps) if held is None else held
+
+    def describe(moment: str, path: str) -> str:
+        return f'{moment} of {path!r}'
+
+    return Writer(moments.columns, describe, problems, weight=weight).write(tx.init(params), count)
+
+
+def _weight(decay: float | None, steps: int) -> float:
+    return 1.0 if decay is None else 1.0 - float(decay) ** steps
+
+
+def to_optax(
+    state: Any,
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    decay: float | None = None,
+) -> Any:
+    """The state of an Optax optimizer `tx` that goes on where our state stopped.
+
+    Args:
+      state: The state of our transformation.
+      tx: `optax.rmsprop` with the same arguments, inside whatever wrappers.
+      params: The parameters.
+      decay: The constant decay of a bias-corrected one. Ours keeps the sum of its weights, Optax
+        computes `1 - decay^count` instead: they must agree, and do not after a changing decay.
+
+    Returns:
+      A state like `tx.init(params)`. Where that has no step count, ours is not needed.
+
+    Raises:
+      InterchangeError: Listing every moment that is missing, left over or misshapen, and weights
+        that Optax could not find again.
+    """
+    problems = Problems('the state cannot be written for Optax')
+    moments = read(state, problems)
+    if len(moments.counts) != 1:
+        problems.add(f'the state has step counts {sorted(moments.counts)}: not one')
+    _check_weights(moments, decay, problems)
+
+    def weight(path: str) -> float | None:
+        return moments.weights[path][1] if path in moments.weights else None
+
+    def describe(moment: str, path: str) -> str:
+        return f'{moment} of {path!r}'
+
+    writer = Writer(moments.columns, describe, problems, weight=weight)
+    return writer.write(tx.init(params), max(moments.counts, default=0))
+
+
+def _check_weights(moments: Moments, decay: float | None, problems: Problems) -> None:
+    if moments.weights and decay is None:
+        problems.add('the state is bias-corrected: pass its decay')
+        return
+    for path, (steps, held) in moments.weights.items():
+        # A float32 weight is a sum of up to 1 / (1 - decay) rounded terms.
+        if held is not None and abs(held - _weight(decay, steps)) > 1e-4 * held:
+            problems.add(
+                f'{path!r}: its weights add up to {held:.6g}, not to 1 - {decay}^{steps} as Optax '
+                'would have it: the decay was another one, or changed'
+            )

@@ -1,0 +1,277 @@
+"""PyTorch: `optimizer.state_dict()` of `torch.optim.RMSprop` and of the optimizers that copy it.
+
+PyTorch numbers the parameters in the order in which the optimizer was given them, through all
+groups. Their names are in the groups if the optimizer was made with `model.named_parameters()`;
+otherwise pass `names`, usually `[name for name, _ in model.named_parameters()]`.
+
+Two sources PyTorch keeps apart must be told apart here too: a group's numbers (`lr`, `alpha`, ...)
+belong to the transformation, and arrays and `step` to its state.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optax
+
+from rmsprop_jax.interchange._groups import numbered
+from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
+from rmsprop_jax.interchange._mapping import (
+    AS_IS,
+    KERNEL,
+    Layout,
+    Pair,
+    Problems,
+    joined,
+    laid_out,
+    paired,
+)
+from rmsprop_jax.interchange._state import Columns, collect, read
+from rmsprop_jax.interchange._write import Writer
+
+_SLOTS = {'nu': 'square_avg', 'mu': 'grad_avg', 'trace': 'momentum_buffer'}
+
+
+def linear(
+    theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True, layout: Layout = KERNEL
+) -> tuple[Pair, ...]:
+    """The pairs of `torch.nn.Linear` with Flax's `Dense` or `Linear`: kernel transposed.
+
+    Args:
+      theirs: The module's name, `'fc'`.
+      ours: The path of its dictionary.
+      bias: Whether it has one.
+      layout: `flattened(channels, height, width)` where it reads a flattened image.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> [(pair.theirs, pair.ours) for pair in interchange.torch.linear('fc', ('head', 'fc'))]
+      [('fc.weight', 'head/fc/kernel'), ('fc.bias', 'head/fc/bias')]
+    """
+    path = joined(ours)
+    weight = Pair(f'{theirs}.weight', f'{path}/kernel', layout)
+    return (weight, Pair(f'{theirs}.bias', f'{path}/bias')) if bias else (weight,)
+
+
+def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
+    """The pairs of `torch.nn.Conv1d`, `2d` or `3d` with Flax's `Conv`: OIHW to HWIO.
+
+    Transposed convolutions differ by more than their axes, and have no pairs here.
+    """
+    return linear(theirs, ours, bias=bias)
+
+
+def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
+    """The pairs of PyTorch's normalisation layers with Flax's: `weight` is `scale`."""
+    path = joined(ours)
+    scale = Pair(f'{theirs}.weight', f'{path}/scale', AS_IS)
+    return (scale, Pair(f'{theirs}.bias', f'{path}/bias')) if bias else (scale,)
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    params: Any,
+    mapping: Iterable[Pair],
+    *,
+    names: Sequence[str] | None = None,
+    fresh: Collection[str] = (),
+    count: int | None = None,
+    lr_in_momentum: bool = False,
+) -> Any:
+    """The state of `tx` that goes on where PyTorch's optimizer stopped.
+
+    Args:
+      state_dict: What `optimizer.state_dict()` returns, tensors on the host.
+      tx: `torch_optimizer(...)`, or any transformation with the same moments, such as
+        `dialects.torch` with a schedule, inside whatever wrappers.
+      params: Our parameters.
+      mapping: The pairs.
+      names: The parameters' names in the optimizer's order, unless the groups have them.
+      fresh: Names of parameters that PyTorch keeps no state for, since they had no gradient yet.
+        Theirs starts as `tx.init` makes it, as it would there.
+      count: The step count for schedules, where it is not the parameters' common `step`.
+      lr_in_momentum: Whether the buffer holds the learning rate, as in timm's `RMSpropTF` by
+        default; pass `tx = dialects.timm(...)` with it.
+
+    Returns:
+      A state like `tx.init(params)`, with its dtypes and shardings. Complex moments become pairs of
+      reals, as `dialects.torch` keeps them.
+
+    Raises:
+      InterchangeError: Listing every entry that is missing, left over, misshapen, of the wrong kind
+        or not finite.
+
+    Warns:
+      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from rmsprop_jax import dialects, interchange
+      >>> params = {'fc': {'kernel': jnp.zeros((2, 3))}}
+      >>> square_avg = np.arange(6, dtype='f').reshape(3, 2)
+      >>> entry = {'step': np.float32(7), 'square_avg': square_avg}
+      >>> theirs = {'state': {0: entry}, 'param_groups': [{'params': [0]}]}
+      >>> pairs = interchange.torch.linear('fc', 'fc', bias=False)
+      >>> state = interchange.from_torch(
+      ...     theirs, dialects.torch(), params, pairs, names=['fc.weight'])
+      >>> print(state[0].nu['fc']['kernel'], state[0].count)
+      [[0. 2. 4.]
+       [1. 3. 5.]] 7
+
+    Source: PyTorch 2.13, torch/optim/rmsprop.py and optimizer.py.
+    """
+    problems = Problems('the PyTorch state cannot be converted')
+    pairs, _ = paired(mapping, params, problems)
+    by_name = {pair.theirs: pair for pair in pairs.values()}
+    columns: Columns = {name: {} for name in (*_SLOTS, 'ema')}
+    parameters = numbered(state_dict['param_groups'], names, problems)
+    steps: dict[int, list[str]] = {}
+    for number in state_dict['state'].keys() - parameters.keys():
+        problems.add(f'state {number!r} belongs to no parameter of the groups')
+    for number, (name, _) in parameters.items():
+        if name not in by_name:
+            problems.add(f'{name!r} is in no pair')
+        elif number in state_dict['state']:
+            entry = state_dict['state'][number]
+            _read_entry(entry, by_name[name], lr_in_momentum, columns, problems)
+            steps.setdefault(_step(name, entry, problems), []).append(name)
+    for name in sorted(set(fresh) - by_name.keys()):
+        problems.add(f'{name!r}, said to be fresh, is in no pair')
+    if count is None and len(steps) > 1:
+        listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
+        problems.add(f'parameters have taken different numbers of steps ({listed}): pass count')
+
+    def describe(moment: str, path: str) -> str:
+        name = repr(pairs[path].theirs) if path in pairs else f'the parameter of {path!r}'
+        return f'{_SLOTS.get(moment, moment)} of {name}'
+
+    started = {str(by_name[name].ours) for name in fresh if name in by_name}
+    writer = Writer(columns, describe, problems, started)
+    return writer.write(tx.init(params), max(steps, default=0) if count is None else count)
+
+
+def _read_entry(
+    entry: Mapping[str, Any],
+    pair: Pair,
+    negated: bool,
+    columns: Columns,
+    problems: Problems,
+) -> None:
+    """One parameter's arrays with our axes and signs, into `columns`."""
+    for key in sorted(entry.keys() - {*_SLOTS.values(), 'step'}):
+        problems.add(f'{key} of {pair.theirs!r} is nothing that RMSProp keeps')
+    for moment, slot in _SLOTS.items():
+        if slot in entry:
+            label, flip = f'{slot} of {pair.theirs!r}', negated and moment == 'trace'
+            collect(columns, moment, pair, label, entry[slot], problems, negated=flip)
+
+
+def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
+    try:
+        step = float(np.asarray(entry['step']))
+    except (KeyError, TypeError, ValueError):
+        step = math.nan
+    if not step >= 0 or step != math.floor(step):
+        problems.add(f'step of {name!r} is missing or no step count')
+        return 0
+    return int(step)
+
+
+def to_torch(
+    state: Any,
+    params: Any,
+    mapping: Iterable[Pair],
+    param_groups: Sequence[Mapping[str, Any]],
+    *,
+    names: Sequence[str] | None = None,
+    fresh: Collection[str] = (),
+    lr_in_momentum: bool = False,
+    as_tensor: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
+    """A dictionary that `optimizer.load_state_dict` of `torch.optim.RMSprop` takes.
+
+    Args:
+      state: The state of our transformation.
+      params: Our parameters.
+      mapping: The pairs.
+      param_groups: `optimizer.state_dict()['param_groups']` of the optimizer that is to go on. They
+        say how it numbers its parameters, and are passed on as they are. They must be its own:
+        `load_state_dict` does not look at names or shapes.
+      names: The parameters' names in the optimizer's order, unless the groups have them.
+      fresh: Names of parameters in the groups that we keep no moments for.
+      lr_in_momentum: As for `from_torch`.
+      as_tensor: Applied to every array: `torch.from_numpy` for a dictionary to load.
+
+    Returns:
+      `{'state': {number: {'step', 'square_avg', ...}}, 'param_groups': [...]}`.
+
+    Raises:
+      InterchangeError: Listing every parameter without moments, moment without a parameter, and
+        group whose `momentum` or `centered` does not go with our moments.
+    """
+    problems = Problems('the state cannot be written for PyTorch')
+    pairs, leaves = paired(mapping, params, problems)
+    by_name = {pair.theirs: path for path, pair in pairs.items()}
+    moments = read(state, problems)
+    parameters = numbered(param_groups, names, problems)
+    if len(moments.counts) != 1:
+        problems.add(f'the state has step counts {sorted(moments.counts)}, and PyTorch has one')
+    for path in sorted(moments.weights):
+        problems.add(f'{path!r} is bias-corrected, which PyTorch has not')
+    for moment, column in moments.columns.items():
+        paths = {by_name.get(name) for name, _ in parameters.values()}
+        for path in sorted(column.keys() - paths - {None}):
+            problems.add(f'{moment} of {path!r} belongs to no parameter of the groups')
+        if moment not in _SLOTS and column:
+            problems.add(f'PyTorch keeps no {moment}')
+    entries: dict[Any, dict[str, Any]] = {}
+    step = np.float32(max(moments.counts, default=0))
+    for number, (name, place) in parameters.items():
+        if name not in by_name:
+            problems.add(f'{name!r} is in no pair')
+        elif name not in fresh:
+            pair, path = pairs[by_name[name]], by_name[name]
+            held = {m: column[path] for m, column in moments.columns.items() if path in column}
+            _check_group(name, param_groups[place], held, problems)
+            arrays = _entry(pair, leaves.get(path), held, lr_in_momentum, problems)
+            entries[number] = {
+                key: as_tensor(array) for key, array in ({'step': np.array(step)} | arrays).items()
+            }
+    problems.raise_if_any()
+    return {'state': entries, 'param_groups': [dict(group) for group in param_groups]}
+
+
+def _check_group(
+    name: str, group: Mapping[str, Any], held: Mapping[str, Any], problems: Problems
+) -> None:
+    if 'nu' not in held:
+        problems.add(f'the state has no second moment for {name!r}')
+        return
+    for moment, key in (('trace', 'momentum'), ('mu', 'centered')):
+        wanted = group.get(key)
+        if wanted is not None and bool(np.asarray(wanted) != 0) != (moment in held):
+            has = 'has' if moment in held else 'has no'
+            problems.add(f'{name!r} has {key}={wanted} in its group, but the state {has} {moment}')
+
+
+def _entry(
+    pair: Pair, param: Any, held: Mapping[str, np.ndarray], negated: bool, problems: Problems
+) -> dict[str, np.ndarray]:
+    """One parameter's arrays under PyTorch's names, with its axes and signs."""
+    entry: dict[str, np.ndarray] = {}
+    for moment, slot in _SLOTS.items():
+        if moment not in held or param is None:
+            continue
+        array, label = held[moment], f'{moment} of {pair.ours!r}'
+        if np.iscomplexobj(param) and not np.iscomplexobj(array):
+            if array.shape != (*param.shape, 2):
+                problems.add(f'{label} is one for real and imaginary parts, PyTorch has two')
+                continue
+            array = array[..., 0] + 1j * array[..., 1]
+        turned = laid_out(label, pair.layout.to_theirs, array, problems)
+        if turned is not None:
+            flip = negated and moment == 'trace'
+            entry[slot] = np.array(-turned if flip else turned, order='C')
+    return entry

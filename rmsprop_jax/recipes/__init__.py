@@ -1,0 +1,60 @@
+"""Published set-ups that train with RMSProp: as data, and each as one function.
+
+A function returns the whole chain of its source: clipping, the dialect, the schedule, and weight
+decay. Where a TensorFlow source adds `weight_decay * l2_loss(p)` to its loss, that is `weight_decay
+p` added to the gradient, since `l2_loss` has a factor 1/2; the chain adds it before the dialect, so
+that your loss must not contain it. Nothing stands here that was not read in the named source, or,
+where a recipe says 'second-hand', in someone's account of it.
+
+**The loss's reduction is part of a recipe.** RMSProp is blind to the scale of gradients only as far
+as epsilon is small. A loss that is averaged over k terms, where the source sums them, has gradients
+k times smaller, and takes the same steps only with the start value of the second moment and an
+epsilon inside the root divided by k^2, and an epsilon outside it, a clipping norm and a coupled
+weight decay divided by k. Recipes whose source sums have an argument `mean_over`, which does that.
+
+Some sources evaluate an average of the weights. It is not part of an optimizer: keep it beside one
+with `ema_init` and `ema_update`.
+
+Example:
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from rmsprop_jax import recipes
+  >>> tx = recipes.efficientnet(steps_per_epoch=100, batch_size=2048)
+  >>> params = {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.zeros(3)}}
+  >>> average, state = recipes.ema_init(params), tx.init(params)
+  >>> for step in range(3):
+  ...     gradients = jax.tree.map(jnp.ones_like, params)
+  ...     updates, state = tx.update(gradients, state, params)
+  ...     params = optax.apply_updates(params, updates)
+  ...     average = recipes.ema_update(average, params, step + 1, decay=0.9999)
+  >>> bool(params['dense']['bias'][0] < average['dense']['bias'][0] < 0)
+  True
+"""
+
+from rmsprop_jax.recipes._agents import a3c as a3c
+from rmsprop_jax.recipes._agents import baselines_a2c as baselines_a2c
+from rmsprop_jax.recipes._agents import dopamine_dqn as dopamine_dqn
+from rmsprop_jax.recipes._agents import dqn_nature as dqn_nature
+from rmsprop_jax.recipes._agents import impala_atari as impala_atari
+from rmsprop_jax.recipes._agents import impala_dmlab as impala_dmlab
+from rmsprop_jax.recipes._agents import impala_dmlab30 as impala_dmlab30
+from rmsprop_jax.recipes._agents import sb3_a2c as sb3_a2c
+from rmsprop_jax.recipes._agents import sb3_a2c_tf_like as sb3_a2c_tf_like
+from rmsprop_jax.recipes._average import ema_init as ema_init
+from rmsprop_jax.recipes._average import ema_update as ema_update
+from rmsprop_jax.recipes._masks import describe_mask as describe_mask
+from rmsprop_jax.recipes._masks import slim_decay_mask as slim_decay_mask
+from rmsprop_jax.recipes._masks import tensorflow_decay_mask as tensorflow_decay_mask
+from rmsprop_jax.recipes._masks import timm_decay_mask as timm_decay_mask
+from rmsprop_jax.recipes._networks import efficientnet as efficientnet
+from rmsprop_jax.recipes._networks import efficientnet_timm as efficientnet_timm
+from rmsprop_jax.recipes._networks import graves as graves
+from rmsprop_jax.recipes._networks import inception_v3 as inception_v3
+from rmsprop_jax.recipes._networks import mnasnet as mnasnet
+from rmsprop_jax.recipes._networks import mobilenet_v2 as mobilenet_v2
+from rmsprop_jax.recipes._networks import mobilenet_v3_timm as mobilenet_v3_timm
+from rmsprop_jax.recipes._networks import wgan as wgan
+from rmsprop_jax.recipes._networks import wgan_clamp as wgan_clamp
+from rmsprop_jax.recipes._records import RECIPES as RECIPES
+from rmsprop_jax.recipes._records import Recipe as Recipe
+from rmsprop_jax.recipes._records import Staircase as Staircase
+from rmsprop_jax.recipes._records import table as table

@@ -1,0 +1,214 @@
+"""Recipes from reinforcement learning."""
+
+import math
+from typing import Any
+
+import optax
+
+from rmsprop_jax import dialects
+from rmsprop_jax._optimizer import in_accumulator_precision, rmsprop
+from rmsprop_jax._transforms import clip_global_norm
+from rmsprop_jax._types import checked_steps
+from rmsprop_jax.recipes import _records
+from rmsprop_jax.recipes._records import Recipe
+from rmsprop_jax.recipes._schedules import linear_to_zero
+
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+def dqn_nature(*, mean_over: int = 1) -> Optimizer:
+    """DQN of 2015 as its Lua code runs it: centered, without a velocity, epsilon of a summed loss.
+
+    ::
+
+        m <- 0.95 m + 0.05 g;  n <- 0.95 n + 0.05 g^2         from 0
+        p <- p - 2.5e-4 g / sqrt(n - m^2 + 0.01)
+
+    The gradient is that of a sum over 32 transitions, each with its TD error clipped to [-1, 1]:
+    half its square, linear beyond 1. The paper's table calls 0.95 a 'gradient momentum'; it is the
+    decay of `m`. The learning rate stays, and there is no weight cost: `run_gpu` sets neither.
+
+    Args:
+      mean_over: Over how many terms your loss averages where the source sums them: 32 for a mean
+        over the batch, which makes epsilon 0.01 / 32^2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> errors = lambda p: optax.losses.huber_loss(p * jnp.arange(32.0), 1.0)
+      >>> p = jnp.array(0.25)
+      >>> steps = []
+      >>> for reduction, mean_over in ((jnp.sum, 1), (jnp.mean, 32)):
+      ...     tx = recipes.dqn_nature(mean_over=mean_over)
+      ...     g = jax.grad(lambda p: reduction(errors(p)))(p)
+      ...     steps.append(tx.update(g, tx.init(p))[0])
+      >>> bool(jnp.allclose(*steps, rtol=1e-5))
+      True
+
+    Source: kuz/DeepMind-Atari-Deep-Q-Learner 54978fa, dqn/NeuralQLearner.lua: `qLearnMinibatch`
+    (update), `getQUpdate` (clipping), `__init` (defaults); run_gpu (`lr`, `minibatch_size`).
+    """
+    r, terms = _records.DQN_NATURE, checked_steps('mean_over', mean_over, least=1)
+    return rmsprop(r.learning_rate, r.decay, r.eps / terms**2, centered=r.centered)
+
+
+def dopamine_dqn() -> Optimizer:
+    """Dopamine's DQN with the settings of 2015: `dialects.tensorflow`, epsilon of a mean loss.
+
+    Learning rate 2.5e-4, decay 0.95, epsilon 1e-5 inside the root, centered. The loss is the mean
+    of a Huber loss over 32 transitions; 1e-5 is near 0.01 / 32^2, see `dqn_nature`. Its second
+    moment starts at one, where the code of 2015 starts at zero.
+
+    Source: google/dopamine a804d3c, dopamine/tf/agents/dqn/configs/dqn_nature.gin, lines 17-23, and
+    a13d583, dopamine/tf/agents/dqn/dqn_agent.py, `_build_train_op`.
+    """
+    r = _records.DOPAMINE_DQN
+    return dialects.tensorflow(r.learning_rate, r.decay, r.momentum, r.eps, centered=r.centered)
+
+
+def a3c(*, total_frames: float, frames_per_update: float, max_norm: float | None) -> Optimizer:
+    """A3C, second-hand: RMSProp whose learning rate falls from 7e-4 to zero.
+
+    ::
+
+        g  <- g min(1, max_norm / norm)
+        nu <- 0.99 nu + 0.01 g^2
+        p  <- p - learning_rate g / sqrt(nu + 0.1)
+
+    All threads updated one `nu`. The accounts do not say where it starts (here at zero) nor how the
+    loss is reduced, to which epsilon belongs.
+
+    Args:
+      total_frames: At how many frames, of all threads together, the learning rate is zero.
+      frames_per_update: How many frames lie between two updates.
+      max_norm: The largest norm of all gradients together. One account of the authors' e-mails has
+        40, the other mentions no clipping, which is None.
+
+    Source: the wiki of muupan/async-rl (values, schedule); miyosuda/async_deep_reinforce#1 (the
+    same values, and clipping).
+    """
+    r = _records.A3C
+    rate = _falling(r, total_frames, frames_per_update)
+    step = rmsprop(rate, r.decay, r.eps)
+    return step if max_norm is None else _chain(clip_global_norm('max_norm', max_norm), step)
+
+
+def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
+    """A2C of OpenAI Baselines: gradients clipped, then `dialects.tensorflow`, falling rate.
+
+    The norm of all gradients is at most 0.5, decay is 0.99, epsilon 1e-5 inside the root. The
+    learning rate falls from 7e-4 to zero, and an update uses what holds at the last step of its
+    batch: the source asks its scheduler once for each step and keeps the last answer. The loss is a
+    mean over the batch.
+
+    Args:
+      total_timesteps: Environment steps of the whole training; the source's default is 80e6.
+      batch_size: Environment steps in an update: environments times 5 by default.
+
+    Source: openai/baselines 015dc21, baselines/a2c/a2c.py, `Model.__init__` and `train` in it; and
+    45c0b17, baselines/a2c/utils.py, `Scheduler` and `linear`.
+    """
+    r = _records.BASELINES_A2C
+    total, share = ('total_timesteps', total_timesteps), ('batch_size', batch_size)
+    rate = linear_to_zero(r.learning_rate, total, share, last_of_share=True)
+    step = dialects.tensorflow(rate, r.decay, r.momentum, r.eps)
+    return _chain(clip_global_norm('max_norm', r.max_norm), step)
+
+
+def sb3_a2c() -> Optimizer:
+    """A2C of Stable-Baselines3: `torch.nn.utils.clip_grad_norm_` and `torch.optim.RMSprop`.
+
+    Norm at most 0.5, constant learning rate 7e-4, decay 0.99, epsilon 1e-5 outside the root. The
+    loss is a mean over the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> tx = recipes.sb3_a2c()
+      >>> update, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))  # clipped: 0.3, 0.4
+      >>> [round(float(u), 6) for u in update]  # -7e-4 / 0.1
+      [-0.006998, -0.006998]
+
+    Source: DLR-RM/stable-baselines3 0574e58, stable_baselines3/a2c/a2c.py, `A2C.__init__` and
+    `A2C.train`.
+    """
+    r = _records.SB3_A2C
+    step = dialects.torch(r.learning_rate, r.decay, r.eps)
+    return _chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+
+
+def sb3_a2c_tf_like() -> Optimizer:
+    """`sb3_a2c` with `RMSpropTFLike` and epsilon 1e-5, now inside the root; start value one.
+
+    This is what the manual of Stable-Baselines3 advises for matching its TensorFlow predecessor.
+
+    Source: DLR-RM/stable-baselines3 46449ad, docs/modules/a2c.md, the first warning; decay is the
+    optimizer's default.
+    """
+    r = _records.SB3_A2C_TF_LIKE
+    step = dialects.stable_baselines3(r.learning_rate, r.decay, r.eps)
+    return _chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+
+
+def impala_dmlab(*, total_frames: float, frames_per_update: float, mean_over: int = 1) -> Optimizer:
+    """IMPALA on a level of DeepMind Lab: `dialects.tensorflow`, a rate that falls, no clipping.
+
+    The learning rate falls from 4.8e-4 to zero with the frames; decay is 0.99, epsilon 0.1 inside
+    the root. The loss is a sum over 32 unrolls and their 100 steps.
+
+    Args:
+      total_frames: Frames of the whole training; the source's default is 1e9.
+      frames_per_update: Unrolls in a batch, times steps, times action repeats: 12800 in the source.
+      mean_over: Over how many terms your loss averages where the source sums them: 3200 for a mean
+        over all steps of all unrolls. Divides epsilon and the start value by its square.
+
+    Source: google-deepmind/scalable_agent 103308a, experiment.py, optimizer flags, `build_learner`,
+    `compute_policy_gradient_loss`; 1e70452, README.md (batch of 32).
+    """
+    return _impala(_records.IMPALA_DMLAB, total_frames, frames_per_update, mean_over)
+
+
+def impala_dmlab30(
+    *, total_frames: float, frames_per_update: float, mean_over: int = 1
+) -> Optimizer:
+    """`impala_dmlab` with the learning rate for all of DMLab-30, 3.19e-4 at first.
+
+    Arguments are those of `impala_dmlab`; the source trains for 1e10 frames.
+
+    Source: google-deepmind/scalable_agent 1e70452, README.md, 'Distributed Training on DMLab-30'.
+    """
+    return _impala(_records.IMPALA_DMLAB30, total_frames, frames_per_update, mean_over)
+
+
+def impala_atari(*, total_frames: float, frames_per_update: float, mean_over: int = 1) -> Optimizer:
+    """IMPALA on Atari, second-hand: learning rate from 6e-4, epsilon 0.01, norm at most 40.
+
+    The account gives these and decay 0.99; dialect, linear schedule and summed loss are taken over
+    from `impala_dmlab`, which is the same authors' code.
+
+    Arguments are those of `impala_dmlab`; `mean_over` divides the norm, too.
+
+    Source: google-deepmind/optax#532.
+    """
+    return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over)
+
+
+def _impala(r: Recipe, total_frames: float, frames_per_update: float, mean_over: int) -> Optimizer:
+    terms = checked_steps('mean_over', mean_over, least=1)
+    rate = _falling(r, total_frames, frames_per_update)
+    # dialects.tensorflow, but for the start value, which has the unit of epsilon.
+    step = rmsprop(
+        rate, r.decay, r.eps / terms**2, initial_scale=1.0 / terms**2, momentum=r.momentum
+    )
+    if math.isinf(r.max_norm):
+        return step
+    return _chain(clip_global_norm('max_norm', r.max_norm / terms), step)
+
+
+def _falling(r: Recipe, total_frames: Any, frames_per_update: Any) -> Any:
+    total, share = ('total_frames', total_frames), ('frames_per_update', frames_per_update)
+    return linear_to_zero(r.learning_rate, total, share)
+
+
+def _chain(*steps: optax.GradientTransformation) -> Optimizer:
+    return in_accumulator_precision(optax.chain(*steps))

@@ -1,0 +1,101 @@
+"""Which parameters decay, by the paths of a tree, in a form that can be printed and checked."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
+
+BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
+DEPTHWISE = r'depthwise'
+
+
+def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
+    """Everything but batch normalisation: the rule of the EfficientNet and MnasNet code.
+
+    That code leaves out variables with 'batch_normalization' in their name; biases of other layers
+    do decay. Here a variable is left out if a part of its path matches a pattern, which finds
+    `BatchNorm_0`, `batch_normalization_3`, `bn`, `bn1` and `expand_bn`. A layer called `norm` is
+    not recognised: pass another pattern, with `functools.partial`, and look at `describe_mask`.
+
+    Args:
+      params: Any tree of arrays, or of their shapes: dictionaries, Flax variables, `nnx.State`.
+      batch_norm: A regular expression, searched in each part of a path, in upper or lower case.
+
+    Returns:
+      A tree of booleans like `params`, True for what decays.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> params = {'bn1': {'scale': jnp.ones(4)}, 'dense': {'bias': jnp.ones(4)}}
+      >>> recipes.tensorflow_decay_mask(params)
+      {'bn1': {'scale': False}, 'dense': {'bias': True}}
+    """
+    return tree_map_with_path(lambda path, _: not _matches(batch_norm, path), params)
+
+
+def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
+    """Weights of convolutions, depthwise ones excepted, and of dense layers: TF-Slim's rule.
+
+    That is, arrays of at least two axes whose path does not match `depthwise`, a regular expression
+    searched as in `tensorflow_decay_mask`. Name the depthwise layers so, or pass their names.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        return np.ndim(leaf) >= 2 and not _matches(depthwise, path)
+
+    return tree_map_with_path(decays, params)
+
+
+def timm_decay_mask(params: Any) -> Any:
+    """Arrays of at least two axes that are not called `bias`: the rule of timm."""
+    return tree_map_with_path(
+        lambda path, leaf: np.ndim(leaf) >= 2 and _parts(path)[-1:] != ['bias'], params
+    )
+
+
+def describe_mask(params: Any, mask: Any) -> str:
+    """A line for each parameter: its path, its shape, and whether it decays.
+
+    Args:
+      params: Any tree of arrays.
+      mask: What an optimizer takes as `mask`: a function of the parameters, a tree of booleans like
+        them or a prefix of it, or None for all.
+
+    Raises:
+      TypeError: If the mask holds anything but booleans.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> params = {'conv': {'kernel': jnp.ones((3, 3, 1, 8)), 'bias': jnp.ones(8)}}
+      >>> print(recipes.describe_mask(params, recipes.timm_decay_mask))
+      conv/bias    (8,)          not decayed
+      conv/kernel  (3, 3, 1, 8)  decayed
+    """
+    chosen = mask(params) if callable(mask) else mask
+    leaves = tree_flatten_with_path(params)[0]
+    flags = [True] * len(leaves)
+    if chosen is not None:
+        flags = jax.tree.leaves(jax.tree.broadcast(chosen, params))
+    rows = []
+    for (path, leaf), decays in zip(leaves, flags, strict=True):
+        name = '/'.join(_parts(path))
+        if not isinstance(decays, bool):
+            raise TypeError(f'mask must be True or False for {name}, got {decays!r}.')
+        rows.append((name, str(np.shape(leaf)), 'decayed' if decays else 'not decayed'))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return '\n'.join(f'{a:{widths[0]}}  {b:{widths[1]}}  {c}' for a, b, c in rows)
+
+
+def _matches(pattern: str, path: Any) -> bool:
+    return any(re.search(pattern, part, re.IGNORECASE) for part in _parts(path))
+
+
+def _parts(path: Any) -> list[str]:
+    """The names on the way to a leaf, without the `value` that nnx's variables add."""
+    if len(path) > 1 and path[-1] == GetAttrKey('value'):
+        path = path[:-1]
+    return [keystr((key,), simple=True) for key in path]

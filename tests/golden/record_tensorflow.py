@@ -1,0 +1,144 @@
+"""Keras 3, the Keras of TensorFlow 2.0 to 2.10, TensorFlow 1 and Sonnet 2."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import sonnet
+import tensorflow as tf
+import tf_keras
+from golden.problems import Arrays, Problem, learning_rates
+from golden.recording import Configuration, Step, main, signature
+
+
+class Tabulated(keras.optimizers.schedules.LearningRateSchedule):
+    """Looks the learning rate of a step up."""
+
+    def __init__(self, rates: np.ndarray):
+        self.rates = tf.constant(rates)
+
+    def __call__(self, step: Any) -> Any:
+        return tf.gather(self.rates, tf.cast(step, 'int64'))
+
+
+class LegacyTabulated(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """The same for the older Keras."""
+
+    def __init__(self, rates: np.ndarray):
+        self.rates = tf.constant(rates)
+
+    def __call__(self, step: Any) -> Any:
+        return tf.gather(self.rates, tf.cast(step, 'int64'))
+
+
+def gradients_at(given: Problem, number: int) -> dict[str, Any]:
+    """The gradients of a step, in rows where the problem has rows."""
+    found = {n: tf.constant(g[number]) for n, g in given.gradients.items()}
+    if given.rows:
+        indices, values = given.rows[number]
+        shape = tf.constant(given.params['table'].shape, tf.int64)
+        found['table'] = tf.IndexedSlices(tf.constant(values), tf.constant(indices), shape)
+    return found
+
+
+def values(variables: dict[str, Any]) -> Arrays:
+    return {n: np.array(v.numpy()) for n, v in variables.items()}
+
+
+def start_keras(configuration: Configuration, given: Problem) -> Step:
+    keras.config.set_floatx(configuration['dtype'])
+    rates = learning_rates(configuration)
+    options = dict(configuration['options'])
+    if rates is not None:
+        options['learning_rate'] = Tabulated(rates)
+    tx = keras.optimizers.RMSprop(**options)
+    variables = {n: keras.Variable(p) for n, p in given.params.items()}
+    if configuration.get('exclude'):
+        tx.exclude_from_weight_decay([variables[n] for n in configuration['exclude']])
+    tx.build(list(variables.values()))
+
+    def step(number: int) -> Arrays:
+        found = gradients_at(given, number)
+        tx.apply([found[n] for n in variables])
+        result = values(variables)
+        if tx.use_ema:
+            averages = tx._model_variables_moving_average
+            result |= {f'average {n}': a.numpy() for n, a in zip(variables, averages, strict=True)}
+        return result
+
+    return step
+
+
+def start_keras_legacy(configuration: Configuration, given: Problem) -> Step:
+    rates = learning_rates(configuration)
+    options = dict(configuration['options'])
+    if rates is not None:
+        options['learning_rate'] = LegacyTabulated(rates)
+    tx = tf_keras.optimizers.legacy.RMSprop(**options)
+    return apply_gradients(tx, given)
+
+
+def start_tensorflow(configuration: Configuration, given: Problem) -> Step:
+    rates = learning_rates(configuration)
+    options = dict(configuration['options'])
+    current = {'number': 0}
+    if rates is not None:
+        options['learning_rate'] = lambda: float(rates[current['number']])
+    tx = tf.compat.v1.train.RMSPropOptimizer(**options)
+    inner = apply_gradients(tx, given)
+
+    def step(number: int) -> Arrays:
+        current['number'] = number
+        return inner(number)
+
+    return step
+
+
+def apply_gradients(tx: Any, given: Problem) -> Step:
+    variables = {n: tf.Variable(p) for n, p in given.params.items()}
+
+    def step(number: int) -> Arrays:
+        found = gradients_at(given, number)
+        tx.apply_gradients([(found[n], v) for n, v in variables.items()])
+        return values(variables)
+
+    return step
+
+
+def start_sonnet(configuration: Configuration, given: Problem) -> Step:
+    rates = learning_rates(configuration)
+    tx = sonnet.optimizers.RMSProp(**({'learning_rate': 0.0} | configuration['options']))
+    variables = {n: tf.Variable(p) for n, p in given.params.items()}
+
+    def step(number: int) -> Arrays:
+        if rates is not None:
+            tx.learning_rate = float(rates[number])
+        found = gradients_at(given, number)
+        tx.apply([found[n] for n in variables], list(variables.values()))
+        return values(variables)
+
+    return step
+
+
+def legacy_signature() -> dict[str, str]:
+    """With the keyword arguments that the base class takes out of `**kwargs`."""
+    extra = ('clipnorm', 'clipvalue', 'global_clipnorm', 'decay', 'lr')
+    return signature(tf_keras.optimizers.legacy.RMSprop) | dict.fromkeys(extra, 'in kwargs')
+
+
+if __name__ == '__main__':
+    main(
+        {
+            'keras': start_keras,
+            'keras_legacy': start_keras_legacy,
+            'tensorflow': start_tensorflow,
+            'sonnet': start_sonnet,
+        },
+        {
+            'keras': signature(keras.optimizers.RMSprop),
+            'keras_legacy': legacy_signature(),
+            'tensorflow': signature(tf.compat.v1.train.RMSPropOptimizer),
+            'sonnet': signature(sonnet.optimizers.RMSProp.__init__),
+        },
+        ('tensorflow_cpu', 'keras', 'tf-keras', 'dm-sonnet', 'numpy'),
+    )
