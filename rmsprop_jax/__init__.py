@@ -1,7 +1,6 @@
 """RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
 
 from rmsprop_jax import dialects as dialects
-from rmsprop_jax import interchange as interchange
 from rmsprop_jax import recipes as recipes
 from rmsprop_jax._momentum import TraceState as TraceState
 from rmsprop_jax._momentum import trace as trace

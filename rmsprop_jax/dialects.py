@@ -500,8 +500,7 @@ def mxnet(
       clip_gradient: Largest magnitude of a gradient's entry.
       mask: What decays.
 
-    Source: MXNet 2 (python/mxnet/optimizer/rmsprop.py, src/operator/optimizer_op-inl.h), read and
-    not run: it cannot be installed today.
+    Source: MXNet 2.0.0b1, python/mxnet/optimizer/rmsprop.py and src/operator/optimizer_op-inl.h.
     """
     prepare = (
         rescale('rescale_grad', rescale_grad),
@@ -534,7 +533,7 @@ def mxnet1(
 
     Arguments are those of `mxnet`; `rho` is called `gamma1` and `momentum` is called `gamma2`.
 
-    Source: MXNet 1 before its commit f70c7b7b1e of February 2020, read and not run.
+    Source: MXNet 1.9.1, python/mxnet/optimizer/optimizer.py and src/operator/optimizer_op-inl.h.
     """
     prepare = (
         rescale('rescale_grad', rescale_grad),

@@ -25,6 +25,7 @@ FLOAT32_HYPERPARAMETERS = {
     'tensorflow': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
     'sonnet': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
     'mxnet': _MXNET | {'rho', 'momentum'},
+    'mxnet_unfused': {'clip_weights', 'clip_gradient'},
     'mxnet1': _MXNET | {'gamma1', 'gamma2'},
     'paddle': {'rho', 'momentum', 'epsilon'},
     'mlx': {'learning_rate'},

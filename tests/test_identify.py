@@ -122,13 +122,13 @@ def tally(runs: list[Recorded]) -> Counter[str]:
 
 def few(framework: str) -> list[Recorded]:
     """Some runs of at most 16 steps, which share their compiled programs."""
-    return [run for run in recorded(framework) if len(run.arrays['learning_rate']) <= 16][:3]
+    return [run for run in recorded(framework) if len(run.arrays['learning_rate']) <= 16][:2]
 
 
 @pytest.mark.parametrize('framework', FRAMEWORKS)
 def test_recorded_runs_are_identified(framework: str):
     counts = tally(few(framework))
-    assert counts['right'] >= 10
+    assert counts['right'] >= 8
     assert not counts['open'], counts
 
 

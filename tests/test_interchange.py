@@ -450,6 +450,15 @@ def test_a_count_can_be_given_where_steps_differ():
     assert state[0].count == 2**31 - 1
 
 
+@pytest.mark.parametrize('step', [None, np.inf, np.nan, -1, 1.5, 'seven', np.zeros(2)])
+def test_a_step_that_counts_nothing_is_refused(step: Any):
+    theirs = _theirs(step=step)
+    found = _problems(lambda: interchange.from_torch(theirs, _schedules(), _params(), _fc()))
+    assert found == tuple(
+        f'step of {name!r} is missing or no step count' for name in ('fc.weight', 'fc.bias')
+    )
+
+
 def test_groups_of_another_optimizer_are_refused():
     theirs, params = _theirs(), _params()
     theirs['param_groups'][0] |= {'lr_in_momentum': True, 'alpha': 2.0}

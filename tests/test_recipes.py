@@ -192,7 +192,7 @@ RATES = [
         },
     ),
     ('mobilenet_v2', MOBILENET, {4169: 0.36, 4170: 0.3528}),
-    # Within an epoch the rate stays; in floating point 36 / 2.4 may be below 15.
+    # Within an epoch the rate stays; 36 / 2.4 must not be rounded to below 15.
     (
         'efficientnet_timm',
         B2,

@@ -130,6 +130,8 @@ def replay(
     branches = [functools.partial(direction, n) for n in range(len(FORMS))]
 
     def accelerate(u: Any, state: Any) -> tuple[jax.Array, Any]:
+        ahead: Any
+        ahead: Any
         ahead, state = momenta.update(u, state)
         return jnp.where(switches.nesterov == 1, ahead, state.trace), state
 

@@ -173,7 +173,7 @@ def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
         step = float(np.asarray(entry['step']))
     except (KeyError, TypeError, ValueError):
         step = math.nan
-    if not step >= 0 or step != math.floor(step):
+    if not math.isfinite(step) or step < 0 or step % 1:
         problems.add(f'step of {name!r} is missing or no step count')
         return 0
     return int(step)

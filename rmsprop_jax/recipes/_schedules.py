@@ -52,9 +52,7 @@ def staircase(peak: float, stairs: Staircase, steps_per_epoch: Any) -> Callable[
         taken = _real(count)
         # optax.linear_schedule subtracts from one, which costs the first steps of a long warm-up
         # half of their digits; optax.join_schedules would count the decay from the warm-up's end.
-        return (
-            jnp.where(count < warm, peak * (taken / warm), decay(taken)) if warm else decay(taken)
-        )
+        return jnp.where(count < warm, peak * (taken / max(warm, 1)), decay(taken))
 
     return schedule
 
@@ -66,7 +64,8 @@ def staircase_by_epoch(
     epoch = checked_steps('steps_per_epoch', steps_per_epoch, least=1)
     warm = checked_steps('warmup_epochs', warmup_epochs, least=0)
     # Epochs divided by 2.4 are rounded down. In whole numbers, 5 / 12 of them, that is exact; in
-    # floating point 36 / 2.4 may come out below 15, and the drop would be an epoch late.
+    # floating point it depends on the compiler whether 36 / 2.4 comes out below 15, and the drop an
+    # epoch late.
     between = fractions.Fraction(stairs.epochs).limit_denominator(1000)
     decay = optax.exponential_decay(peak, 1, stairs.factor)
     start = stairs.warm_up_from
