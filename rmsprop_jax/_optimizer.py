@@ -101,8 +101,7 @@ def rmsprop(
     if momentum is not None:
         steps.append(trace(decay_rate('momentum', momentum).value, nesterov))
     if weight_decay is not None and not is_absent(weight_decay):
-        decay_weights = subtract_decayed_weights(learning_rate, weight_decay)
-        steps.append(decay_weights if mask is None else optax.masked(decay_weights, mask))
+        steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
     return in_accumulator_precision(optax.chain(*steps))
 
 
@@ -128,9 +127,12 @@ class DecoupledDecayState(NamedTuple):
 
 
 def subtract_decayed_weights(
-    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule
+    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Any = None
 ) -> optax.GradientTransformation:
-    """`u <- u - learning_rate weight_decay p`, where `u` carries its learning rate already."""
+    """`u <- u - learning_rate weight_decay p`, where `u` carries its learning rate already.
+
+    `mask` chooses what decays, as for `optax.add_decayed_weights`; None means all.
+    """
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     strength = Hyperparameter('weight_decay', weight_decay)
 
@@ -152,7 +154,8 @@ def subtract_decayed_weights(
         new_updates = jax.tree.map(leaf, updates, params)
         return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(init, update)
+    decay = optax.GradientTransformation(init, update)
+    return decay if mask is None else optax.masked(decay, mask)
 
 
 def in_accumulator_precision(

@@ -645,8 +645,7 @@ def _decoupled_decay(
     def corrected(count: ArrayLike) -> Any:
         return decay.at(count) * (rate.at(count) / peak)
 
-    step = subtract_decayed_weights(lr, weight_decay if peak is None else corrected)
-    return step if mask is None else optax.masked(step, mask)
+    return subtract_decayed_weights(lr, weight_decay if peak is None else corrected, mask)
 
 
 def _inverse_time_decay(learning_rate: ScalarOrSchedule, decay: ScalarOrSchedule) -> Any:

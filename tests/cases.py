@@ -24,7 +24,6 @@ class Case:
       needs_params: Whether `update` must be given the parameters.
       elementwise: Whether each entry is treated by itself, so that leaves and shards may be split.
       real_only: Whether it makes no sense for complex arrays.
-      strict: Whether it runs under strict dtype promotion (`optax.MultiSteps` does not).
       rewrites_params: Whether its updates lead to parameters of its own, in their dtype.
       every: How many calls make a step.
     """
@@ -36,7 +35,6 @@ class Case:
     needs_params: bool = False
     elementwise: bool = True
     real_only: bool = False
-    strict: bool = True
     rewrites_params: bool = False
     every: int = 1
 
@@ -135,7 +133,6 @@ CASES = (
         needs_params=True,
         elementwise=False,
         real_only=True,
-        strict=False,
         rewrites_params=True,
         every=2,
     ),

@@ -92,9 +92,8 @@ def test_narrow_gradients_of_wide_parameters(case):
 
 @each_case
 def test_float64_and_strict_promotion(case):
-    promotion = 'strict' if case.strict else 'standard'
     dtypes = (jnp.float64, jnp.float32) if case.real_only else (jnp.float64, jnp.complex128)
-    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
         for dtype in dtypes:
             params = tree(dtype)
             tx = case.make()
