@@ -12,7 +12,7 @@ FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
 PARITY := $(CURDIR)/build/parity
 RECORD = cd tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3
 
-.PHONY: help demo test check format notebooks golden parity clean
+.PHONY: help demo test slow check format notebooks golden parity clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -22,7 +22,10 @@ demo: $(VENV)/.demo  ## Train a network on handwritten digits into demo-output/ 
 	$(BIN)/python -m rmsprop_jax.demo $(or $(ARGS),--overwrite)
 
 test: $(VENV)/.test  ## Run the test suite and the doctests (ARGS="-k name" for a part)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+
+slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
+	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
