@@ -2,14 +2,15 @@
 
 from rmsprop_jax import dialects as dialects
 from rmsprop_jax import recipes as recipes
-from rmsprop_jax._momentum import TraceState as TraceState
+from rmsprop_jax import storage as storage
 from rmsprop_jax._momentum import trace as trace
 from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams
 from rmsprop_jax._optimizer import rmsprop as rmsprop
-from rmsprop_jax._precondition import RmsState as RmsState
 from rmsprop_jax._precondition import scale_by_rms as scale_by_rms
 from rmsprop_jax._precondition import scale_by_stddev as scale_by_stddev
 from rmsprop_jax._reset import reset as reset
+from rmsprop_jax._types import RmsState as RmsState
 from rmsprop_jax.identify import identify_dialect as identify_dialect
 
 __version__ = '0.1.0'
+from rmsprop_jax._types import TraceState as TraceState

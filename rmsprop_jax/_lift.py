@@ -4,79 +4,120 @@ Every leaf is visited once per update, in one flatten and one unflatten of the g
 every complaint names the offending leaf by its path.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten_with_path
-from jax.typing import DTypeLike
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+from jax.typing import ArrayLike
 
 from rmsprop_jax._types import real_dtype, wide_dtype
+from rmsprop_jax.storage._choice import Storage, format_of
+from rmsprop_jax.storage._formats import Format
 
 KeyPath = tuple[Any, ...]
 
 
-def init_like(params: Any, fill: Any, *, real: bool = False) -> Any:
-    """A tree shaped, sharded and placed like `params`, filled with one number, in float32 or wider.
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """What is kept for each entry of the parameters between steps.
 
-    Args:
-      params: Any tree of floating or complex arrays (or `jax.ShapeDtypeStruct`s).
-      fill: A scalar, possibly traced.
-      real: Whether complex parameters get a real leaf.
+    Attributes:
+      name: `nu`, `mu`, `var` or `trace`.
+      real: Whether it is real even where parameters are complex.
+      storage: Which format keeps which leaf; None means float32.
     """
 
-    def leaf(path: KeyPath, param: Any) -> jax.Array:
-        dtype = wide_dtype(_inexact_dtype(f'params{keystr(path)}', param))
-        return _full_like(param, fill, real_dtype(dtype) if real else dtype)
+    name: str
+    real: bool = False
+    storage: Storage | None = None
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    def init(self, params: Any, fill: Any) -> Any:
+        """The statistic of one number everywhere, sharded and placed like `params`.
+
+        Args:
+          params: Any tree of floating or complex arrays (or `jax.ShapeDtypeStruct`s).
+          fill: A scalar, possibly traced.
+        """
+
+        def leaf(path: KeyPath, param: Any) -> Any:
+            dtype = self.dtype(f'params{keystr(path)}', param)
+            return self.format(path, param, dtype).init(param, fill, dtype)
+
+        return tree_map_with_path(leaf, params)
+
+    def dtype(self, name: str, param: Any) -> np.dtype:
+        """In which it is accumulated for a parameter of that name."""
+        dtype = wide_dtype(_inexact_dtype(name, param))
+        return real_dtype(dtype) if self.real else dtype
+
+    def format(self, path: KeyPath, param: Any, dtype: Any) -> Format:
+        """How the leaf at `path` is kept."""
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        return format_of(self.storage, self.name, keystr(path), jnp.shape(param), is_complex)
+
+
+def init_like(params: Any, fill: Any) -> Any:
+    """A tree shaped, sharded and placed like `params`, of one number, in float32 or wider."""
+    return Statistic('parameters').init(params, fill)
 
 
 def map_leaves(
     step: Callable[..., tuple[jax.Array, ...]],
     updates: Any,
+    moments: Sequence[tuple[Statistic, Any]],
     *,
-    magnitudes: Sequence[Any] = (),
-    means: Sequence[Any] = (),
+    count: ArrayLike,
     params: Any = None,
 ) -> tuple[Any, ...]:
-    """Applies `step` to each leaf of `updates` with its moments; returns a tree of each result.
+    """Applies `step` to each leaf of `updates` with its statistics; returns a tree of each result.
 
     Args:
-      step: Maps a gradient in the moments' precision, and one leaf of each moment, to a tuple: the
-        new update, which is cast to the gradient's dtype, and the new leaf of each moment.
+      step: Maps a gradient and the same leaf of each statistic, decoded and all in one precision,
+        to a tuple: the new update, which is cast to the gradient's dtype, and the new leaf of each
+        statistic, which is encoded. Its last argument is a list of the formats they are kept in.
       updates: The tree of gradients.
-      magnitudes: Moments that are real even where the gradient is complex.
-      means: Moments that are complex where the gradient is.
+      moments: The statistics and their trees.
+      count: Steps taken so far, of which rounding makes its random bits.
       params: The parameters, where the caller has them: a complex gradient of a real one is
         refused.
 
     Raises:
-      ValueError: If a moment's structure or the shape of one of its leaves differs from the
-        gradients'.
-      TypeError: If a gradient is not floating or complex, or is complex where its moment or
+      ValueError: If a statistic's structure, or the shape or format of one of its leaves, is not
+        what the gradients and its storage ask for.
+      TypeError: If a gradient is not floating or complex, or is complex where its statistic or
         parameter is not.
     """
     leaves, treedef = tree_flatten_with_path(updates)
-    columns = [_match(treedef, updates, moment) for moment in (*magnitudes, *means)]
+    statistics = [statistic for statistic, _ in moments]
+    columns = [_match(treedef, updates, tree) for _, tree in moments]
     # Wrappers may pass any tree as params, so a different one is no error.
     known = params is not None and jax.tree.structure(params) == treedef
     kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
     results = []
-    for (path, g), kind, *moments in zip(leaves, kinds, *columns, strict=True):
-        kindred = [kind, *moments[len(magnitudes) :]]
-        _check_leaf(f'updates{keystr(path)}', g, moments, [x for x in kindred if x is not None])
-        wide = real_dtype(moments[0].dtype)
-        if jnp.iscomplexobj(g):
-            wide = np.promote_types(wide, np.complex64)
-        update, *moments = step(jnp.asarray(g, wide), *moments)
-        results.append((update.astype(jnp.result_type(g)), *moments))
+    for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
+        name = f'updates{keystr(path)}'
+        _check_kind(name, g, [] if kind is None else [kind])
+        formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
+        for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
+            _check_stored(name, g, statistic, kept, leaf)
+        decoded = [kept.decode(leaf) for kept, leaf in zip(formats, stored, strict=True)]
+        wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
+        update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
+        encoded = [
+            kept.encode(x, kept.bits(f'{statistic.name}{keystr(path)}', count, x.shape))
+            for kept, statistic, x in zip(formats, statistics, new, strict=True)
+        ]
+        results.append((update.astype(jnp.result_type(g)), *encoded))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
+
+
+def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
+    return x.astype(np.promote_types(wide, np.complex64) if jnp.iscomplexobj(x) else wide)
 
 
 def widen(tree: Any) -> Any:
@@ -92,18 +133,6 @@ def widen(tree: Any) -> Any:
 def cast_like(tree: Any, like: Any) -> Any:
     """Casts each leaf of `tree` to the dtype of the same leaf of `like`."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
-
-
-def _full_like(param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
-    if not isinstance(param, Tracer):
-        filled = jnp.full(jnp.shape(param), fill, dtype, device=getattr(param, 'sharding', None))
-        # A scalar filled with an array is that array: shared, it could not be donated.
-        return filled.copy() if isinstance(fill, jax.Array) else filled
-    # Under jit a constant does not take part in sharding propagation and would be replicated. An
-    # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
-    # and it stays in the parameter's memory.
-    zeros = lax.convert_element_type(lax.eq(param, param), dtype) * 0
-    return zeros + (lax.convert_element_type(fill, dtype) if isinstance(fill, jax.Array) else fill)
 
 
 def _inexact_dtype(name: str, leaf: Any) -> np.dtype:
@@ -145,12 +174,21 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ', '.join(ordered[:most] + more)
 
 
-def _check_leaf(name: str, g: Any, moments: Sequence[Any], kindred: Sequence[Any]) -> None:
+def _check_stored(name: str, g: Any, statistic: Statistic, kept: Format, stored: Any) -> None:
+    fault = kept.fault(stored, jnp.shape(g))
+    if fault is not None:
+        raise ValueError(
+            f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault}. If the storage has '
+            'changed, use storage.convert.'
+            if 'stored' in fault
+            else f'{name} has shape {jnp.shape(g)}, but the state {fault} there.'
+        )
+    if not statistic.real:
+        _check_kind(name, g, [stored])
+
+
+def _check_kind(name: str, g: Any, kindred: Sequence[Any]) -> None:
     dtype = _inexact_dtype(name, g)
-    for moment in moments:
-        if not hasattr(moment, 'shape') or moment.shape != jnp.shape(g):
-            held = getattr(moment, 'shape', type(moment).__name__)
-            raise ValueError(f'{name} has shape {jnp.shape(g)}, but the state has {held} there.')
     for other in kindred:
         if jnp.iscomplexobj(other) != jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(

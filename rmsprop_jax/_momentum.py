@@ -1,32 +1,22 @@
 """`trace`: the decaying sum of updates that momentum applies."""
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import init_like, map_leaves
+from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import ScalarOrSchedule, cast, checked_flag, decay_rate
+from rmsprop_jax._types import ScalarOrSchedule, TraceState, cast, checked_flag, decay_rate
+from rmsprop_jax.storage._choice import Storage, check_storage
+from rmsprop_jax.storage._formats import Format
 
 
-class TraceState(NamedTuple):
-    """State of `trace`.
-
-    Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
-      trace: The decaying sum of updates, a tree like the parameters, in float32 or wider.
-    """
-
-    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
-    trace: Any
-
-
-def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTransformation:
+def trace(
+    decay: ScalarOrSchedule, nesterov: bool = False, *, storage: Storage | None = None
+) -> optax.GradientTransformation:
     """Replaces updates by a decaying sum of them: `optax.trace`, with schedules and a float32
     accumulator.
 
@@ -42,6 +32,7 @@ def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTran
       decay: The momentum, in [0, 1): a Python float, a scalar array, or a schedule of the 0-based
         step count.
       nesterov: Whether to look one step ahead.
+      storage: How the sum is kept in memory, as for `scale_by_rms`.
 
     Returns:
       An `optax.GradientTransformation` whose state is a `TraceState`. Updates have the dtype of the
@@ -67,9 +58,11 @@ def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTran
     """
     decay_ = decay_rate('decay', decay)
     nesterov = checked_flag('nesterov', nesterov)
+    check_storage(storage, 'trace')
+    kept = Statistic('trace', storage=storage)
 
     def init(params: optax.Params) -> Any:
-        return TraceState(count=jnp.zeros([], jnp.int32), trace=init_like(params, 0.0))
+        return TraceState(count=jnp.zeros([], jnp.int32), trace=kept.init(params, 0.0))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -81,13 +74,13 @@ def trace(decay: ScalarOrSchedule, nesterov: bool = False) -> optax.GradientTran
             )
         decay = decay_.at(state.count)
 
-        def step(g: jax.Array, velocity: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(g: jax.Array, velocity: jax.Array, _: list[Format]) -> tuple[jax.Array, jax.Array]:
             d = cast(decay, g.real.dtype)
             velocity = g + componentwise(operator.mul, velocity, d)
             ahead = g + componentwise(operator.mul, velocity, d) if nesterov else velocity
             return ahead, velocity
 
-        new_updates, new_trace = map_leaves(step, updates, means=(state.trace,))
+        new_updates, new_trace = map_leaves(step, updates, [(kept, state.trace)], count=state.count)
         return new_updates, TraceState(count=optax.safe_increment(state.count), trace=new_trace)
 
     return optax.GradientTransformation(init, update)

@@ -16,6 +16,7 @@ from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, decay_rate, is_absent
+from rmsprop_jax.storage._choice import Storage
 
 
 def rmsprop(
@@ -31,6 +32,7 @@ def rmsprop(
     *,
     weight_decay: ScalarOrSchedule | None = 0.0,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp with Optax's argument names, order, defaults and results.
 
@@ -64,6 +66,8 @@ def rmsprop(
         A Python zero (or None) means none; otherwise `update` needs `params`.
       mask: What is decayed: a tree of booleans like the parameters (or a prefix of it), or a
         function from parameters to one. True means decayed. None means all.
+      storage: How the statistics are kept in memory: a format of `rmsprop_jax.storage`, or a choice
+        of formats made with its `per_statistic`, `per_leaf` or `large_leaves`. None means float32.
 
     `learning_rate`, `decay`, `eps`, `momentum` and `weight_decay` may be Python floats, scalar
     arrays (traced ones too) or schedules of the 0-based step count.
@@ -95,11 +99,19 @@ def rmsprop(
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
     steps = [
-        scale_by_rms(decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=centered),
+        scale_by_rms(
+            decay,
+            eps,
+            initial_scale,
+            eps_in_sqrt,
+            bias_correction,
+            centered=centered,
+            storage=storage,
+        ),
         scale_by_learning_rate(learning_rate),
     ]
     if momentum is not None:
-        steps.append(trace(decay_rate('momentum', momentum).value, nesterov))
+        steps.append(trace(decay_rate('momentum', momentum).value, nesterov, storage=storage))
     if weight_decay is not None and not is_absent(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
     return in_accumulator_precision(optax.chain(*steps))
@@ -178,7 +190,14 @@ def in_accumulator_precision(
 
 # What the factories of this package take that is no number to be changed while training.
 _NEVER_HYPERPARAMETERS = frozenset(
-    {'ema_overwrite_frequency', 'gradient_accumulation_steps', 'mask', 'norm_type', 'sparse'}
+    {
+        'ema_overwrite_frequency',
+        'gradient_accumulation_steps',
+        'mask',
+        'norm_type',
+        'sparse',
+        'storage',
+    }
 )
 _NONE_AT_ZERO = frozenset({'momentum', 'wd', 'weight_decay'})
 

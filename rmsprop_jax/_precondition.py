@@ -1,16 +1,19 @@
 """`scale_by_rms`: gradients divided by the root of a running second moment or variance."""
 
-from typing import Any, NamedTuple
+import math
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import _moments
-from rmsprop_jax._lift import init_like, map_leaves
+from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._types import (
     Hyperparameter,
+    RmsState,
     ScalarOrSchedule,
     cast,
     checked_flag,
@@ -18,28 +21,8 @@ from rmsprop_jax._types import (
     constant,
     decay_rate,
 )
-
-
-class RmsState(NamedTuple):
-    """State of `scale_by_rms`. Trees mirror the parameters; None marks what a configuration does
-    not have.
-
-    Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
-      nu: The raw second moment, real, in the squared unit of the gradient. None when centered.
-      mu: The mean gradient, in the unit of the gradient. None unless centered.
-      var: The variance times `weight`, real, in the squared unit of the gradient. None unless
-        centered.
-      weight: The sum of the weights that the averages have given to gradients so far, of shape ().
-        None unless bias-corrected; it is then what the averages are divided by.
-    """
-
-    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
-    nu: Any
-    mu: Any
-    var: Any
-    weight: jax.Array | None
+from rmsprop_jax.storage._choice import Storage, check_storage
+from rmsprop_jax.storage._formats import Format
 
 
 def scale_by_rms(
@@ -50,6 +33,7 @@ def scale_by_rms(
     bias_correction: bool = False,
     *,
     centered: bool = False,
+    storage: Storage | None = None,
 ) -> optax.GradientTransformation:
     r"""Divides gradients by the root of a running average of their squares.
 
@@ -88,6 +72,9 @@ def scale_by_rms(
       bias_correction: Whether the averages are divided by the sum of their weights, as in Adam.
       centered: Whether to divide by the standard deviation (Graves) rather than by the root mean
         square.
+      storage: How the statistics are kept in memory: a format of `rmsprop_jax.storage`, or a choice
+        of formats made with its `per_statistic`, `per_leaf` or `large_leaves`. None means float32.
+        The step divides by the moment before it is rounded.
 
     `decay` and `eps` may be Python floats, scalar arrays (traced ones too) or schedules of the
     0-based step count.
@@ -126,17 +113,20 @@ def scale_by_rms(
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)
 
+    statistics = ('var', 'mu') if centered else ('nu',)
+    check_storage(storage, *statistics)
+    first, *others = (Statistic(name, name != 'mu', storage) for name in statistics)
+
     def init(params: optax.Params) -> Any:
-        start = init_like(params, start_value, real=True)
-        mean = init_like(params, 0.0) if centered else None
         # One scalar serves every leaf, in the precision of the widest.
-        dtypes = [x.dtype for x in jax.tree.leaves(start)]
+        dtypes = [first.dtype('params', x) for x in jax.tree.leaves(params)]
         widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=jnp.float32)
+        magnitude = first.init(params, start_value)
         return RmsState(
             count=jnp.zeros([], jnp.int32),
-            nu=None if centered else start,
-            mu=mean,
-            var=start if centered else None,
+            nu=None if centered else magnitude,
+            mu=others[0].init(params, 0.0) if centered else None,
+            var=magnitude if centered else None,
             weight=jnp.zeros([], widest) if bias_correction else None,
         )
 
@@ -152,21 +142,32 @@ def scale_by_rms(
             after = _moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
             weights = (state.weight, after)
 
-        def step(g: jax.Array, magnitude: jax.Array, *mean: jax.Array) -> tuple[jax.Array, ...]:
-            d, r, e = (cast(x, magnitude.dtype) for x in (decay, rest, eps))
-            c = weights and (weights[0].astype(magnitude.dtype), weights[1].astype(magnitude.dtype))
-            if centered:
-                (mu,) = mean
-                magnitude = _moments.variance(magnitude, mu, g, d, r, c)
-                mean = (_moments.mean(mu, g, r),)
-            else:
-                magnitude = _moments.second_moment(magnitude, g, d, r)
-            moment = magnitude if c is None else magnitude / c[1]
-            return _moments.direction(g, moment, e, eps_in_sqrt), magnitude, *mean
+        def scalars(dtype: DTypeLike) -> tuple[Any, ...]:
+            pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
+            return *(cast(x, dtype) for x in (decay, rest, eps)), pair
 
-        magnitudes, means = ((state.var,), (state.mu,)) if centered else ((state.nu,), ())
+        def plain(g: jax.Array, nu: jax.Array, _: list[Format]) -> tuple[jax.Array, ...]:
+            d, r, e, c = scalars(nu.dtype)
+            nu = _moments.second_moment(nu, g, d, r)
+            return _moments.direction(g, nu if c is None else nu / c[1], e, eps_in_sqrt), nu
+
+        def central(
+            g: jax.Array, var: jax.Array, mu: jax.Array, formats: list[Format]
+        ) -> tuple[jax.Array, ...]:
+            d, r, e, c = scalars(var.dtype)
+            saturated = var >= formats[0].largest
+            var, mu = _moments.variance(var, mu, g, d, r, c), _moments.mean(mu, g, r)
+            moment = var if c is None else var / c[1]
+            if math.isfinite(formats[0].largest):
+                # The true variance is larger, nobody knows by how much: with the squared mean added
+                # the step is bounded as that of the plain form is.
+                centre = mu if c is None else _moments.componentwise(operator.truediv, mu, c[1])
+                moment += jnp.where(saturated, _moments.squared_magnitude(centre), 0)
+            return _moments.direction(g, moment, e, eps_in_sqrt), var, mu
+
+        trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(
-            step, updates, magnitudes=magnitudes, means=means, params=params
+            central if centered else plain, updates, trees, count=state.count, params=params
         )
         return new_updates, RmsState(
             count=optax.safe_increment(state.count),
@@ -185,6 +186,8 @@ def scale_by_stddev(
     initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
+    *,
+    storage: Storage | None = None,
 ) -> optax.GradientTransformation:
     """`scale_by_rms(..., centered=True)`, under the name Optax gives it.
 
@@ -195,7 +198,9 @@ def scale_by_stddev(
       >>> [round(float(u), 4) for u in updates]  # 2 / sqrt(0.9 (1 + 0.1 * 4) + 1e-8)
       [0.0, 1.7817]
     """
-    return scale_by_rms(decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=True)
+    return scale_by_rms(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=True, storage=storage
+    )
 
 
 def _check_state(state: Any, centered: bool, bias_correction: bool) -> None:

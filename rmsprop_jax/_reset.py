@@ -8,8 +8,8 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax._lift import widen
-from rmsprop_jax._precondition import RmsState
 from rmsprop_jax._transforms import AverageState
+from rmsprop_jax._types import RmsState
 
 
 def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,44 @@ def checked_steps(name: str, value: Any, least: int) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
     return int(value)
+
+
+class RmsState(NamedTuple):
+    """State of `scale_by_rms`. Trees mirror the parameters; None marks what a configuration does
+    not have.
+
+    Statistics are arrays of the parameters' shapes in float32 or wider, unless they are kept in
+    another format of `rmsprop_jax.storage`: `storage.read` decodes them.
+
+    Attributes:
+      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
+        wrapping.
+      nu: The raw second moment, real, in the squared unit of the gradient. None when centered.
+      mu: The mean gradient, in the unit of the gradient. None unless centered.
+      var: The variance times `weight`, real, in the squared unit of the gradient. None unless
+        centered.
+      weight: The sum of the weights that the averages have given to gradients so far, of shape ().
+        None unless bias-corrected; it is then what the averages are divided by.
+    """
+
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    nu: Any
+    mu: Any
+    var: Any
+    weight: jax.Array | None
+
+
+class TraceState(NamedTuple):
+    """State of `trace`.
+
+    Attributes:
+      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
+        wrapping.
+      trace: The decaying sum of updates, a tree like the parameters, in float32 or wider.
+    """
+
+    count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    trace: Any
 
 
 @dataclasses.dataclass(frozen=True)

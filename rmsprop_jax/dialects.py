@@ -53,6 +53,7 @@ from rmsprop_jax._types import (
     decay_rate,
     is_absent,
 )
+from rmsprop_jax.storage._choice import Storage
 
 Optimizer = optax.GradientTransformationExtraArgs
 Step = optax.GradientTransformation
@@ -92,6 +93,7 @@ def torch(
     *,
     maximize: bool = False,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`torch.optim.RMSprop`: epsilon outside the root, learning rate after momentum.
 
@@ -114,6 +116,7 @@ def torch(
       centered: Whether to divide by the standard deviation.
       maximize: Whether to climb.
       mask: What `weight_decay` applies to, as for `optax.add_decayed_weights`.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,8 +132,8 @@ def torch(
         _chain(
             optax.scale(-1.0) if maximize else None,
             _coupled_decay(weight_decay, mask),
-            scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered),
-            _momentum(momentum),
+            scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage),
+            _momentum(momentum, storage),
             scale_by_learning_rate(lr),
         )
     )
@@ -192,6 +195,7 @@ def keras(
     loss_scale_factor: ArrayLike | None = None,
     gradient_accumulation_steps: int | None = None,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`keras.optimizers.RMSprop` of Keras 3, in Keras's order of operations.
 
@@ -228,6 +232,7 @@ def keras(
       loss_scale_factor: What gradients are divided by.
       gradient_accumulation_steps: How many calls make a step, at least 2.
       mask: What is decayed, in the place of Keras's `exclude_from_weight_decay`.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Raises:
       ValueError: For more than one kind of clipping, or fewer than 2 accumulation steps.
@@ -253,6 +258,7 @@ def keras(
             momentum=None if is_absent(momentum) else momentum,
             weight_decay=weight_decay,
             mask=mask,
+            storage=storage,
         ),
     )
     step = _chain(
@@ -280,6 +286,7 @@ def keras_legacy(
     clipvalue: ArrayLike | None = None,
     global_clipnorm: ArrayLike | None = None,
     decay: ScalarOrSchedule = 0.0,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`tf.keras.optimizers.RMSprop` of TensorFlow 2.0 to 2.10 (OptimizerV2), now in `tf_keras`.
 
@@ -303,6 +310,7 @@ def keras_legacy(
       clipvalue: Largest magnitude of each entry; applied before `clipnorm` or `global_clipnorm`.
       global_clipnorm: Largest norm of all gradients together; not with `clipnorm`.
       decay: The learning rate is divided by `1 + decay step`.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Source: tf_keras 2.21, tf_keras/src/optimizers/legacy/rmsprop.py and optimizer_v2.py.
     """
@@ -319,6 +327,7 @@ def keras_legacy(
             eps_in_sqrt=not plain,
             centered=centered,
             momentum=None if plain else momentum,
+            storage=storage,
         ),
     )
 
@@ -332,6 +341,7 @@ def tensorflow(
     *,
     centered: bool = False,
     sparse: Any = False,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`tf.compat.v1.train.RMSPropOptimizer`: the second moment starts at one.
 
@@ -351,12 +361,19 @@ def tensorflow(
         all. Rows (along the first axis) whose gradient is exactly zero keep their parameters and
         all their statistics. A row that was looked up and whose gradient happens to be zero looks
         the same, and is skipped too, where TensorFlow would let it decay.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and
     tensorflow/core/kernels/training_ops.cc.
     """
     dense = rmsprop(
-        learning_rate, decay, epsilon, initial_scale=1.0, centered=centered, momentum=momentum
+        learning_rate,
+        decay,
+        epsilon,
+        initial_scale=1.0,
+        centered=centered,
+        momentum=momentum,
+        storage=storage,
     )
     return dense if sparse is False else skip_zero_rows(dense, sparse)
 
@@ -376,6 +393,7 @@ def timm(
     *,
     max_lr: float | None = None,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`timm.optim.RMSpropTF`: TensorFlow 1's rule with PyTorch's options.
 
@@ -402,15 +420,17 @@ def timm(
         momentum. The buffer itself is not changed.
       max_lr: The rate the optimizer was made with in timm; `lr` itself where that is a number.
       mask: What decays.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Raises:
       ValueError: For `corrected_weight_decay` with a schedule and no `max_lr`.
 
     Source: timm 1.0.31, timm/optim/rmsprop_tf.py; caution: arXiv:2411.16085.
     """
-    pace, velocity = scale_by_learning_rate(lr), _momentum(momentum)
+    pace, velocity = scale_by_learning_rate(lr), _momentum(momentum, storage)
     order = (pace, velocity) if lr_in_momentum else (velocity, pace)
-    step = _chain(scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered), *order)
+    root = scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage)
+    step = _chain(root, *order)
     if caution and velocity is not None:
         step = cautious(step)
     if not decoupled_decay:
@@ -428,6 +448,7 @@ def stable_baselines3(
     centered: bool = False,
     *,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """Stable-Baselines3's `RMSpropTFLike`: TensorFlow's root and start, PyTorch's momentum.
 
@@ -444,8 +465,8 @@ def stable_baselines3(
     """
     return _chain(
         _coupled_decay(weight_decay, mask),
-        scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered),
-        _momentum(momentum),
+        scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage),
+        _momentum(momentum, storage),
         scale_by_learning_rate(lr),
     )
 
@@ -475,6 +496,7 @@ def mxnet(
     rescale_grad: ArrayLike = 1.0,
     clip_gradient: ArrayLike | None = None,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`mxnet.optimizer.RMSProp` of MXNet 2: epsilon outside the root, or inside when centered.
 
@@ -499,6 +521,7 @@ def mxnet(
       rescale_grad: What gradients are multiplied by.
       clip_gradient: Largest magnitude of a gradient's entry.
       mask: What decays.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Source: MXNet 2.0.0b1, python/mxnet/optimizer/rmsprop.py and src/operator/optimizer_op-inl.h.
     """
@@ -507,7 +530,16 @@ def mxnet(
         _clipping_unless_zero(clip_gradient=clip_gradient),
         _coupled_decay(wd, mask),
     )
-    return _mxnet(prepare, learning_rate, rho, momentum, epsilon, centered, clip_weights, centered)
+    step = rmsprop(
+        learning_rate,
+        rho,
+        epsilon,
+        eps_in_sqrt=centered,
+        centered=centered,
+        momentum=momentum if centered else None,
+        storage=storage,
+    )
+    return _mxnet(prepare, step, clip_weights)
 
 
 @_refuses(**_MXNET_REFUSED)
@@ -523,6 +555,7 @@ def mxnet1(
     rescale_grad: ArrayLike = 1.0,
     clip_gradient: ArrayLike | None = None,
     mask: Any = None,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """`mxnet.optimizer.RMSProp` of MXNet 1: as `mxnet`, but for two lines.
 
@@ -540,27 +573,18 @@ def mxnet1(
         _coupled_decay(wd, mask),
         _clipping_unless_zero(clip_gradient=clip_gradient),
     )
-    return _mxnet(prepare, learning_rate, gamma1, gamma2, epsilon, centered, clip_weights, True)
-
-
-def _mxnet(
-    prepare: Sequence[Step | None],
-    learning_rate: ScalarOrSchedule,
-    decay: ScalarOrSchedule,
-    momentum: ScalarOrSchedule,
-    eps: ScalarOrSchedule,
-    centered: bool,
-    clip_weights: ArrayLike | None,
-    eps_in_sqrt: bool,
-) -> Optimizer:
     step = rmsprop(
         learning_rate,
-        decay,
-        eps,
-        eps_in_sqrt=eps_in_sqrt,
+        gamma1,
+        epsilon,
         centered=centered,
-        momentum=momentum if centered else None,
+        momentum=gamma2 if centered else None,
+        storage=storage,
     )
+    return _mxnet(prepare, step, clip_weights)
+
+
+def _mxnet(prepare: Sequence[Step | None], step: Step, clip_weights: ArrayLike | None) -> Optimizer:
     chained = _chain(*prepare, step)
     return (
         chained
@@ -574,6 +598,8 @@ def graves(
     decay: ScalarOrSchedule = 0.95,
     momentum: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-4,
+    *,
+    storage: Storage | None = None,
 ) -> Optimizer:
     """Graves 2013: always centered, epsilon inside the root, learning rate inside the momentum.
 
@@ -588,25 +614,32 @@ def graves(
     Source: Graves, Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850, equations
     38 to 45.
     """
-    return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum)
+    return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum, storage=storage)
 
 
-def hinton(learning_rate: ScalarOrSchedule, decay: ScalarOrSchedule = 0.9) -> Optimizer:
+def hinton(
+    learning_rate: ScalarOrSchedule,
+    decay: ScalarOrSchedule = 0.9,
+    *,
+    storage: Storage | None = None,
+) -> Optimizer:
     """Hinton 2012: `nu <- 0.9 nu + 0.1 g^2` and `p <- p - learning_rate g / sqrt(nu)`, no epsilon.
 
     A zero second moment, which the slides leave open, gives a zero update.
 
     Source: Hinton, Srivastava and Swersky, Neural Networks for Machine Learning, lecture 6e.
     """
-    return rmsprop(learning_rate, decay, eps=0.0)
+    return rmsprop(learning_rate, decay, eps=0.0, storage=storage)
 
 
 def _chain(*steps: Step | None) -> Optimizer:
     return in_accumulator_precision(optax.chain(*[step for step in steps if step is not None]))
 
 
-def _momentum(momentum: ScalarOrSchedule) -> Step | None:
-    return None if is_absent(momentum) else trace(decay_rate('momentum', momentum).value)
+def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | None:
+    if is_absent(momentum):
+        return None
+    return trace(decay_rate('momentum', momentum).value, storage=storage)
 
 
 def _coupled_decay(weight_decay: ScalarOrSchedule, mask: Any) -> Step | None:

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(rmsprop_jax.__file__).parent
 TRUNK = [
     '_types',
     '_moments',
+    'storage',
     '_lift',
     '_precondition',
     '_momentum',

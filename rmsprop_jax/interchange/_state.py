@@ -15,9 +15,8 @@ from jax.tree_util import (
     tree_map_with_path,
 )
 
-from rmsprop_jax._momentum import TraceState
-from rmsprop_jax._precondition import RmsState
 from rmsprop_jax._transforms import AverageState
+from rmsprop_jax._types import RmsState, TraceState
 from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
 
 # By name, since Optax exports only two of these classes.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_map_with_path
 
-from rmsprop_jax._precondition import RmsState
+from rmsprop_jax._types import RmsState
 from rmsprop_jax.interchange._mapping import Problems, named_leaves, path_name, placed
 from rmsprop_jax.interchange._state import (
     MOMENTS,

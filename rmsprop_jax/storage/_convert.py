@@ -1,0 +1,227 @@
+"""What can be done with statistics outside of a step: read, convert, describe, look at the ends."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
+
+from rmsprop_jax._types import RmsState, TraceState, real_dtype, wide_dtype
+from rmsprop_jax.storage._choice import Storage, check_storage, format_of
+from rmsprop_jax.storage._formats import STATISTICS, Factors, Format, float32
+
+_VERSION = 1
+KeyPath = tuple[Any, ...]
+
+
+class Saturation(NamedTuple):
+    """The shares of a leaf's entries that are at the two ends of what its format can hold.
+
+    Attributes:
+      low: Smallest positive number, of shape (); the true ones may be smaller.
+      high: Largest number, of shape (); the true ones may be larger.
+    """
+
+    low: jax.Array
+    high: jax.Array
+
+
+def read(state: Any, storage: Storage | None) -> Any:
+    """An optimizer's state with every statistic decoded, in float32 or wider.
+
+    Args:
+      state: The state of a transformation of this package, by itself or within chains and wrappers.
+      storage: What the transformation was given.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> tx = rmsprop_jax.rmsprop(1e-3, storage=storage.factored())
+      >>> params = {'kernel': jnp.ones((64, 64))}
+      >>> _, state = tx.update(params, tx.init(params))
+      >>> decoded = storage.read(state, storage.factored())
+      >>> optax.tree.get(decoded, 'nu')['kernel'].shape
+      (64, 64)
+    """
+    return _map_statistics(lambda leaf: leaf.format.decode(leaf.stored), state, storage)
+
+
+def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) -> Any:
+    """An optimizer's state in other formats, to go on with in the middle of training.
+
+    Rounding is to the nearest. What the old format has lost does not come back.
+
+    Args:
+      state: The state of a transformation of this package, by itself or within chains and wrappers.
+      params: The parameters it belongs to.
+      from_: What the transformation was given so far.
+      to: What the transformation will be given from now on.
+
+    Raises:
+      ValueError: If the state is not in the formats of `from_`, if `to` cannot hold a leaf, or if
+        the parameters lack a leaf of the state.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> params = {'kernel': jnp.ones((64, 64))}
+      >>> _, state = rmsprop_jax.rmsprop(0.1).update(params, rmsprop_jax.rmsprop(0.1).init(params))
+      >>> state = storage.convert(state, params, storage.float32(), storage.uint8())
+      >>> tx = rmsprop_jax.rmsprop(0.1, storage=storage.uint8())
+      >>> updates, state = tx.update(params, state)
+      >>> state[0].nu['kernel'].dtype
+      dtype('uint8')
+    """
+    known = dict(tree_flatten_with_path(params)[0])
+
+    def leaf(leaf: '_Leaf') -> Any:
+        if leaf.path not in known:
+            raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
+        wide = wide_dtype(jnp.result_type(known[leaf.path]))
+        decoded = leaf.format.decode(leaf.stored)
+        kept = format_of(
+            to,
+            leaf.statistic,
+            keystr(leaf.path),
+            decoded.shape,
+            jnp.iscomplexobj(decoded),
+        )
+        if isinstance(kept, float32):
+            return decoded.astype(wide if jnp.iscomplexobj(decoded) else real_dtype(wide))
+        return kept.encode(decoded)
+
+    check_storage(to)
+    return _map_statistics(leaf, state, from_)
+
+
+def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
+    """The shares of entries at the ends of their format, for each leaf that has ends.
+
+    It may be called within jit. Where a share grows, the format's window does not fit the
+    gradients: see the argument `scale` of `storage.uint8`.
+
+    Args:
+      state: The state of a transformation of this package, by itself or within chains and wrappers.
+      storage: What the transformation was given.
+
+    Returns:
+      A dictionary by path in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
+      >>> params = {'kernel': jnp.ones((64, 64))}
+      >>> _, state = tx.update({'kernel': 1e-9 * params['kernel']}, tx.init(params))
+      >>> for path, share in storage.saturation(state, storage.uint8()).items():
+      ...     print(path, share.low, share.high)
+      .nu['kernel'] 1.0 0.0
+    """
+    found: dict[str, Saturation] = {}
+
+    def leaf(leaf: '_Leaf') -> Any:
+        if leaf.format.smallest > 0:
+            size = jnp.abs(leaf.format.decode(leaf.stored))
+            found[leaf.name] = Saturation(
+                low=jnp.mean(size == leaf.format.smallest),
+                high=jnp.mean(size == leaf.format.largest),
+            )
+
+    _map_statistics(leaf, state, storage)
+    return found
+
+
+def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
+    """What must be known to decode a state, for `json`, to be kept beside its checkpoint.
+
+    Args:
+      state: The state, or its shapes alone: `jax.eval_shape(tx.init, params)`.
+      storage: What the transformation was given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
+      >>> state = tx.init({'kernel': jnp.ones((64, 64)), 'bias': jnp.ones(64)})
+      >>> for path, leaf in storage.describe(state, storage.uint8())['leaves'].items():
+      ...     print(path, leaf)
+      .nu['bias'] {'format': 'float32'}
+      .nu['kernel'] {'format': 'uint8', 'seed': 0, 'scale': 1.0, 'version': 1}
+    """
+    leaves: dict[str, Any] = {}
+    _map_statistics(
+        lambda leaf: leaves.update({leaf.name: leaf.format.description()}), state, storage
+    )
+    return {'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
+
+
+def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -> None:
+    """Refuses a checkpoint whose description is not that of the state it is to be restored into.
+
+    Args:
+      description: What `describe` returned when the checkpoint was made.
+      state: The state to restore into, or its shapes alone.
+      storage: What the transformation is given now.
+
+    Raises:
+      ValueError: If they differ; the message lists the differences by path.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> state = rmsprop_jax.scale_by_rms().init({'kernel': jnp.ones((64, 64))})
+      >>> storage.check(storage.describe(state, None), state, storage.float32())
+    """
+    version, there = description.get('rmsprop_jax.storage'), description.get('leaves')
+    if version != _VERSION or not isinstance(there, Mapping):
+        raise ValueError(
+            f'the description is not one that storage.describe made (version {_VERSION}): '
+            f'{description!r}'
+        )
+    here = describe(state, storage)['leaves']
+    lines = [
+        f'  {path}: {there.get(path, "absent")} in the checkpoint, {here.get(path, "absent")} here'
+        for path in sorted(here.keys() | there.keys())
+        if here.get(path) != there.get(path)
+    ]
+    if lines:
+        raise ValueError('\n'.join(['the checkpoint is stored in another way:', *lines]))
+
+
+class _Leaf(NamedTuple):
+    """A stored leaf: its path in the state, its statistic, its parameter's path, its format."""
+
+    name: str
+    statistic: str
+    path: KeyPath
+    stored: Any
+    format: Format
+
+
+def _map_statistics(function: Callable[[_Leaf], Any], state: Any, storage: Storage | None) -> Any:
+    """Replaces every stored leaf of a state; the rest of the state stays what it is."""
+    check_storage(storage)
+
+    def node(path: KeyPath, part: Any) -> Any:
+        if not isinstance(part, RmsState | TraceState):
+            return part
+        names = [name for name in STATISTICS if name in part._fields]
+        return part._replace(
+            **{name: tree(name, (*path, GetAttrKey(name)), getattr(part, name)) for name in names}
+        )
+
+    def tree(statistic: str, prefix: KeyPath, moments: Any) -> Any:
+        def leaf(path: KeyPath, stored: Any) -> Any:
+            factors = isinstance(stored, Factors)
+            shape = stored.row.shape + stored.col.shape[-1:] if factors else jnp.shape(stored)
+            is_complex = not factors and jnp.issubdtype(stored.dtype, jnp.complexfloating)
+            kept = format_of(storage, statistic, keystr(path), shape, is_complex)
+            name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
+            if fault is not None:
+                raise ValueError(f'state{name} {fault}.')
+            return function(_Leaf(name, statistic, path, stored, kept))
+
+        return tree_map_with_path(leaf, moments, is_leaf=lambda x: isinstance(x, Factors))
+
+    return tree_map_with_path(node, state, is_leaf=lambda x: isinstance(x, RmsState | TraceState))

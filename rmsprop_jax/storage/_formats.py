@@ -1,0 +1,441 @@
+"""The formats: how one leaf of a statistic is kept in memory between steps."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from rmsprop_jax._types import real_dtype
+from rmsprop_jax.storage._place import full_like, without_axis
+from rmsprop_jax.storage._rounding import (
+    HALF,
+    leading_bits,
+    leading_digits,
+    random_bits,
+    salt,
+)
+
+STATISTICS = ('nu', 'mu', 'var', 'trace')
+
+
+class Format(abc.ABC):
+    """How one leaf of a statistic is kept in memory.
+
+    The step itself is taken in float32 or wider: a leaf is decoded, moved by one step, used in that
+    precision, and encoded. A format is a frozen record of plain values, so that it can be compared,
+    hashed and described.
+
+    Attributes:
+      holds: The names of the statistics it can keep.
+    """
+
+    holds: ClassVar[tuple[str, ...]] = STATISTICS
+
+    @property
+    def name(self) -> str:
+        """The name it has in `rmsprop_jax.storage`."""
+        return type(self).__name__
+
+    @property
+    def smallest(self) -> float:
+        """The smallest positive number it keeps, where smaller ones are kept as that; else 0."""
+        return 0.0
+
+    @property
+    def largest(self) -> float:
+        """The largest number it keeps, where larger ones are kept as that; else infinity."""
+        return math.inf
+
+    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+        """Why this format cannot keep a leaf, or None if it can."""
+        del shape, is_complex
+        if statistic in self.holds:
+            return None
+        return f'storage.{self.name} cannot hold {statistic}: {self._why_not}'
+
+    @abc.abstractmethod
+    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Any:
+        """The stored form of a leaf of one number, sharded and placed like its parameter.
+
+        Args:
+          param: The parameter, an array or a `jax.ShapeDtypeStruct`.
+          fill: The number, possibly traced.
+          dtype: In which the statistic would be accumulated without compression.
+        """
+
+    @abc.abstractmethod
+    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> Any:
+        """The stored form of `x`.
+
+        Args:
+          x: Numbers in float32 or wider.
+          bits: What `bits` returned; None rounds to the nearest.
+        """
+
+    def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array | None:
+        """32 random bits for each entry of a leaf at a step; None where there is no rounding."""
+        del label, count, shape
+        return None
+
+    @abc.abstractmethod
+    def decode(self, stored: Any) -> jax.Array:
+        """The numbers that `encode` kept, in float32 or wider."""
+
+    @abc.abstractmethod
+    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+        """What `stored` is instead of this format's form of an array of that shape, or None."""
+
+    def spec(self, spec: PartitionSpec, ndim: int) -> Any:
+        """The partition of the stored form, for a parameter of `ndim` axes partitioned so."""
+        del ndim
+        return spec
+
+    @abc.abstractmethod
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """The bytes a leaf of float32 parameters takes."""
+
+    def description(self) -> dict[str, Any]:
+        """What must be known to decode it, for `json`."""
+        return {'format': self.name}
+
+    @property
+    def _why_not(self) -> str:
+        return 'keep that in another format.'
+
+
+class _Elementwise(Format):
+    """A format with one number for each entry, in an array of the parameter's own shape."""
+
+    dtype: ClassVar[np.dtype]
+
+    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+        if getattr(stored, 'shape', None) != shape:
+            return f'has {_described(stored)}'
+        if stored.dtype != self.dtype:
+            return f'is stored as {stored.dtype}, not in the format storage.{self.name}'
+        return None
+
+    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
+        del dtype
+        return full_like(param, self.encode(jnp.asarray(fill)), self.dtype)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class float32(_Elementwise):
+    """No compression: float32, or float64 and complex where parameters are.
+
+    Example:
+      >>> from rmsprop_jax import storage
+      >>> storage.float32().nbytes((1000, 1000))
+      4000000
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
+        return full_like(param, fill, dtype)
+
+    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
+        del bits
+        return x
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        return stored
+
+    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+        if getattr(stored, 'shape', None) != shape:
+            return f'has {_described(stored)}'
+        wide = jnp.issubdtype(stored.dtype, jnp.inexact) and jnp.finfo(stored.dtype).bits >= 32
+        return None if wide else f'is stored as {stored.dtype}, not in the format storage.float32'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded(_Elementwise):
+    """An elementwise format that rounds stochastically."""
+
+    seed: int = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f'seed must be a Python integer, got {self.seed!r}.')
+
+    def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+        return random_bits(shape, salt(self.seed, label, count))
+
+    def description(self) -> dict[str, Any]:
+        return {'format': self.name, **dataclasses.asdict(self), 'version': 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class bfloat16(_Rounded):
+    """Two bytes an entry, for every statistic: bfloat16, rounded stochastically.
+
+    Positive magnitudes below 2^-118 are kept as 2^-118, those above bfloat16's largest number as
+    that; zero, infinity and NaN stay what they are. The relative error of one rounding is under
+    2^-7, and zero on average.
+
+    The derivative goes straight through the rounding.
+
+    Attributes:
+      seed: Of the rounding. Bits depend on it, on the step, the name of the statistic, the path of
+        the leaf and the index of the entry; not on devices, meshes or other leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import storage
+      >>> tx = rmsprop_jax.rmsprop(1e-3, momentum=0.9, storage=storage.bfloat16())
+      >>> state = tx.init({'kernel': jnp.zeros((64, 64)), 'bias': jnp.zeros(64)})
+      >>> state[0].nu['kernel'].dtype, state[2].trace['kernel'].dtype, state[0].nu['bias'].dtype
+      (dtype(bfloat16), dtype(bfloat16), dtype('float32'))
+    """
+
+    dtype = np.dtype(jnp.bfloat16)
+
+    @property
+    def smallest(self) -> float:
+        return 2.0**-118
+
+    @property
+    def largest(self) -> float:
+        return float(jnp.finfo(jnp.bfloat16).max)
+
+    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+        if is_complex and statistic in ('mu', 'trace'):
+            return f'storage.bfloat16 cannot hold {statistic}: it is complex. Keep it in float32.'
+        return super().refusal(statistic, shape, is_complex)
+
+    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
+        return _to_bfloat16(jnp.asarray(x, jnp.float32), HALF if bits is None else bits)
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        return stored.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class uint8(_Rounded):
+    """One byte an entry, for `nu` and `var`: an unsigned float of six exponent and two mantissa
+    bits, rounded stochastically.
+
+    ::
+
+        value = scale (1 + m / 4) 2^(e - 48)       of the byte 4 e + m;   byte 0: exactly 0
+
+    Positive numbers outside the window, from `scale 1.25 2^-48` to `scale 1.75 2^15`, are kept as
+    its ends; so are infinity and NaN, at the upper one. The relative error of one rounding is under
+    1/4, and zero on average. `storage.saturation` counts entries at the ends.
+
+    With `scale=1` the window holds gradients from 7e-8 to 240. A loss that is averaged over many
+    entries may have smaller ones, a loss that is summed larger ones: move the window by the square
+    of the factor between them.
+
+    A byte has no derivative: differentiating through a step is refused.
+
+    Attributes:
+      scale: A power of two, in the squared unit of the gradient.
+      seed: Of the rounding, as for `bfloat16`.
+
+    Example:
+      >>> from rmsprop_jax import storage
+      >>> window = storage.uint8(scale=2.0**-20)
+      >>> print(window.decode(window.encode(1e-9)), window.decode(window.encode(0.0)))
+      9.313226e-10 0.0
+    """
+
+    scale: float = 1.0
+
+    dtype = np.dtype(np.uint8)
+    holds = ('nu', 'var')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.scale, jax.Array) or callable(self.scale):
+            raise TypeError('scale must be a Python number: it decides how bytes are read.')
+        object.__setattr__(self, 'scale', float(self.scale))
+        fraction, exponent = math.frexp(self.scale)
+        if fraction != 0.5 or not -70 <= exponent <= 100:
+            raise ValueError(f'scale must be a power of two in [2^-71, 2^99], got {self.scale}.')
+
+    @property
+    def largest(self) -> float:
+        return self.scale * 1.75 * 2.0**15
+
+    @property
+    def smallest(self) -> float:
+        return self.scale * 1.25 * 2.0**-48
+
+    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
+        return _to_uint8(jnp.asarray(x, jnp.float32), HALF if bits is None else bits, self)
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        code = stored.astype(jnp.uint32)
+        value = lax.bitcast_convert_type((code + self.first_code) << 21, jnp.float32)
+        return jnp.where(code == 0, 0.0, value)
+
+    @property
+    def first_code(self) -> np.uint32:
+        """The upper eleven bits of the float32 that byte 0 would be."""
+        return np.uint32((127 - 48 + round(math.log2(self.scale))) << 2)
+
+    @property
+    def _why_not(self) -> str:
+        return (
+            'it has no sign. Give storage.per_statistic(nu=storage.uint8(), '
+            'var=storage.uint8()), and bfloat16 or float32 for the others.'
+        )
+
+
+class Factors(NamedTuple):
+    """The stored form of `factored`: `row` is the mean over the last axis, `col` over the one
+    before."""
+
+    row: Any
+    col: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class factored(Format):
+    """The means of `nu` over its last two axes, in the place of `nu`; earlier axes are a batch.
+
+    ::
+
+        nu = row col / mean(row)                                       decoded
+        row, col = mean(nu, axis=-1), mean(nu, axis=-2)                encoded
+
+    This is Adafactor's estimate, with one difference: a step divides by `decay nu + (1 - decay)
+    g^2` with the entry's own gradient, which bounds it by `1 / sqrt(1 - decay)`.
+
+    For `nu` only: a variance is small where two large numbers cancel, which is lost in means, and
+    mean and trace have signs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import storage
+      >>> means = storage.factored().encode(jnp.array([[1.0, 3.0], [2.0, 6.0]]))
+      >>> print(means.row, means.col)
+      [2. 4.] [1.5 4.5]
+      >>> print(storage.factored().decode(means))
+      [[1. 3.]
+       [2. 6.]]
+
+    Source: Shazeer and Stern, Adafactor, arXiv:1804.04235, section 3.
+    """
+
+    holds = ('nu',)
+
+    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+        if len(shape) < 2 and statistic in self.holds:
+            return f'storage.factored needs two axes, not an array of shape {shape}.'
+        return super().refusal(statistic, shape, is_complex)
+
+    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Factors:
+        dtype = real_dtype(dtype)
+        return Factors(
+            row=full_like(param, fill, dtype, without=-1),
+            col=full_like(param, fill, dtype, without=-2),
+        )
+
+    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> Factors:
+        del bits
+        return Factors(row=jnp.mean(x, axis=-1), col=jnp.mean(x, axis=-2))
+
+    def decode(self, stored: Factors) -> jax.Array:
+        total = jnp.mean(stored.row, axis=-1, keepdims=True)
+        vanishes = total < float(jnp.finfo(total.dtype).tiny)
+        share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))
+        return share[..., :, None] * stored.col[..., None, :]
+
+    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+        if not isinstance(stored, Factors):
+            return 'is not stored in the format storage.factored'
+        if (jnp.shape(stored.row), jnp.shape(stored.col)) != (
+            shape[:-1],
+            shape[:-2] + shape[-1:],
+        ):
+            return f'has factors of shapes {jnp.shape(stored.row)} and {jnp.shape(stored.col)}'
+        return None
+
+    def spec(self, spec: PartitionSpec, ndim: int) -> Factors:
+        return Factors(row=without_axis(spec, -1, ndim), col=without_axis(spec, -2, ndim))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+
+    def description(self) -> dict[str, Any]:
+        return {'format': self.name, 'version': 1}
+
+    @property
+    def _why_not(self) -> str:
+        return (
+            'means over rows and columns keep neither a sign nor a small difference. Give '
+            'storage.per_statistic(nu=storage.factored()), and bfloat16 or float32 for the others.'
+        )
+
+
+@jax.custom_jvp
+def _to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    ends = bfloat16()
+    magnitude = jnp.clip(jnp.abs(x), ends.smallest, ends.largest)
+
+    def on_bits(magnitude: jax.Array, bits: jax.Array) -> jax.Array:
+        kept = leading_bits(magnitude, bits, digits=8).astype(jnp.uint16)
+        return lax.bitcast_convert_type(kept, jnp.bfloat16)
+
+    def in_floats(magnitude: jax.Array, bits: jax.Array) -> jax.Array:
+        whole, point = leading_digits(magnitude, bits, digits=8)
+        return (whole * point).astype(jnp.bfloat16)
+
+    kept = lax.platform_dependent(magnitude, bits, cpu=on_bits, default=in_floats)
+    plain = (x != 0) & (jnp.abs(x) < jnp.inf)
+    return jnp.where(plain, jnp.copysign(kept, x.astype(jnp.bfloat16)), x.astype(jnp.bfloat16))
+
+
+@_to_bfloat16.defjvp
+def _through_bfloat16(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _to_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
+
+
+def _encode_uint8(x: jax.Array, bits: jax.Array, window: uint8) -> jax.Array:
+    # Written so that NaN becomes the upper end.
+    inside = jnp.where(x < window.largest, jnp.maximum(x, window.smallest), window.largest)
+
+    def on_bits(inside: jax.Array, bits: jax.Array) -> jax.Array:
+        return (leading_bits(inside, bits, digits=3) - window.first_code).astype(jnp.uint8)
+
+    def in_floats(inside: jax.Array, bits: jax.Array) -> jax.Array:
+        whole, point = leading_digits(inside, bits, digits=3)
+        # A power of two has an integer logarithm, whatever the accuracy of the function.
+        exponent = jnp.round(jnp.log2(point)) - round(math.log2(window.scale)) + (48 + 2)
+        return (4 * (exponent - 1) + whole).astype(jnp.uint8)
+
+    code = lax.platform_dependent(inside, bits, cpu=on_bits, default=in_floats)
+    return jnp.where(x == 0, 0, code)
+
+
+_to_uint8 = jax.custom_jvp(_encode_uint8, nondiff_argnums=(2,))
+
+
+def _refuse_derivative(window: uint8, primals: Any, tangents: Any) -> Any:
+    if isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+        out = _to_uint8(*primals, window)
+        return out, jax.custom_derivatives.SymbolicZero.from_primal_value(out)
+    raise TypeError(
+        'storage.uint8 cannot be differentiated through: a byte has no derivative. Use '
+        'storage.float32() or storage.bfloat16() where training itself is differentiated.'
+    )
+
+
+_to_uint8.defjvp(_refuse_derivative, symbolic_zeros=True)
+
+
+def _described(stored: Any) -> Any:
+    return getattr(stored, 'shape', type(stored).__name__)
