@@ -118,10 +118,10 @@ def scale_by_rms(
     first, *others = (Statistic(name, name != 'mu', storage) for name in statistics)
 
     def init(params: optax.Params) -> Any:
+        magnitude = first.init(params, start_value)
         # One scalar serves every leaf, in the precision of the widest.
         dtypes = [first.dtype('params', x) for x in jax.tree.leaves(params)]
         widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=jnp.float32)
-        magnitude = first.init(params, start_value)
         return RmsState(
             count=jnp.zeros([], jnp.int32),
             nu=None if centered else magnitude,
