@@ -71,6 +71,7 @@ def map_leaves(
     moments: Sequence[tuple[Statistic, Any]],
     *,
     count: ArrayLike,
+    units: tuple[Any, Any] = (None, None),
     params: Any = None,
 ) -> tuple[Any, ...]:
     """Applies `step` to each leaf of `updates` with its statistics; returns a tree of each result.
@@ -82,6 +83,7 @@ def map_leaves(
       updates: The tree of gradients.
       moments: The statistics and their trees.
       count: Steps taken so far, of which rounding makes its random bits.
+      units: What rounded magnitudes are multiples of before and after this step.
       params: The parameters, where the caller has them: a complex gradient of a real one is
         refused.
 
@@ -94,6 +96,8 @@ def map_leaves(
     leaves, treedef = tree_flatten_with_path(updates)
     statistics = [statistic for statistic, _ in moments]
     columns = [_match(treedef, updates, tree) for _, tree in moments]
+    # Means and velocities are signed sums, which do not decay alike.
+    before, after = ([unit if x.real else None for x in statistics] for unit in units)
     # Wrappers may pass any tree as params, so a different one is no error.
     known = params is not None and jax.tree.structure(params) == treedef
     kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
@@ -104,12 +108,15 @@ def map_leaves(
         formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf)
-        decoded = [kept.decode(leaf) for kept, leaf in zip(formats, stored, strict=True)]
+        decoded = [
+            kept.decode(leaf, unit)
+            for kept, leaf, unit in zip(formats, stored, before, strict=True)
+        ]
         wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
         update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
         encoded = [
-            kept.encode(x, kept.bits(f'{statistic.name}{keystr(path)}', count, x.shape))
-            for kept, statistic, x in zip(formats, statistics, new, strict=True)
+            kept.encode(x, kept.bits(f'{statistic.name}{keystr(path)}', count, x.shape), unit)
+            for kept, statistic, x, unit in zip(formats, statistics, new, after, strict=True)
         ]
         results.append((update.astype(jnp.result_type(g)), *encoded))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))

@@ -21,8 +21,9 @@ from rmsprop_jax._types import (
     constant,
     decay_rate,
 )
-from rmsprop_jax.storage._choice import Storage, check_storage
+from rmsprop_jax.storage._choice import Storage, check_storage, rounds
 from rmsprop_jax.storage._formats import Format
+from rmsprop_jax.storage._rounding import next_unit
 
 
 def scale_by_rms(
@@ -115,6 +116,7 @@ def scale_by_rms(
 
     statistics = ('var', 'mu') if centered else ('nu',)
     check_storage(storage, *statistics)
+    has_unit = rounds(storage, statistics[0])
     first, *others = (Statistic(name, name != 'mu', storage) for name in statistics)
 
     def init(params: optax.Params) -> Any:
@@ -128,12 +130,13 @@ def scale_by_rms(
             mu=others[0].init(params, 0.0) if centered else None,
             var=magnitude if centered else None,
             weight=jnp.zeros([], widest) if bias_correction else None,
+            unit=jnp.ones([], jnp.float32) if has_unit else None,
         )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        _check_state(state, centered, bias_correction)
+        _check_state(state, centered, bias_correction, has_unit)
         decay, eps = decay_.at(state.count), eps_.at(state.count)
         rest = complement(decay)
         weights = None
@@ -141,6 +144,8 @@ def scale_by_rms(
             dtype = state.weight.dtype
             after = _moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
             weights = (state.weight, after)
+
+        unit = None if state.unit is None else next_unit(state.unit, decay)
 
         def scalars(dtype: DTypeLike) -> tuple[Any, ...]:
             pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
@@ -155,10 +160,11 @@ def scale_by_rms(
             g: jax.Array, var: jax.Array, mu: jax.Array, formats: list[Format]
         ) -> tuple[jax.Array, ...]:
             d, r, e, c = scalars(var.dtype)
-            saturated = var >= formats[0].largest
+            largest = formats[0].largest
+            saturated = var >= (largest if state.unit is None else largest * state.unit)
             var, mu = _moments.variance(var, mu, g, d, r, c), _moments.mean(mu, g, r)
             moment = var if c is None else var / c[1]
-            if math.isfinite(formats[0].largest):
+            if math.isfinite(largest):
                 # The true variance is larger, nobody knows by how much: with the squared mean added
                 # the step is bounded as that of the plain form is.
                 centre = mu if c is None else _moments.componentwise(operator.truediv, mu, c[1])
@@ -167,7 +173,12 @@ def scale_by_rms(
 
         trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(
-            central if centered else plain, updates, trees, count=state.count, params=params
+            central if centered else plain,
+            updates,
+            trees,
+            count=state.count,
+            units=(state.unit, unit),
+            params=params,
         )
         return new_updates, RmsState(
             count=optax.safe_increment(state.count),
@@ -175,6 +186,7 @@ def scale_by_rms(
             mu=mean[0] if centered else None,
             var=magnitude if centered else None,
             weight=None if weights is None else weights[1],
+            unit=unit,
         )
 
     return optax.GradientTransformation(init, update)
@@ -203,10 +215,14 @@ def scale_by_stddev(
     )
 
 
-def _check_state(state: Any, centered: bool, bias_correction: bool) -> None:
+def _check_state(state: Any, centered: bool, bias_correction: bool, has_unit: bool) -> None:
     if not isinstance(state, RmsState):
         raise TypeError(f'state must be the RmsState made by init, got {type(state).__name__}.')
     wanted = {'nu': not centered, 'mu': centered, 'var': centered, 'weight': bias_correction}
+    if (state.unit is not None) != has_unit:
+        raise ValueError(
+            'state was made with another storage: storage.convert changes it in mid-training.'
+        )
     # A tree of no leaves may be None itself, so only what should be absent and is not can be told
     # for sure.
     surplus = [

@@ -10,9 +10,17 @@ from jax.tree_util import keystr, tree_map_with_path
 from rmsprop_jax._lift import widen
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState
+from rmsprop_jax.storage._choice import Storage
+from rmsprop_jax.storage._convert import convert, read
 
 
-def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) -> Any:
+def reset(
+    tx: optax.GradientTransformation,
+    state: Any,
+    params: Any,
+    mask: Any,
+    storage: Storage | None = None,
+) -> Any:
     """Gives the statistics of some parameters the values `tx.init` starts with.
 
     For layers that are initialised anew while the rest trains on: their old second moment would
@@ -30,6 +38,7 @@ def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) 
         `dialects.keras(use_ema=True)` keeps, starts from them.
       mask: What starts again: a tree of booleans like the parameters, a prefix of one, or a
         function from the parameters to one.
+      storage: What `tx` was given, where its statistics are kept in formats that round.
 
     Returns:
       The new state; the old one is unchanged.
@@ -40,7 +49,8 @@ def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) 
 
     Raises:
       TypeError: For a mask with leaves that are not booleans.
-      ValueError: For a mask that is no prefix of the parameters, or a state that is not of `tx`.
+      ValueError: For a mask that is no prefix of the parameters, a state that is not of `tx`, or a
+        missing `storage`.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -59,6 +69,7 @@ def reset(tx: optax.GradientTransformation, state: Any, params: Any, mask: Any) 
             'state does not belong to tx and params:\n'
             f'  tx.init(params): {jax.tree.structure(start)}\n  state: {jax.tree.structure(state)}'
         )
+    start = _in_units_of(state, start, params, storage)
     marks = optax.tree.map_params(
         tx,
         _marked,
@@ -92,6 +103,28 @@ def _with_weight(node: Any) -> Any:
     if not isinstance(node, RmsState) or node.weight is None:
         return node
     return node._replace(weight=all(jax.tree.leaves((node.nu, node.mu, node.var))))
+
+
+def _in_units_of(state: Any, start: Any, params: Any, storage: Storage | None) -> Any:
+    """`start`, with its statistics as multiples of the units that those of `state` have by now."""
+    if all(node.unit is None for node in _rms_nodes(state)):
+        return start
+    if storage is None:
+        raise ValueError(
+            'give the storage that tx was given: the state is kept in compact formats.'
+        )
+    units = iter(_rms_nodes(state))
+    decoded = jax.tree.map(
+        lambda node: node._replace(unit=next(units).unit) if isinstance(node, RmsState) else node,
+        read(start, storage),
+        is_leaf=lambda node: isinstance(node, RmsState),
+    )
+    return convert(decoded, params, None, storage)
+
+
+def _rms_nodes(state: Any) -> list[RmsState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RmsState))
+    return [node for node in leaves if isinstance(node, RmsState)]
 
 
 def _with_average(start: Any, params: Any) -> Any:

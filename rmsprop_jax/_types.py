@@ -61,6 +61,8 @@ class RmsState(NamedTuple):
         centered.
       weight: The sum of the weights that the averages have given to gradients so far, of shape ().
         None unless bias-corrected; it is then what the averages are divided by.
+      unit: What the entries of `nu` or `var` are multiples of where their format rounds, of shape
+        (), in [1, 2). None where no format does.
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,6 +70,7 @@ class RmsState(NamedTuple):
     mu: Any
     var: Any
     weight: jax.Array | None
+    unit: jax.Array | None = None
 
 
 class TraceState(NamedTuple):

@@ -360,7 +360,8 @@ def tensorflow(
         tables: a tree of booleans like the parameters, a function from them to one, or True for
         all. Rows (along the first axis) whose gradient is exactly zero keep their parameters and
         all their statistics. A row that was looked up and whose gradient happens to be zero looks
-        the same, and is skipped too, where TensorFlow would let it decay.
+        the same, and is skipped too, where TensorFlow would let it decay. Needs `nu` and `var` in
+        float32.
       storage: How the statistics are kept in memory, as for `rmsprop`.
 
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and

@@ -18,6 +18,7 @@ from jax.tree_util import (
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState, TraceState
 from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
+from rmsprop_jax.storage._formats import STATISTICS, Factors
 
 # By name, since Optax exports only two of these classes.
 _OPTAX_RMS = frozenset(
@@ -32,6 +33,10 @@ _OPTAX_RMS = frozenset(
 # but at fault, which has been noted.
 Columns = dict[str, dict[str, np.ndarray | None]]
 MOMENTS = ('nu', 'mu', 'trace', 'ema')
+COMPACT = (
+    'the state is in compact storage: storage.read decodes it, and storage.convert brings a '
+    'float32 state into other formats'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,15 @@ def is_node(node: Any) -> bool:
     )
 
 
+def is_compact(node: Any) -> bool:
+    """Whether some statistic is kept in a storage format that is to be decoded first."""
+    if not isinstance(node, RmsState | TraceState):
+        return False
+    trees = [getattr(node, name, None) for name in STATISTICS]
+    leaves = jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Factors))
+    return any(isinstance(x, Factors) or x.dtype.itemsize < 4 for x in leaves)
+
+
 def is_average(node: Any) -> bool:
     """Whether it holds an average of the parameters, whose count is of calls, not of steps."""
     return isinstance(node, AverageState)
@@ -80,6 +94,9 @@ def read(state: Any, problems: Problems) -> Moments:
     columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in MOMENTS}
     weights: dict[str, tuple[int, float | None]] = {}
     for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+        if is_compact(node):
+            problems.add(COMPACT)
+            continue
         found = _node_columns(node)
         for name, leaves in found.items():
             for path in leaves.keys() & columns[name].keys():

@@ -13,8 +13,10 @@ from jax.tree_util import tree_map_with_path
 from rmsprop_jax._types import RmsState
 from rmsprop_jax.interchange._mapping import Problems, named_leaves, path_name, placed
 from rmsprop_jax.interchange._state import (
+    COMPACT,
     MOMENTS,
     is_average,
+    is_compact,
     is_corrected,
     is_count,
     is_node,
@@ -86,6 +88,9 @@ class Writer:
         return _with_counts(written, count, count if calls is None else calls)
 
     def _node(self, node: Any) -> Any:
+        if is_compact(node):
+            self.problems.add(COMPACT)
+            return node
         if isinstance(node, RmsState):
             return self._rms(node)
         trees = {name: getattr(node, name) for name in MOMENTS if name in node._fields}

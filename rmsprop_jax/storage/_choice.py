@@ -161,6 +161,12 @@ def format_of(
     return chosen
 
 
+def rounds(storage: Storage | None, statistic: str) -> bool:
+    """Whether some leaf of a statistic may be kept in fewer digits than float32."""
+    choice = _for_statistic(storage, statistic)
+    return choice.format.rounds if isinstance(choice, LargeLeaves) else choice is not None
+
+
 def _for_statistic(storage: Storage | None, statistic: str) -> LargeLeaves | PerLeaf | None:
     choice = getattr(storage, statistic) if isinstance(storage, PerStatistic) else storage
     return large_leaves(choice) if isinstance(choice, Format) else choice

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._types import RmsState, TraceState, real_dtype, wide_dtype
-from rmsprop_jax.storage._choice import Storage, check_storage, format_of
-from rmsprop_jax.storage._formats import STATISTICS, Factors, Format, float32
+from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
+from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
 
 _VERSION = 1
 KeyPath = tuple[Any, ...]
@@ -44,7 +44,7 @@ def read(state: Any, storage: Storage | None) -> Any:
       >>> optax.tree.get(decoded, 'nu')['kernel'].shape
       (64, 64)
     """
-    return _map_statistics(lambda leaf: leaf.format.decode(leaf.stored), state, storage)
+    return _map_statistics(lambda leaf: leaf.decoded(), state, storage, lambda _: None)
 
 
 def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) -> Any:
@@ -79,7 +79,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
         if leaf.path not in known:
             raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
         wide = wide_dtype(jnp.result_type(known[leaf.path]))
-        decoded = leaf.format.decode(leaf.stored)
+        decoded = leaf.decoded()
         kept = format_of(
             to,
             leaf.statistic,
@@ -89,10 +89,15 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
         )
         if isinstance(kept, float32):
             return decoded.astype(wide if jnp.iscomplexobj(decoded) else real_dtype(wide))
-        return kept.encode(decoded)
+        return kept.encode(decoded, unit=leaf.unit)
+
+    def unit(node: RmsState) -> jax.Array | None:
+        if not rounds(to, 'nu' if node.mu is None else 'var'):
+            return None
+        return jnp.ones([], jnp.float32) if node.unit is None else node.unit
 
     check_storage(to)
-    return _map_statistics(leaf, state, from_)
+    return _map_statistics(leaf, state, from_, unit)
 
 
 def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
@@ -111,10 +116,11 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
       >>> from rmsprop_jax import storage
-      >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
+      >>> narrow = storage.uint8(mantissa_bits=2)
+      >>> tx = rmsprop_jax.scale_by_rms(storage=narrow)
       >>> params = {'kernel': jnp.ones((64, 64))}
       >>> _, state = tx.update({'kernel': 1e-9 * params['kernel']}, tx.init(params))
-      >>> for path, share in storage.saturation(state, storage.uint8()).items():
+      >>> for path, share in storage.saturation(state, narrow).items():
       ...     print(path, share.low, share.high)
       .nu['kernel'] 1.0 0.0
     """
@@ -144,10 +150,11 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
       >>> from rmsprop_jax import storage
       >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
       >>> state = tx.init({'kernel': jnp.ones((64, 64)), 'bias': jnp.ones(64)})
-      >>> for path, leaf in storage.describe(state, storage.uint8())['leaves'].items():
-      ...     print(path, leaf)
-      .nu['bias'] {'format': 'float32'}
-      .nu['kernel'] {'format': 'uint8', 'seed': 0, 'scale': 1.0, 'version': 1}
+      >>> leaves = storage.describe(state, storage.uint8())['leaves']
+      >>> leaves[".nu['bias']"]
+      {'format': 'float32'}
+      >>> leaves[".nu['kernel']"]
+      {'format': 'uint8', 'seed': 0, 'mantissa_bits': 1, 'scale': 1.0, 'version': 1}
     """
     leaves: dict[str, Any] = {}
     _map_statistics(
@@ -190,28 +197,53 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
 
 
 class _Leaf(NamedTuple):
-    """A stored leaf: its path in the state, its statistic, its parameter's path, its format."""
+    """A stored leaf.
+
+    Attributes:
+      name: Its path in the state.
+      statistic: What it is a part of.
+      path: That of its parameter.
+      stored: The leaf.
+      format: Its format.
+      unit: What it is a multiple of if its format rounds.
+    """
 
     name: str
     statistic: str
     path: KeyPath
     stored: Any
     format: Format
+    unit: jax.Array | None
+
+    def decoded(self) -> jax.Array:
+        """Its numbers."""
+        return self.format.decode(self.stored, self.unit)
 
 
-def _map_statistics(function: Callable[[_Leaf], Any], state: Any, storage: Storage | None) -> Any:
-    """Replaces every stored leaf of a state; the rest of the state stays what it is."""
+def _map_statistics(
+    function: Callable[[_Leaf], Any],
+    state: Any,
+    storage: Storage | None,
+    new_unit: Callable[[RmsState], Any] = lambda node: node.unit,
+) -> Any:
+    """Replaces every stored leaf of a state, and units; the rest of the state stays what it is."""
     check_storage(storage)
 
     def node(path: KeyPath, part: Any) -> Any:
         if not isinstance(part, RmsState | TraceState):
             return part
-        names = [name for name in STATISTICS if name in part._fields]
-        return part._replace(
-            **{name: tree(name, (*path, GetAttrKey(name)), getattr(part, name)) for name in names}
-        )
+        new = {
+            name: tree(name, (*path, GetAttrKey(name)), part)
+            for name in STATISTICS
+            if name in part._fields
+        }
+        if isinstance(part, RmsState):
+            new['unit'] = new_unit(part)
+        return part._replace(**new)
 
-    def tree(statistic: str, prefix: KeyPath, moments: Any) -> Any:
+    def tree(statistic: str, prefix: KeyPath, part: Any) -> Any:
+        unit = part.unit if statistic in MAGNITUDES else None
+
         def leaf(path: KeyPath, stored: Any) -> Any:
             factors = isinstance(stored, Factors)
             shape = stored.row.shape + stored.col.shape[-1:] if factors else jnp.shape(stored)
@@ -220,8 +252,9 @@ def _map_statistics(function: Callable[[_Leaf], Any], state: Any, storage: Stora
             name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
             if fault is not None:
                 raise ValueError(f'state{name} {fault}.')
-            return function(_Leaf(name, statistic, path, stored, kept))
+            return function(_Leaf(name, statistic, path, stored, kept, unit))
 
+        moments = getattr(part, statistic)
         return tree_map_with_path(leaf, moments, is_leaf=lambda x: isinstance(x, Factors))
 
     return tree_map_with_path(node, state, is_leaf=lambda x: isinstance(x, RmsState | TraceState))

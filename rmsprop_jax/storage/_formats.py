@@ -23,6 +23,7 @@ from rmsprop_jax.storage._rounding import (
 )
 
 STATISTICS = ('nu', 'mu', 'var', 'trace')
+MAGNITUDES = ('nu', 'var')
 
 
 class Format(abc.ABC):
@@ -34,9 +35,12 @@ class Format(abc.ABC):
 
     Attributes:
       holds: The names of the statistics it can keep.
+      rounds: Whether it keeps fewer digits than float32. Averages are then kept as multiples of a
+        unit that decays as they do; see `RmsState`.
     """
 
     holds: ClassVar[tuple[str, ...]] = STATISTICS
+    rounds: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -71,12 +75,13 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> Any:
+    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> Any:
         """The stored form of `x`.
 
         Args:
           x: Numbers in float32 or wider.
           bits: What `bits` returned; None rounds to the nearest.
+          unit: The scalar that rounded numbers are kept as multiples of; None means one.
         """
 
     def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array | None:
@@ -85,8 +90,8 @@ class Format(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def decode(self, stored: Any) -> jax.Array:
-        """The numbers that `encode` kept, in float32 or wider."""
+    def decode(self, stored: Any, unit: Any = None) -> jax.Array:
+        """The numbers that `encode` kept with the same unit, in float32 or wider."""
 
     @abc.abstractmethod
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
@@ -145,11 +150,12 @@ class float32(_Elementwise):
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
         return full_like(param, fill, dtype)
 
-    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
-        del bits
+    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> jax.Array:
+        del bits, unit
         return x
 
-    def decode(self, stored: jax.Array) -> jax.Array:
+    def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+        del unit
         return stored
 
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
@@ -163,11 +169,28 @@ class float32(_Elementwise):
 class _Rounded(_Elementwise):
     """An elementwise format that rounds stochastically."""
 
+    rounds = True
+
     seed: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f'seed must be a Python integer, got {self.seed!r}.')
+
+    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> jax.Array:
+        multiple = jnp.asarray(x, jnp.float32) * (1.0 if unit is None else 1 / unit)
+        return self.rounded(multiple, HALF if bits is None else bits)
+
+    def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+        return self.widened(stored) * (1.0 if unit is None else unit)
+
+    @abc.abstractmethod
+    def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
+        """The stored form of float32 numbers."""
+
+    @abc.abstractmethod
+    def widened(self, stored: jax.Array) -> jax.Array:
+        """Those numbers, rounded."""
 
     def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         return random_bits(shape, salt(self.seed, label, count))
@@ -214,77 +237,87 @@ class bfloat16(_Rounded):
             return f'storage.bfloat16 cannot hold {statistic}: it is complex. Keep it in float32.'
         return super().refusal(statistic, shape, is_complex)
 
-    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
-        return _to_bfloat16(jnp.asarray(x, jnp.float32), HALF if bits is None else bits)
+    def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
+        return _to_bfloat16(x, bits)
 
-    def decode(self, stored: jax.Array) -> jax.Array:
+    def widened(self, stored: jax.Array) -> jax.Array:
         return stored.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class uint8(_Rounded):
-    """One byte an entry, for `nu` and `var`: an unsigned float of six exponent and two mantissa
-    bits, rounded stochastically.
+    """One byte an entry, for `nu` and `var`: an unsigned float, rounded stochastically.
 
     ::
 
-        value = scale (1 + m / 4) 2^(e - 48)       of the byte 4 e + m;   byte 0: exactly 0
+        value = scale (1 + m / 2) 2^(e - 92)     of the byte 2 e + m, with mantissa_bits=1
+        value = scale (1 + m / 4) 2^(e - 48)     of the byte 4 e + m, with mantissa_bits=2
+        value = 0                                of the byte 0, and of no other positive number
 
-    Positive numbers outside the window, from `scale 1.25 2^-48` to `scale 1.75 2^15`, are kept as
-    its ends; so are infinity and NaN, at the upper one. The relative error of one rounding is under
-    1/4, and zero on average. `storage.saturation` counts entries at the ends.
-
-    With `scale=1` the window holds gradients from 7e-8 to 240. A loss that is averaged over many
-    entries may have smaller ones, a loss that is summed larger ones: move the window by the square
-    of the factor between them.
+    The first window holds gradients from 2e-14 to 2e5. The second rounds half as much and holds
+    gradients from 7e-8 to 240. Positive numbers outside the window are kept as its ends; so are
+    infinity and NaN, at the upper one. `storage.saturation` counts entries at the ends.
 
     A byte has no derivative: differentiating through a step is refused.
 
     Attributes:
-      scale: A power of two, in the squared unit of the gradient.
+      mantissa_bits: 1 for a window of 128 octaves, 2 for a window of 64.
+      scale: A power of two, in the squared unit of the gradient, that moves the window: the square
+        of a typical gradient's size, where that is far from one. A loss averaged over many entries
+        has smaller gradients than one summed over them.
       seed: Of the rounding, as for `bfloat16`.
 
     Example:
       >>> from rmsprop_jax import storage
-      >>> window = storage.uint8(scale=2.0**-20)
+      >>> window = storage.uint8(mantissa_bits=2, scale=2.0**-20)
       >>> print(window.decode(window.encode(1e-9)), window.decode(window.encode(0.0)))
       9.313226e-10 0.0
     """
 
+    mantissa_bits: int = 1
     scale: float = 1.0
 
     dtype = np.dtype(np.uint8)
-    holds = ('nu', 'var')
+    holds = MAGNITUDES
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mantissa_bits not in (1, 2):
+            raise ValueError(f'mantissa_bits must be 1 or 2, got {self.mantissa_bits!r}.')
         if isinstance(self.scale, jax.Array) or callable(self.scale):
             raise TypeError('scale must be a Python number: it decides how bytes are read.')
         object.__setattr__(self, 'scale', float(self.scale))
         fraction, exponent = math.frexp(self.scale)
-        if fraction != 0.5 or not -70 <= exponent <= 100:
-            raise ValueError(f'scale must be a power of two in [2^-71, 2^99], got {self.scale}.')
+        if fraction != 0.5 or not -30 < exponent <= 60:
+            raise ValueError(f'scale must be a power of two in [2^-30, 2^59], got {self.scale}.')
 
     @property
-    def largest(self) -> float:
-        return self.scale * 1.75 * 2.0**15
+    def lowest(self) -> int:
+        """The exponent of the number that byte 0 would be."""
+        return (-92 if self.mantissa_bits == 1 else -48) + round(math.log2(self.scale))
 
     @property
     def smallest(self) -> float:
-        return self.scale * 1.25 * 2.0**-48
+        return (1 + 0.5**self.mantissa_bits) * 2.0**self.lowest
 
-    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> jax.Array:
-        return _to_uint8(jnp.asarray(x, jnp.float32), HALF if bits is None else bits, self)
+    @property
+    def largest(self) -> float:
+        return (2 - 0.5**self.mantissa_bits) * 2.0 ** (
+            self.lowest + 2 ** (8 - self.mantissa_bits) - 1
+        )
 
-    def decode(self, stored: jax.Array) -> jax.Array:
+    def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
+        return _to_uint8(x, bits, self)
+
+    def widened(self, stored: jax.Array) -> jax.Array:
         code = stored.astype(jnp.uint32)
-        value = lax.bitcast_convert_type((code + self.first_code) << 21, jnp.float32)
-        return jnp.where(code == 0, 0.0, value)
+        leading = (code + self.first_code) << (23 - self.mantissa_bits)
+        return jnp.where(code == 0, 0.0, lax.bitcast_convert_type(leading, jnp.float32))
 
     @property
     def first_code(self) -> np.uint32:
-        """The upper eleven bits of the float32 that byte 0 would be."""
-        return np.uint32((127 - 48 + round(math.log2(self.scale))) << 2)
+        """The upper bits of the float32 that byte 0 would be."""
+        return np.uint32((127 + self.lowest) << self.mantissa_bits)
 
     @property
     def _why_not(self) -> str:
@@ -344,11 +377,12 @@ class factored(Format):
             col=full_like(param, fill, dtype, without=-2),
         )
 
-    def encode(self, x: jax.Array, bits: jax.Array | None = None) -> Factors:
-        del bits
+    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> Factors:
+        del bits, unit
         return Factors(row=jnp.mean(x, axis=-1), col=jnp.mean(x, axis=-2))
 
-    def decode(self, stored: Factors) -> jax.Array:
+    def decode(self, stored: Factors, unit: Any = None) -> jax.Array:
+        del unit
         total = jnp.mean(stored.row, axis=-1, keepdims=True)
         vanishes = total < float(jnp.finfo(total.dtype).tiny)
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))
@@ -405,17 +439,19 @@ def _through_bfloat16(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
 
 
 def _encode_uint8(x: jax.Array, bits: jax.Array, window: uint8) -> jax.Array:
+    digits = 1 + window.mantissa_bits
     # Written so that NaN becomes the upper end.
     inside = jnp.where(x < window.largest, jnp.maximum(x, window.smallest), window.largest)
 
     def on_bits(inside: jax.Array, bits: jax.Array) -> jax.Array:
-        return (leading_bits(inside, bits, digits=3) - window.first_code).astype(jnp.uint8)
+        return (leading_bits(inside, bits, digits) - window.first_code).astype(jnp.uint8)
 
     def in_floats(inside: jax.Array, bits: jax.Array) -> jax.Array:
-        whole, point = leading_digits(inside, bits, digits=3)
+        whole, point = leading_digits(inside, bits, digits)
         # A power of two has an integer logarithm, whatever the accuracy of the function.
-        exponent = jnp.round(jnp.log2(point)) - round(math.log2(window.scale)) + (48 + 2)
-        return (4 * (exponent - 1) + whole).astype(jnp.uint8)
+        exponent = jnp.round(jnp.log2(point)) + (window.mantissa_bits - window.lowest)
+        # The leading one of `whole` is the exponent's.
+        return ((exponent - 1) * 2**window.mantissa_bits + whole).astype(jnp.uint8)
 
     code = lax.platform_dependent(inside, bits, cpu=on_bits, default=in_floats)
     return jnp.where(x == 0, 0, code)

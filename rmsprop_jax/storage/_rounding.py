@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from rmsprop_jax._types import Scalar, cast
+
 # Of the bits this rounds to the nearest.
 HALF = np.uint32(2**31)
 
@@ -43,6 +45,26 @@ def _hashed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
+def next_unit(unit: jax.Array, decay: Scalar) -> jax.Array:
+    """`unit <- decay unit`, times the power of two that brings it back into [1, 2).
+
+    Stored averages are multiples of the unit. It shrinks as they do, so that an entry whose
+    gradient is zero keeps its stored number and is not rounded at all: only what a gradient adds
+    is. That halves the error of a slow average, and keeps silent entries from wandering.
+    """
+    shrunk = unit * cast(decay, unit.dtype)
+    vanishes = shrunk < float(jnp.finfo(unit.dtype).tiny)
+    power = _power_below(jnp.where(vanishes, 1, shrunk))
+    # Which grid numbers are rounded to has no derivative.
+    return lax.stop_gradient(jnp.where(vanishes, 1, shrunk / power))
+
+
+def _power_below(x: jax.Array) -> jax.Array:
+    """The largest power of two that is not larger than `x`, a positive normal number."""
+    power = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=0)
+    return jnp.where(power > x, power * 0.5, power)
+
+
 def leading_digits(x: jax.Array, bits: jax.Array, digits: int) -> tuple[jax.Array, jax.Array]:
     """Rounds positive float32 numbers to `digits` binary digits.
 
@@ -54,10 +76,7 @@ def leading_digits(x: jax.Array, bits: jax.Array, digits: int) -> tuple[jax.Arra
       the rounded number; both as floats. Twice `x` and `p` must be normal numbers.
     """
     # Halved, so that the rounding to a power of two cannot overflow.
-    half = x * 0.5
-    power = lax.reduce_precision(half, exponent_bits=8, mantissa_bits=0)
-    power = jnp.where(power > half, power * 0.5, power)
-    point = power * 2.0 ** (2 - digits)
+    point = _power_below(x * 0.5) * 2.0 ** (2 - digits)
     # A float32 has 24 digits: with so many of the noise all sums that floor sees are exact.
     used = 24 - digits
     noise = (bits >> (32 - used)).astype(jnp.float32) * 2.0**-used
