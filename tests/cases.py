@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 import rmsprop_jax
-from rmsprop_jax import dialects
+from rmsprop_jax import dialects, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Case:
       real_only: Whether it makes no sense for complex arrays.
       rewrites_params: Whether its updates lead to parameters of its own, in their dtype.
       every: How many calls make a step.
+      compact: Whether its state is kept in other formats than float32.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     real_only: bool = False
     rewrites_params: bool = False
     every: int = 1
+    compact: bool = False
 
 
 def _inverse(count: ArrayLike) -> jax.Array:
@@ -178,6 +180,38 @@ CASES = (
         real_only=True,
     ),
     Case('mxnet1', lambda: dialects.mxnet1(0.02, centered=True), (*CENTERED, 'trace')),
+    Case(
+        'rmsprop-bfloat16',
+        lambda: rmsprop_jax.rmsprop(
+            _halved,
+            _decay,
+            initial_scale=1.0,
+            centered=True,
+            momentum=0.5,
+            bias_correction=True,
+            storage=storage.large_leaves(storage.bfloat16(), min_size=1, min_ndim=0),
+        ),
+        (*CENTERED, 'trace'),
+        elementwise=False,
+        real_only=True,
+        compact=True,
+    ),
+    Case(
+        'inject_hyperparams-uint8',
+        lambda: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
+            0.02, storage=storage.per_leaf(lambda path, shape: storage.uint8())
+        ),
+        ('nu',),
+        elementwise=False,
+        compact=True,
+    ),
+    Case(
+        'torch-factored',
+        lambda: dialects.torch(0.02, storage=storage.large_leaves(storage.factored(), min_size=1)),
+        ('nu',),
+        elementwise=False,
+        compact=True,
+    ),
     Case('graves', lambda: dialects.graves(0.01), (*CENTERED, 'trace')),
     Case('hinton', lambda: dialects.hinton(0.02), ('nu',)),
 )
