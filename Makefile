@@ -9,8 +9,14 @@ EXTRAS := demo test notebooks dev
 # The frameworks that the dialects are compared with, each with its own environment.
 FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
 FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
+FRAMEWORKS_INSTALLED := $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)
+# Those that checkpoints move to and from; Keras is installed where TensorFlow is.
+MOVED := $(filter torch tensorflow,$(FRAMEWORKS)) $(if $(filter tensorflow,$(FRAMEWORKS)),keras)
 PARITY := $(CURDIR)/build/parity
-RECORD = cd tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3
+# Run a module of tests/ where a framework is: $(call in,torch) module. And where JAX is: $(HERE) module.
+in = cd $(CURDIR)/tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3 \
+  $(CURDIR)/$(FRAMEWORK_VENVS)/$(1:keras=tensorflow)/bin/python -m
+HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
 .PHONY: help demo test slow check format notebooks golden parity clean
 .DEFAULT_GOAL := help
@@ -43,19 +49,38 @@ notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run
 	done
 	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
 
-golden: $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)  ## Record the frameworks' traces in tests/golden/ anew
-	set -e; for name in $(FRAMEWORKS); do (\
-	  $(RECORD) $(CURDIR)/$(FRAMEWORK_VENVS)/$$name/bin/python -m golden.record_$$name golden/$$name.npz); \
-	done
+golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces in tests/ anew
+	$(foreach name,$(FRAMEWORKS),$(call record_trace,$(name),golden/$(name).npz))
+	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
+	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
+	$(call record_identification,$(HERE),optax)
 
-parity: $(VENV)/.test $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)  ## Replay drawn configurations in the frameworks and compare
+parity: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Compare drawn configurations and moved checkpoints with the frameworks
 	rm -rf $(PARITY) && mkdir -p $(PARITY)
-	cd tests && $(CURDIR)/$(BIN)/python -m parity.draw $(PARITY)/configurations.json
-	set -e; for name in $(FRAMEWORKS); do (\
-	  $(RECORD) $(CURDIR)/$(FRAMEWORK_VENVS)/$$name/bin/python -m golden.record_$$name \
-	    $(PARITY)/$$name.npz $(PARITY)/configurations.json); \
-	done
-	cd tests && $(CURDIR)/$(BIN)/python -m parity.compare $(FRAMEWORKS:%=$(PARITY)/%.npz)
+	$(HERE) parity.draw $(PARITY)/configurations.json
+	$(foreach name,$(FRAMEWORKS),$(call record_trace,$(name),$(PARITY)/$(name).npz $(PARITY)/configurations.json))
+	$(HERE) parity.compare $(FRAMEWORKS:%=$(PARITY)/%.npz)
+	$(foreach name,$(MOVED),$(call move_both_ways,$(name)))
+
+# Each is one or more lines of a recipe, and so ends with an empty one.
+define record_trace
+$(call in,$1) golden.record_$1 $2
+
+endef
+define record_run
+$(call in,$1) interchange_data.frameworks $1 $2
+
+endef
+define record_identification
+$1 identify_data.record_$2
+
+endef
+define move_both_ways
+$(HERE) interchange_data.check_live write $1 $(PARITY)/our-$1.npz
+$(call record_run,$1,$(PARITY)/their-$1.npz $(PARITY)/our-$1.npz)
+$(HERE) interchange_data.check_live compare $1 $(PARITY)/their-$1.npz
+
+endef
 
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache

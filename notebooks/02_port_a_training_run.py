@@ -194,7 +194,12 @@ for losses, line, color, label in (
     joint = smooth(np.concatenate([first_half, losses]))[HANDOVER - 9 :]
     ax.plot(steps[HANDOVER:], joint, line, color=color, linewidth=1.3, label=label)
 ax.axvline(HANDOVER, color=GREY, linewidth=0.8)
-ax.set(xlabel='step', ylabel='cross-entropy, mean of 10 steps', yscale='log', title='Digits')
+ax.annotate(
+    'checkpoint moved', (HANDOVER, 1), (4, -2), ax.get_xaxis_transform(), 'offset points', va='top'
+)
+ax.set(xlabel='step', ylabel='cross-entropy, mean of 10 steps', yscale='log')
+ax.yaxis.set_major_formatter('{x:g}')
+ax.set_title('One training run in two frameworks')
 ax.legend(loc='lower left')
 for name, losses in (
     ('moved', moved),

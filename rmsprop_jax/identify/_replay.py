@@ -131,7 +131,6 @@ def replay(
 
     def accelerate(u: Any, state: Any) -> tuple[jax.Array, Any]:
         ahead: Any
-        ahead: Any
         ahead, state = momenta.update(u, state)
         return jnp.where(switches.nesterov == 1, ahead, state.trace), state
 

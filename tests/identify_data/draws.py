@@ -1,7 +1,8 @@
 """What the recording scripts of this folder draw and write; NumPy only, for every framework.
 
 A recording script calls `record(framework, number, run)` with a function that makes the framework's
-optimizer and steps it. Everything drawn is decided by the framework's name and the run's number.
+optimizer and steps it; `make golden` runs them all. Everything drawn is decided by the framework's
+name and the run's number.
 """
 
 import dataclasses

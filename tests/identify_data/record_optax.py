@@ -1,9 +1,9 @@
-"""Records Optax 0.2.8: `python record_optax.py`."""
+"""Records Optax 0.2.8: `python -m identify_data.record_optax` in `tests/`."""
 
 import jax
 import jax.numpy as jnp
 import optax
-from draws import SHAPES, Arrays, Draw, record
+from identify_data.draws import SHAPES, Arrays, Draw, record
 
 
 def run(draw: Draw) -> list[Arrays]:

@@ -1,4 +1,7 @@
-"""Records Keras 3.15, TensorFlow 2.21 and tf_keras 2.21: `python record_tensorflow.py`."""
+"""Records Keras 3.15, TensorFlow 2.21 and tf_keras 2.21.
+
+In `tests/`: `python -m identify_data.record_tensorflow`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 import tf_keras
-from draws import SHAPES, Arrays, Draw, record
+from identify_data.draws import SHAPES, Arrays, Draw, record
 
 
 def step_with(apply: Callable[[list[tuple[Any, Any]], float], Any], draw: Draw) -> list[Arrays]:

@@ -104,11 +104,11 @@ def run_keras(
             variable.assign(state[variable.name])
     for step in range(start, stop):
         optimizer.learning_rate = problem.rate(step)
-        now = {name: np.array(v) for name, v in variables.items()}
+        now = {name: np.array(v.numpy()) for name, v in variables.items()}
         gradients = problem.gradient(now, step)
         optimizer.apply(list(map(keras.ops.convert_to_tensor, gradients.values())))
-    found = {v.name: np.array(v) for v in optimizer.variables}
-    return {name: np.array(v) for name, v in variables.items()}, found
+    found = {v.name: np.array(v.numpy()) for v in optimizer.variables}
+    return {name: np.array(v.numpy()) for name, v in variables.items()}, found
 
 
 def run_tensorflow(
