@@ -225,13 +225,14 @@ def test_shard_map_equals_one_device(case):
 def test_init_keeps_sharding_and_memory(case, axis_type, memory):
     tx = case.make()
     mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(axis_type, axis_type))
-    sharding = NamedSharding(mesh, P('data', 'model'), memory_kind=memory)
+    placed = functools.partial(NamedSharding, mesh, memory_kind=memory)
+    sharding = placed(P('data', 'model'))
     params = {'w': jax.device_put(jnp.ones((8, 6), jnp.bfloat16), sharding)}
     for init in (tx.init, jax.jit(tx.init)):
         for leaf in jax.tree.leaves(moments(case, init(params))):
             rows, cols = leaf.shape == (8,), leaf.shape == (6,)
             spec = P('data') if rows else P('model') if cols else P('data', 'model')
-            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+            assert leaf.sharding.is_equivalent_to(placed(spec), leaf.ndim)
             assert leaf.sharding.memory_kind == memory
             # No device ever holds more than its own eighth, or its share of a row or column.
             own = (2,) if rows else (3,) if cols else (2, 3)

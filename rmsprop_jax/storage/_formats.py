@@ -415,22 +415,32 @@ class factored(Format):
         )
 
 
+# A choice between narrow arrays makes a TPU run two kernels, and a CPU has no narrow arithmetic: in
+# both forms below the last thing that is done is the cast.
+
+
 @jax.custom_jvp
 def _to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     ends = bfloat16()
-    magnitude = jnp.clip(jnp.abs(x), ends.smallest, ends.largest)
 
-    def on_bits(magnitude: jax.Array, bits: jax.Array) -> jax.Array:
-        kept = leading_bits(magnitude, bits, digits=8).astype(jnp.uint16)
-        return lax.bitcast_convert_type(kept, jnp.bfloat16)
+    def on_bits(x: jax.Array, bits: jax.Array) -> jax.Array:
+        whole = lax.bitcast_convert_type(x, jnp.uint32)
+        sign = whole & np.uint32(2**31)
+        magnitude = whole ^ sign
+        low, high = (np.float32(end).view(np.uint32) for end in (ends.smallest, ends.largest))
+        rounded = jnp.clip(magnitude, low, high) + (bits >> 16)
+        plain = (magnitude != 0) & (magnitude < np.float32(np.inf).view(np.uint32))
+        kept = jnp.where(plain, rounded, magnitude) | sign
+        return lax.bitcast_convert_type((kept >> 16).astype(jnp.uint16), jnp.bfloat16)
 
-    def in_floats(magnitude: jax.Array, bits: jax.Array) -> jax.Array:
-        whole, point = leading_digits(magnitude, bits, digits=8)
-        return (whole * point).astype(jnp.bfloat16)
+    def in_floats(x: jax.Array, bits: jax.Array) -> jax.Array:
+        magnitude = jnp.abs(x)
+        clipped = jnp.clip(magnitude, ends.smallest, ends.largest)
+        whole, point = leading_digits(clipped, bits, digits=8)
+        plain = (magnitude != 0) & (magnitude < jnp.inf)
+        return jnp.where(plain, jnp.copysign(whole * point, x), x).astype(jnp.bfloat16)
 
-    kept = lax.platform_dependent(magnitude, bits, cpu=on_bits, default=in_floats)
-    plain = (x != 0) & (jnp.abs(x) < jnp.inf)
-    return jnp.where(plain, jnp.copysign(kept, x.astype(jnp.bfloat16)), x.astype(jnp.bfloat16))
+    return lax.platform_dependent(x, bits, cpu=on_bits, default=in_floats)
 
 
 @_to_bfloat16.defjvp
@@ -444,17 +454,18 @@ def _encode_uint8(x: jax.Array, bits: jax.Array, window: uint8) -> jax.Array:
     inside = jnp.where(x < window.largest, jnp.maximum(x, window.smallest), window.largest)
 
     def on_bits(inside: jax.Array, bits: jax.Array) -> jax.Array:
-        return (leading_bits(inside, bits, digits) - window.first_code).astype(jnp.uint8)
+        code = leading_bits(inside, bits, digits) - window.first_code
+        return jnp.where(x == 0, 0, code).astype(jnp.uint8)
 
     def in_floats(inside: jax.Array, bits: jax.Array) -> jax.Array:
         whole, point = leading_digits(inside, bits, digits)
         # A power of two has an integer logarithm, whatever the accuracy of the function.
         exponent = jnp.round(jnp.log2(point)) + (window.mantissa_bits - window.lowest)
         # The leading one of `whole` is the exponent's.
-        return ((exponent - 1) * 2**window.mantissa_bits + whole).astype(jnp.uint8)
+        code = (exponent - 1) * 2**window.mantissa_bits + whole
+        return jnp.where(x == 0, 0.0, code).astype(jnp.uint8)
 
-    code = lax.platform_dependent(inside, bits, cpu=on_bits, default=in_floats)
-    return jnp.where(x == 0, 0, code)
+    return lax.platform_dependent(inside, bits, cpu=on_bits, default=in_floats)
 
 
 _to_uint8 = jax.custom_jvp(_encode_uint8, nondiff_argnums=(2,))

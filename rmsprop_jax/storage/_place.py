@@ -30,11 +30,13 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
         return filled.copy() if isinstance(fill, jax.Array) else filled
     # Under jit a constant does not take part in sharding propagation and would be replicated. An
     # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
-    # and it stays in the parameter's memory.
-    zeros = lax.convert_element_type(lax.eq(param, param), dtype) * jnp.zeros([], dtype)
+    # and it stays in the parameter's memory. This one is zero, but no compiler sees it before
+    # shardings are settled: behind the barrier there might be anything.
+    known = lax.eq(param, param)
+    zeros = known ^ lax.optimization_barrier(known)
     if without is not None:
-        zeros = jnp.max(zeros, axis=without)
-    return zeros + jnp.asarray(fill, dtype)
+        zeros = jnp.any(zeros, axis=without)
+    return zeros.astype(dtype) + jnp.asarray(fill, dtype)
 
 
 def without_axis(spec: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
