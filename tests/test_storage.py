@@ -57,6 +57,18 @@ def test_rounding_in_floats_is_rounding_of_bits(digits):
 
 
 @each_rounding
+def test_every_platform_rounds_alike(kept, monkeypatch):
+    """What TPU and GPU compile, run here, beside what a CPU runs; beyond the ends too."""
+    odd = jnp.array([0.0, jnp.inf, jnp.nan, 3.4e38, 1e-37])
+    x = jnp.concatenate([numbers(-37, 38).ravel(), jnp.tile(odd, 20)])
+    x = jnp.concatenate([x, -x]) if kept.name == 'bfloat16' else x
+    here = kept.encode(x, bits(kept, x.shape))
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+    there = kept.encode(x, bits(kept, x.shape))
+    assert np.asarray(here).tobytes() == np.asarray(there).tobytes()
+
+
+@each_rounding
 def test_rounding_goes_to_a_neighbour_and_is_right_on_average(kept):
     x = inside(kept)
     draws = jnp.stack([kept.decode(kept.encode(x, bits(kept, x.shape, t))) for t in range(64)])
