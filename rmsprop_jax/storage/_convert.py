@@ -116,11 +116,10 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
       >>> from rmsprop_jax import storage
-      >>> narrow = storage.uint8(mantissa_bits=2)
-      >>> tx = rmsprop_jax.scale_by_rms(storage=narrow)
+      >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
       >>> params = {'kernel': jnp.ones((64, 64))}
-      >>> _, state = tx.update({'kernel': 1e-9 * params['kernel']}, tx.init(params))
-      >>> for path, share in storage.saturation(state, narrow).items():
+      >>> _, state = tx.update({'kernel': 1e-10 * params['kernel']}, tx.init(params))
+      >>> for path, share in storage.saturation(state, storage.uint8()).items():
       ...     print(path, share.low, share.high)
       .nu['kernel'] 1.0 0.0
     """
@@ -154,7 +153,7 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
       >>> leaves[".nu['bias']"]
       {'format': 'float32'}
       >>> leaves[".nu['kernel']"]
-      {'format': 'uint8', 'seed': 0, 'mantissa_bits': 1, 'scale': 1.0, 'version': 1}
+      {'format': 'uint8', 'seed': 0, 'scale': 1.0, 'version': 1}
     """
     leaves: dict[str, Any] = {}
     _map_statistics(

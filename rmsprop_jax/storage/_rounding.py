@@ -1,4 +1,4 @@
-"""Stochastic rounding: random bits for every entry of an array, and the grids that use them.
+"""Stochastic rounding: random bits for every entry of an array, and the unit of the grid.
 
 Rounding to the nearest stalls a running average as soon as one step moves it by less than half a
 grid point. Rounded up with the probability of the distance that is left, it is right on average.
@@ -54,36 +54,12 @@ def next_unit(unit: jax.Array, decay: Scalar) -> jax.Array:
     """
     shrunk = unit * cast(decay, unit.dtype)
     vanishes = shrunk < float(jnp.finfo(unit.dtype).tiny)
-    power = _power_below(jnp.where(vanishes, 1, shrunk))
+    power = power_below(jnp.where(vanishes, 1, shrunk))
     # Which grid numbers are rounded to has no derivative.
     return lax.stop_gradient(jnp.where(vanishes, 1, shrunk / power))
 
 
-def _power_below(x: jax.Array) -> jax.Array:
+def power_below(x: jax.Array) -> jax.Array:
     """The largest power of two that is not larger than `x`, a positive normal number."""
     power = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=0)
     return jnp.where(power > x, power * 0.5, power)
-
-
-def leading_digits(x: jax.Array, bits: jax.Array, digits: int) -> tuple[jax.Array, jax.Array]:
-    """Rounds positive float32 numbers to `digits` binary digits.
-
-    In float arithmetic, because a bitcast of floats to integers makes a TPU run the update as two
-    kernels.
-
-    Returns:
-      An integer `k` from `2^(digits - 1)` to `2^digits`, and a power of two `p` such that `k p` is
-      the rounded number; both as floats. Twice `x` and `p` must be normal numbers.
-    """
-    # Halved, so that the rounding to a power of two cannot overflow.
-    point = _power_below(x * 0.5) * 2.0 ** (2 - digits)
-    # A float32 has 24 digits: with so many of the noise all sums that floor sees are exact.
-    used = 24 - digits
-    noise = (bits >> (32 - used)).astype(jnp.float32) * 2.0**-used
-    return jnp.floor(x / point + noise), point
-
-
-def leading_bits(x: jax.Array, bits: jax.Array, digits: int) -> jax.Array:
-    """The same rounding on the bits of the number, for a CPU: the upper bits of the result."""
-    used = 24 - digits
-    return (lax.bitcast_convert_type(x, jnp.uint32) + (bits >> (32 - used))) >> used
