@@ -1,0 +1,152 @@
+"""Optimizers on JAX as contestants: ours, Optax's, and Keras's on its JAX backend."""
+
+import copy
+import functools
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rmsprop_jax
+from benchmarks.timing import stopwatch
+from benchmarks.works import DECAY, EPS, LEARNING_RATE, Shape
+
+OPTAX_LIKE = {'rmsprop_jax': rmsprop_jax.rmsprop, 'optax': optax.rmsprop}
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ('jax', 'optax', 'keras')}
+
+
+def transformation(name: str, options: dict) -> optax.GradientTransformation:
+    return OPTAX_LIKE[name](LEARNING_RATE, DECAY, EPS, **options)
+
+
+def optax_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """A fresh `step(params, state, gradients)`, so that nothing compiled before is reused."""
+
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def normal(shapes: list[Shape], scale: float = 1.0) -> list[jax.Array]:
+    """Normal numbers, in buffers that JAX may reuse."""
+    generator = np.random.default_rng(0)
+    drawn = (scale * generator.standard_normal(shape, np.float32) for shape in shapes)
+    return [jnp.array(x, copy=True) for x in drawn]
+
+
+class JaxContestant:
+    """A jitted, donated step on trees of JAX arrays, with gradients that stay the same.
+
+    Attributes:
+      seconds: How long tracing, lowering and compiling took.
+      memory: Peak bytes of an execution, arguments included.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], init: Callable[[Any], Any], shapes: list[Shape]
+    ) -> None:
+        self._init, self._shapes = init, shapes
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+        params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        state = jax.eval_shape(init, params)
+        start = time.perf_counter()
+        traced = self._step.trace(params, state, params)
+        middle = time.perf_counter()
+        lowered = traced.lower()
+        late = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+        self.seconds = {'trace': middle - start, 'lower': late - middle, 'compile': end - late}
+        use = compiled.memory_analysis()
+        self.memory = (
+            use.argument_size_in_bytes
+            + use.output_size_in_bytes
+            + use.temp_size_in_bytes
+            - use.alias_size_in_bytes
+        )
+
+    def again(self) -> 'JaxContestant':
+        """The same program with buffers of its own."""
+        return copy.copy(self)
+
+    def place(self) -> None:
+        self._params = self._state = self._gradients = None
+        self._gradients = normal(self._shapes)
+        self._params = normal(self._shapes, 0.05)
+        self._state = self._init(self._params)
+
+    def run(self, steps: int) -> float:
+        def steps_in_a_row() -> None:
+            for _ in range(steps):
+                self._params, self._state = self._step(self._params, self._state, self._gradients)
+            jax.block_until_ready((self._params, self._state))
+
+        return stopwatch(steps_in_a_row)
+
+
+def prepare(name: str, shapes: list[Shape], options: dict) -> JaxContestant:
+    if name == 'keras':
+        return _keras(shapes, options)
+    tx = transformation(name, options)
+    return JaxContestant(optax_step(tx), tx.init, shapes)
+
+
+def _keras(shapes: list[Shape], options: dict) -> JaxContestant:
+    os.environ['KERAS_BACKEND'] = 'jax'
+    import keras
+
+    optimizer = keras.optimizers.RMSprop(LEARNING_RATE, DECAY, epsilon=EPS, **options)
+    optimizer.build([keras.Variable(np.zeros(shape, np.float32)) for shape in shapes])
+
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        return optimizer.stateless_apply(state, gradients, params)
+
+    def init(params: Any) -> Any:
+        del params
+        return [jnp.array(variable.value) for variable in optimizer.variables]
+
+    return JaxContestant(step, init, shapes)
+
+
+def time_to_init(name: str, shapes: list[Shape], options: dict) -> Callable[[], float]:
+    """A function that times one eager `init`."""
+    tx = transformation(name, options)
+    params = [jnp.zeros(shape) for shape in shapes]
+    return lambda: stopwatch(lambda: jax.block_until_ready(tx.init(params)))
+
+
+def train_step(name: str | None, shapes: list[Shape], options: dict, batch: int) -> JaxContestant:
+    """A whole training step of a network of dense layers; without a name, its gradient only."""
+    inputs = jnp.ones((batch, shapes[0][0]))
+    labels = jnp.zeros(batch, int)
+
+    def loss(params: Any) -> jax.Array:
+        *hidden, last = zip(params[::2], params[1::2], strict=True)
+        x = functools.reduce(lambda x, layer: jax.nn.relu(x @ layer[0] + layer[1]), hidden, inputs)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            x @ last[0] + last[1], labels
+        ).mean()
+
+    def gradient_step(params: Any, state: Any, _: Any) -> tuple[Any, Any]:
+        return params, jax.tree.map(lambda _, g: g, state, jax.grad(loss)(params))
+
+    if name is None:
+        return JaxContestant(gradient_step, optax.tree.zeros_like, shapes)
+    tx = transformation(name, options)
+    update = optax_step(tx)
+
+    def step(params: Any, state: Any, _: Any) -> tuple[Any, Any]:
+        return update(params, state, jax.grad(loss)(params))
+
+    return JaxContestant(step, tx.init, shapes)
