@@ -5,12 +5,14 @@ every complaint names the offending leaf by its path.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
@@ -79,7 +81,7 @@ def map_leaves(
     Args:
       step: Maps a gradient and the same leaf of each statistic, decoded and all in one precision,
         to a tuple: the new update, which is cast to the gradient's dtype, and the new leaf of each
-        statistic, which is encoded. Its last argument is a list of the formats they are kept in.
+        statistic, which is encoded. Its last argument is a tuple of the formats they are kept in.
       updates: The tree of gradients.
       moments: The statistics and their trees.
       count: Steps taken so far, of which rounding makes its random bits.
@@ -101,6 +103,11 @@ def map_leaves(
     # Wrappers may pass any tree as params, so a different one is no error.
     known = params is not None and jax.tree.structure(params) == treedef
     kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
+    leaf_step = functools.partial(_leaf_step, step, (before, after), count)
+    if _is_staged():
+        # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
+        # this would compile anew at every update, because `step` is a new function each time.
+        leaf_step = jax.jit(leaf_step, static_argnums=0)
     results = []
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
         name = f'updates{keystr(path)}'
@@ -108,19 +115,44 @@ def map_leaves(
         formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf)
-        decoded = [
-            kept.decode(leaf, unit)
-            for kept, leaf, unit in zip(formats, stored, before, strict=True)
+        keys = [
+            kept.key(f'{statistic.name}{keystr(path)}')
+            for kept, statistic in zip(formats, statistics, strict=True)
         ]
-        wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
-        update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
-        encoded = [
-            kept.encode(x, kept.bits(f'{statistic.name}{keystr(path)}', count, x.shape), unit)
-            for kept, statistic, x, unit in zip(formats, statistics, new, after, strict=True)
-        ]
-        results.append((update.astype(jnp.result_type(g)), *encoded))
+        results.append(leaf_step(tuple(formats), g, stored, keys))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
+
+
+def _leaf_step(
+    step: Callable[..., tuple[jax.Array, ...]],
+    units: tuple[Sequence[Any], Sequence[Any]],
+    count: ArrayLike,
+    formats: tuple[Format, ...],
+    g: jax.Array,
+    stored: Sequence[Any],
+    keys: Sequence[Any],
+) -> tuple[Any, ...]:
+    """Decodes the statistics of one leaf, steps, and encodes them."""
+    before, after = units
+    decoded = [
+        kept.decode(leaf, unit) for kept, leaf, unit in zip(formats, stored, before, strict=True)
+    ]
+    wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
+    update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
+    encoded = [
+        kept.encode(x, kept.bits(key, count, x.shape), unit)
+        for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
+    ]
+    return update.astype(jnp.result_type(g)), *encoded
+
+
+def _is_staged() -> bool:
+    """Whether operations are recorded for a compiler: under jit, but not under vmap or grad alone.
+
+    Those two leave an operation on a constant alone.
+    """
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:

@@ -74,7 +74,9 @@ def trace(
             )
         decay = decay_.at(state.count)
 
-        def step(g: jax.Array, velocity: jax.Array, _: list[Format]) -> tuple[jax.Array, jax.Array]:
+        def step(
+            g: jax.Array, velocity: jax.Array, _: tuple[Format, ...]
+        ) -> tuple[jax.Array, jax.Array]:
             d = cast(decay, g.real.dtype)
             velocity = g + componentwise(operator.mul, velocity, d)
             ahead = g + componentwise(operator.mul, velocity, d) if nesterov else velocity

@@ -151,13 +151,13 @@ def scale_by_rms(
             pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
             return *(cast(x, dtype) for x in (decay, rest, eps)), pair
 
-        def plain(g: jax.Array, nu: jax.Array, _: list[Format]) -> tuple[jax.Array, ...]:
+        def plain(g: jax.Array, nu: jax.Array, _: tuple[Format, ...]) -> tuple[jax.Array, ...]:
             d, r, e, c = scalars(nu.dtype)
             nu = _moments.second_moment(nu, g, d, r)
             return _moments.direction(g, nu if c is None else nu / c[1], e, eps_in_sqrt), nu
 
         def central(
-            g: jax.Array, var: jax.Array, mu: jax.Array, formats: list[Format]
+            g: jax.Array, var: jax.Array, mu: jax.Array, formats: tuple[Format, ...]
         ) -> tuple[jax.Array, ...]:
             d, r, e, c = scalars(var.dtype)
             largest = formats[0].largest

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
-from rmsprop_jax.storage._rounding import random_bits, salt
+from rmsprop_jax.storage._rounding import leaf_key, random_bits, salt
 
 everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
 ROUNDING = [
@@ -34,7 +34,7 @@ def numbers(low: float, high: float, shape=(200, 500)) -> jax.Array:
 
 
 def bits(kept, shape, count=0) -> jax.Array:
-    return kept.bits("nu['w']", count, shape)
+    return kept.bits(kept.key("nu['w']"), count, shape)
 
 
 def inside(kept) -> jax.Array:
@@ -123,7 +123,7 @@ def test_random_bits_look_random():
     shape = (512, 512)
 
     def uniform(seed, label, count):
-        drawn = random_bits(shape, salt(seed, label, count))
+        drawn = random_bits(shape, salt(leaf_key(seed, label), count))
         return np.asarray(drawn, np.float64) / 2**32 - 0.5
 
     one = uniform(0, "nu['w']", 1)

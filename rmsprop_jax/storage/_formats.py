@@ -16,6 +16,7 @@ from rmsprop_jax._types import real_dtype
 from rmsprop_jax.storage._place import full_like, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
+    leaf_key,
     power_below,
     random_bits,
     salt,
@@ -83,10 +84,16 @@ class Format(abc.ABC):
           unit: The scalar that rounded numbers are kept as multiples of; None means one.
         """
 
-    def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array | None:
-        """32 random bits for each entry of a leaf at a step; None where there is no rounding."""
-        del label, count, shape
+    def key(self, label: str) -> np.uint32 | None:
+        """A number that tells the leaf of that name from others, where rounding is at random."""
+        del label
         return None
+
+    def bits(
+        self, key: ArrayLike | None, count: ArrayLike, shape: tuple[int, ...]
+    ) -> jax.Array | None:
+        """32 random bits for each entry of a leaf at a step; None where its key is."""
+        return None if key is None else random_bits(shape, salt(key, count))
 
     @abc.abstractmethod
     def decode(self, stored: Any, unit: Any = None) -> jax.Array:
@@ -191,8 +198,8 @@ class _Rounded(_Elementwise):
     def widened(self, stored: jax.Array) -> jax.Array:
         """Those numbers, rounded."""
 
-    def bits(self, label: str, count: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-        return random_bits(shape, salt(self.seed, label, count))
+    def key(self, label: str) -> np.uint32:
+        return leaf_key(self.seed, label)
 
     def description(self) -> dict[str, Any]:
         return {'format': self.name, **dataclasses.asdict(self), 'version': 1}

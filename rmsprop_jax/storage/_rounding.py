@@ -19,10 +19,14 @@ from rmsprop_jax._types import Scalar, cast
 HALF = np.uint32(2**31)
 
 
-def salt(seed: int, label: str, count: ArrayLike) -> jax.Array:
+def leaf_key(seed: int, label: str) -> np.uint32:
+    """What makes the bits of one leaf differ from those of others."""
+    return np.uint32(zlib.crc32(f'{seed} {label}'.encode()))
+
+
+def salt(key: ArrayLike, count: ArrayLike) -> jax.Array:
     """What makes the bits of one leaf at one step: a scalar, the same on every mesh."""
-    leaf = np.uint32(zlib.crc32(f'{seed} {label}'.encode()))
-    return _hashed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + leaf)
+    return _hashed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + key)
 
 
 def random_bits(shape: tuple[int, ...], salt: jax.Array) -> jax.Array:
