@@ -43,23 +43,25 @@ def variance(
     complement: Scalar,
     weights: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """`var <- decay (var + (1 - decay) (c_before / c_after) |g - mu / c_before|^2)`, with the mean
-    before this step.
+    """`var <- decay var + (1 - decay) c_after / (decay c_before) |g - mu / c_after|^2`, with the
+    mean after this step.
+
+    The deviation from the mean after a step is `decay c_before / c_after` times that from the mean
+    before it, so this is `decay (var + (1 - decay) (c_before / c_after) |g - mu / c_before|^2)`
+    with the mean before. But a compiler that keeps the new mean in the place of the old one would
+    have to copy the old one first.
 
     `weights` holds `(c_before, c_after)`; None means that both are one. Unlike `nu - |mu|^2` it is
     a sum of non-negative terms, so it neither cancels nor turns negative.
     """
-    share: Scalar = decay * complement
-    centre = mu
-    if weights is not None:
-        before, after = weights
-        share = share * (before / after)
-        # Before the first step there is no mean: the share is zero, and the division must not make
-        # a NaN of it.
-        centre = componentwise(operator.truediv, mu, jnp.where(before == 0, 1, before))
-    # The deviation may be twice the largest |g| whose square is representable, and the share is at
-    # most a quarter: multiplied in this order nothing overflows. (XLA merges factors that stand on
-    # both sides, so scaling the deviation before squaring it would not help.)
+    before, after = (1.0, 1.0) if weights is None else weights
+    # Without a past the deviation is zero, and its share must not make a NaN of it.
+    share = complement * after * _reciprocal_or_zero(decay * before)
+    centre = mu if weights is None else componentwise(operator.truediv, mu, after)
+    # The share times the deviation is at most twice the largest |g| whose square is representable,
+    # and the deviation at most a quarter of that over one less the decay: multiplied in this order
+    # nothing overflows. (XLA merges factors that stand on both sides, so scaling the deviation
+    # before squaring it would not help.)
     deviation = g - centre
     return decay * var + _real_product(componentwise(operator.mul, deviation, share), deviation)
 
@@ -70,8 +72,14 @@ def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -
 
     Subnormal numbers count as zero, as accelerators have it, and both square root and quotient are
     selected twice so that derivatives through a zero stay finite. Comparisons are written so that
-    NaN passes through.
+    NaN passes through. Where epsilon is known to be positive the root cannot vanish.
     """
+    if isinstance(eps, float) and eps >= _smallest_normal(moment):
+        root = jnp.sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
+        # The maximum never acts: it keeps XLA from multiplying with a reciprocal root instead, which
+        # rounds differently from the same step without jit.
+        root = jnp.maximum(root, _smallest_normal(root))
+        return componentwise(operator.truediv, g, root)
     root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
     vanishes = root < _smallest_normal(root)
     quotient = componentwise(operator.truediv, g, jnp.where(vanishes, 1, root))
@@ -93,6 +101,13 @@ def componentwise(
 
 def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
+
+
+def _reciprocal_or_zero(x: Scalar) -> Scalar:
+    if not isinstance(x, jax.Array):
+        return 1 / x if x else 0.0
+    vanishes = x < _smallest_normal(x)
+    return jnp.where(vanishes, 0, 1 / jnp.where(vanishes, 1, x))
 
 
 def _sqrt(x: jax.Array) -> jax.Array:

@@ -162,7 +162,8 @@ def scale_by_rms(
             d, r, e, c = scalars(var.dtype)
             largest = formats[0].largest
             saturated = var >= (largest if state.unit is None else largest * state.unit)
-            var, mu = _moments.variance(var, mu, g, d, r, c), _moments.mean(mu, g, r)
+            mu = _moments.mean(mu, g, r)
+            var = _moments.variance(var, mu, g, d, r, c)
             moment = var if c is None else var / c[1]
             if math.isfinite(largest):
                 # The true variance is larger, nobody knows by how much: with the squared mean added
