@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
-EXTRAS := demo test notebooks dev
+EXTRAS := demo test notebooks dev bench
 
 # The frameworks that the dialects are compared with, each with its own environment.
 FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
@@ -18,7 +18,9 @@ in = cd $(CURDIR)/tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3 \
   $(CURDIR)/$(FRAMEWORK_VENVS)/$(1:keras=tensorflow)/bin/python -m
 HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
-.PHONY: help demo test slow check format notebooks golden parity clean
+BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
+
+.PHONY: help demo test slow bench check format notebooks golden parity clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -32,6 +34,9 @@ test: $(VENV)/.test  ## Run the test suite and the doctests (ARGS="-k name" for 
 
 slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
 	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+bench: $(VENV)/.bench $(BENCH_TORCH)/.installed  ## Measure steps against Optax, PyTorch and Keras (ARGS="--help" for parts)
+	$(BIN)/python -m benchmarks --torch-python $(CURDIR)/$(BENCH_TORCH)/bin/python $(ARGS)
 
 check: $(VENV)/.dev  ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
