@@ -1,11 +1,15 @@
 """Measures the optimizer step and prints a table: `python -m benchmarks --help`."""
 
 import argparse
+import dataclasses
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -21,44 +25,49 @@ MOST_COMPILED = 200
 COMPILE_TARGET = 0.8
 
 
-def measure_steps(
-    shapes: list[works.Shape], options: dict, plan: Plan, torch: Worker | None
-) -> dict[str, Any]:
-    """Step times of all contestants on one tree, with compile times and memory of those on JAX."""
-    programs = {name: jax_steps.prepare(name, shapes, options) for name in (OURS, BASE, 'keras')}
-    remote = {}
-    if torch is not None:
+def measure_steps(shapes: list[works.Shape], options: dict, setup: 'Setup') -> dict[str, Any]:
+    """Step times of all contestants on one tree, with the peak memory of those on JAX."""
+    names = (OURS, BASE, *['keras'] * setup.keras)
+    programs = {name: jax_steps.prepare(name, shapes, options) for name in names}
+    remote: dict[str, Any] = {}
+    if setup.torch is not None:
         names = TORCH if len(shapes) <= MOST_COMPILED else TORCH[:2]
-        remote = {name: torch.prepare(name, shapes, options) for name in names}
+        remote = {name: setup.torch.prepare(name, shapes, options) for name in names}
     contestants = {**programs, AGAIN: programs[BASE].again(), **remote}
-    seconds = interleave(contestants, plan)
+    seconds = interleave(contestants, setup.plan)
     for contestant in remote.values():
         contestant.close()
-    return {
-        'seconds': seconds,
-        'compile': {name: program.seconds for name, program in programs.items()},
-        'memory': {name: program.memory for name, program in programs.items()},
-    }
+    memory = {name: program.memory for name, program in programs.items()}
+    return {'seconds': seconds, 'memory': memory}
 
 
 def print_steps(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
     names = (OURS, AGAIN, 'keras', *TORCH)
     print('\nTime of a step over that of optax.rmsprop: median [quartiles]\n')
-    print('|', ' | '.join(['work', 'form', 'optax', *names, 'target 1.00']), '|')
+    print_line('work', 'form', 'optax', *names, 'target 1.00')
     print('|---' * (len(names) + 4) + '|')
     for work, variants in rows.items():
         for variant, row in variants.items():
             found = ratios(row['seconds'], BASE)
-            milliseconds = Spread.of([1e3 * x for x in row['seconds'][BASE]]).median
             cells = [str(found.get(name, '-')) for name in names]
             reached = verdict(found[OURS], found[AGAIN])
-            print('|', ' | '.join([work, variant, f'{milliseconds:.3g} ms', *cells, reached]), '|')
+            print_line(work, variant, milliseconds(row['seconds'][BASE]), *cells, reached)
+
+
+def print_memory(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
     print('\nPeak memory of a step, arguments included, over that of optax.rmsprop\n')
     for work, variants in rows.items():
         for variant, row in variants.items():
-            share = row['memory'][OURS] / row['memory'][BASE]
-            keras = row['memory']['keras'] / row['memory'][BASE]
-            print(f'- {work}, {variant}: {share:.4f} (keras {keras:.4f})')
+            others = [f'{n} {x / row["memory"][BASE]:.4f}' for n, x in row['memory'].items()]
+            print(f'- {work}, {variant}: {", ".join(others)}')
+
+
+def print_line(*cells: str) -> None:
+    print('|', ' | '.join(cells), '|')
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    return f'{1e3 * Spread.of(seconds).median:.3g} ms'
 
 
 def measure_compilation(shapes: list[works.Shape], options: dict, repeats: int) -> list[dict]:
@@ -89,7 +98,7 @@ def print_compilation(rows: dict[str, list[dict]]) -> None:
             *(f'{part:.2f}' for part in parts),
             'met' if ratio.median <= COMPILE_TARGET else 'missed',
         ]
-        print('|', ' | '.join(cells), '|')
+        print_line(*cells)
 
 
 def measure_init(shapes: list[works.Shape], options: dict, rounds: int) -> dict[str, list[float]]:
@@ -97,22 +106,16 @@ def measure_init(shapes: list[works.Shape], options: dict, rounds: int) -> dict[
     timers = {name: jax_steps.time_to_init(name, shapes, options) for name in (OURS, BASE)}
     for timer in timers.values():
         timer()
-    return {
-        name: list(times)
-        for name, times in zip(
-            timers,
-            zip(*[[timer() for timer in timers.values()] for _ in range(rounds)], strict=True),
-            strict=True,
-        )
-    }
+    turns = [{name: timer() for name, timer in timers.items()} for _ in range(rounds)]
+    return {name: [turn[name] for turn in turns] for name in timers}
 
 
 def print_init(rows: dict[str, dict[str, dict[str, list[float]]]]) -> None:
     print('\nTime of init, and its ratio to that of optax.rmsprop\n')
     for work, variants in rows.items():
         for variant, seconds in variants.items():
-            milliseconds = 1e3 * Spread.of(seconds[BASE]).median
-            print(f'- {work}, {variant}: {ratios(seconds, BASE)[OURS]} of {milliseconds:.3g} ms')
+            ratio = ratios(seconds, BASE)[OURS]
+            print(f'- {work}, {variant}: {ratio} of {milliseconds(seconds[BASE])}')
 
 
 def measure_training(
@@ -142,11 +145,11 @@ def print_training(rows: dict[str, dict[str, list[float]]]) -> None:
         ]
         cells = [
             network,
-            f'{1e3 * Spread.of(seconds[BASE]).median:.3g} ms',
+            milliseconds(seconds[BASE]),
             str(ratios(seconds, BASE)[OURS]),
             *(f'{share:.0%}' for share in shares),
         ]
-        print('|', ' | '.join(cells), '|')
+        print_line(*cells)
 
 
 def measure_growth(works_: dict[int, list[works.Shape]], options: dict, plan: Plan) -> dict:
@@ -168,6 +171,91 @@ def print_growth(what: str, rows: dict[int, dict[str, list[float]]]) -> None:
         print(f'- {size}: {", ".join(cells)}')
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the sections measure, and how much.
+
+    Attributes:
+      trees: The rows of the tables.
+      plan: For the time of a step.
+      short: For training steps and growth.
+      torch: The process that has PyTorch, if there is one.
+      keras: Whether Keras is installed.
+      quick: Whether only the harness is tried.
+    """
+
+    trees: dict[str, list[works.Shape]]
+    plan: Plan
+    short: Plan
+    torch: Worker | None
+    keras: bool
+    quick: bool
+
+
+def steps(setup: Setup) -> dict[str, Any]:
+    rows = {
+        work: {
+            variant: measure_steps(shapes, options, setup)
+            for variant, options in works.VARIANTS.items()
+        }
+        for work, shapes in setup.trees.items()
+    }
+    print_steps(rows)
+    print_memory(rows)
+    return rows
+
+
+def compilation(setup: Setup) -> dict[str, Any]:
+    shapes = works.many_leaves(4 if setup.quick else 1000)
+    rows = {
+        variant: measure_compilation(shapes, options, repeats=2 if setup.quick else 3)
+        for variant, options in works.VARIANTS.items()
+    }
+    print_compilation(rows)
+    return rows
+
+
+def init(setup: Setup) -> dict[str, Any]:
+    rows = {
+        work: {
+            variant: measure_init(shapes, options, rounds=2 if setup.quick else 7)
+            for variant, options in works.VARIANTS.items()
+        }
+        for work, shapes in setup.trees.items()
+    }
+    print_init(rows)
+    return rows
+
+
+def training(setup: Setup) -> dict[str, Any]:
+    networks = [((784, 128, 64, 10), 128), ((784, 2048, 2048, 10), 128)]
+    rows = {
+        f'MLP {"-".join(map(str, widths))}, batch {batch}': measure_training(
+            works.mlp(widths), works.VARIANTS['momentum'], batch, setup.short
+        )
+        for widths, batch in ([((8, 8, 4), 8)] if setup.quick else networks)
+    }
+    print_training(rows)
+    return rows
+
+
+def growth(setup: Setup) -> dict[str, Any]:
+    sizes = (10, 100) if setup.quick else (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
+    counts = (1, 4) if setup.quick else (1, 10, 100, 1000, 5000)
+    leaves = {n: works.one_leaf(n) for n in sizes}
+    trees = {n: works.many_leaves(n) for n in counts}
+    rows = {
+        'parameters': measure_growth(leaves, works.VARIANTS['momentum'], setup.short),
+        'leaves': measure_growth(trees, works.VARIANTS['plain'], setup.short),
+    }
+    for what, sized in rows.items():
+        print_growth(what, sized)
+    return rows
+
+
+SECTIONS = {section.__name__: section for section in (steps, compilation, init, training, growth)}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
     parser.add_argument('--torch-python', help='an interpreter that has torch; without it, none')
@@ -176,86 +264,44 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         '--sections',
         nargs='+',
-        default=['steps', 'compilation', 'init', 'training', 'growth'],
-        help='what to measure: %(default)s',
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help='what to measure (all)',
     )
     parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('build/bench'))
     return parser.parse_args()
 
 
+def versions(torch: Worker | None, keras: bool) -> dict[str, Any]:
+    """What a table must say about where it comes from."""
+    return {
+        'date': datetime.date.today().isoformat(),
+        'Python': platform.python_version(),
+        **jax_steps.versions(),
+        **({'keras': importlib.metadata.version('keras')} if keras else {}),
+        **(torch.ask(do='versions') if torch else {}),
+        'cores': os.cpu_count(),
+        'load before': round(os.getloadavg()[0], 1),
+    }
+
+
 def main() -> None:
     args = arguments()
-    quick = args.quick
-    plan = Plan(placements=2, rounds=2, sample=1e-3) if quick else Plan()
-    short = Plan(placements=2, rounds=2, sample=1e-3) if quick else Plan(placements=3, rounds=4)
-    trees = {n: s for n, s in works.trees(quick).items() if args.only in n}
-    torch = Worker(args.torch_python, 'benchmarks.torch_steps') if args.torch_python else None
-    versions = {**jax_steps.versions(), **(torch.ask(do='versions') if torch else {})}
-    about = {
-        'date': datetime.date.today().isoformat(),
-        'python': platform.python_version(),
-        'cores': os.cpu_count(),
-        'load before': os.getloadavg()[0],
-        **versions,
-    }
-    print(', '.join(f'{name} {value}' for name, value in about.items()), flush=True)
-    results: dict[str, Any] = {'about': about}
-
-    if 'steps' in args.sections:
-        rows: dict[str, dict[str, Any]] = {}
-        for work, shapes in trees.items():
-            for variant, options in works.VARIANTS.items():
-                row = measure_steps(shapes, options, plan, torch)
-                rows.setdefault(work, {})[variant] = row
-        results['steps'] = rows
-        print_steps(rows)
-    if torch is not None:
-        torch.close()
-    if 'compilation' in args.sections:
-        shapes = works.many_leaves(4 if quick else 1000)
-        repeats = 2 if quick else 3
-        results['compilation'] = {
-            variant: measure_compilation(shapes, options, repeats)
-            for variant, options in works.VARIANTS.items()
-        }
-        print_compilation(results['compilation'])
-    if 'init' in args.sections:
-        results['init'] = {
-            work: {
-                variant: measure_init(shapes, options, rounds=2 if quick else 7)
-                for variant, options in works.VARIANTS.items()
-            }
-            for work, shapes in trees.items()
-        }
-        print_init(results['init'])
-    if 'training' in args.sections:
-        networks = {
-            f'MLP {"-".join(map(str, widths))}, batch {batch}': measure_training(
-                works.mlp(widths), works.VARIANTS['momentum'], batch, short
-            )
-            for widths, batch in (
-                [((8, 8, 4), 8)]
-                if quick
-                else [((784, 128, 64, 10), 128), ((784, 2048, 2048, 10), 128)]
-            )
-        }
-        results['training'] = networks
-        print_training(networks)
-    if 'growth' in args.sections:
-        sizes = (10, 100) if quick else (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
-        counts = (1, 4) if quick else (1, 10, 100, 1000, 5000)
-        growth = {
-            'parameters': measure_growth(
-                {n: works.one_leaf(n) for n in sizes}, works.VARIANTS['momentum'], short
-            ),
-            'leaves': measure_growth(
-                {n: works.many_leaves(n) for n in counts}, works.VARIANTS['plain'], short
-            ),
-        }
-        results['growth'] = growth
-        for what, sized in growth.items():
-            print_growth(what, sized)
-
+    tiny = Plan(placements=2, rounds=2, sample=1e-3)
+    setup = Setup(
+        trees={name: s for name, s in works.trees(args.quick).items() if args.only in name},
+        plan=tiny if args.quick else Plan(),
+        short=tiny if args.quick else Plan(placements=3, rounds=4),
+        torch=Worker(args.torch_python, 'benchmarks.torch_steps') if args.torch_python else None,
+        keras=importlib.util.find_spec('keras') is not None,
+        quick=args.quick,
+    )
+    results: dict[str, Any] = {'versions': versions(setup.torch, setup.keras)}
+    print(', '.join(f'{name} {value}' for name, value in results['versions'].items()), flush=True)
+    for section in args.sections:
+        results[section] = SECTIONS[section](setup)
+    if setup.torch is not None:
+        setup.torch.close()
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / 'results.json').write_text(json.dumps(results, indent=1))
     figures.draw(results, args.output)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import importlib
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ OPTAX_LIKE = {'rmsprop_jax': rmsprop_jax.rmsprop, 'optax': optax.rmsprop}
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ('jax', 'optax', 'keras')}
+    return {name: importlib.metadata.version(name) for name in ('jax', 'optax')}
 
 
 def transformation(name: str, options: dict) -> optax.GradientTransformation:
@@ -29,7 +31,7 @@ def transformation(name: str, options: dict) -> optax.GradientTransformation:
 
 
 def optax_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """A fresh `step(params, state, gradients)`, so that nothing compiled before is reused."""
+    """A new `step(params, state, gradients)`, so that nothing compiled before is used again."""
 
     def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         updates, state = tx.update(gradients, state, params)
@@ -51,6 +53,7 @@ class JaxContestant:
     Attributes:
       seconds: How long tracing, lowering and compiling took.
       memory: Peak bytes of an execution, arguments included.
+      params: The parameters after the steps so far.
     """
 
     def __init__(
@@ -60,15 +63,16 @@ class JaxContestant:
         self._step = jax.jit(step, donate_argnums=(0, 1))
         params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         state = jax.eval_shape(init, params)
-        start = time.perf_counter()
+        stages = [time.perf_counter()]
         traced = self._step.trace(params, state, params)
-        middle = time.perf_counter()
+        stages.append(time.perf_counter())
         lowered = traced.lower()
-        late = time.perf_counter()
+        stages.append(time.perf_counter())
         compiled = lowered.compile()
-        end = time.perf_counter()
-        self.seconds = {'trace': middle - start, 'lower': late - middle, 'compile': end - late}
-        use = compiled.memory_analysis()
+        stages.append(time.perf_counter())
+        spans = [late - early for early, late in itertools.pairwise(stages)]
+        self.seconds = dict(zip(('trace', 'lower', 'compile'), spans, strict=True))
+        use: Any = compiled.memory_analysis()
         self.memory = (
             use.argument_size_in_bytes
             + use.output_size_in_bytes
@@ -81,16 +85,16 @@ class JaxContestant:
         return copy.copy(self)
 
     def place(self) -> None:
-        self._params = self._state = self._gradients = None
+        self.params = self._state = self._gradients = None
         self._gradients = normal(self._shapes)
-        self._params = normal(self._shapes, 0.05)
-        self._state = self._init(self._params)
+        self.params = normal(self._shapes, 0.05)
+        self._state = self._init(self.params)
 
     def run(self, steps: int) -> float:
         def steps_in_a_row() -> None:
             for _ in range(steps):
-                self._params, self._state = self._step(self._params, self._state, self._gradients)
-            jax.block_until_ready((self._params, self._state))
+                self.params, self._state = self._step(self.params, self._state, self._gradients)
+            jax.block_until_ready((self.params, self._state))
 
         return stopwatch(steps_in_a_row)
 
@@ -104,8 +108,7 @@ def prepare(name: str, shapes: list[Shape], options: dict) -> JaxContestant:
 
 def _keras(shapes: list[Shape], options: dict) -> JaxContestant:
     os.environ['KERAS_BACKEND'] = 'jax'
-    import keras
-
+    keras = importlib.import_module('keras')
     optimizer = keras.optimizers.RMSprop(LEARNING_RATE, DECAY, epsilon=EPS, **options)
     optimizer.build([keras.Variable(np.zeros(shape, np.float32)) for shape in shapes])
 

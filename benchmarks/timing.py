@@ -4,7 +4,7 @@ import dataclasses
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 
@@ -40,7 +40,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> 'Spread':
+    def of(cls, values: Sequence[float]) -> 'Spread':
         low, median, high = statistics.quantiles(values, n=4, method='inclusive')
         return cls(median, low, high)
 
@@ -75,7 +75,7 @@ def interleave(contestants: Mapping[str, Contestant], plan: Plan) -> dict[str, l
     return seconds
 
 
-def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, Spread]:
+def ratios(seconds: Mapping[str, Sequence[float]], base: str) -> dict[str, Spread]:
     """Each contestant's time over that of `base`, round by round."""
     return {
         name: Spread.of([x / y for x, y in zip(values, seconds[base], strict=True)])

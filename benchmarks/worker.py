@@ -26,11 +26,11 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> Any:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        stdin.write(json.dumps(request) + '\n')
-        stdin.flush()
-        line = stdout.readline()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + '\n')
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f'the process with {request} ended: {self._process.wait()}')
         answer = json.loads(line)

@@ -1,5 +1,6 @@
 """What is measured: trees of shapes, and forms of RMSProp. No framework is imported here."""
 
+import itertools
 import math
 
 Shape = tuple[int, ...]
@@ -23,11 +24,11 @@ def many_leaves(count: int = 1000, size: int = 1000) -> list[Shape]:
 
 def mlp(widths: tuple[int, ...] = (784, 128, 64, 10)) -> list[Shape]:
     """Kernel and bias of each layer."""
-    return [shape for a, b in zip(widths, widths[1:], strict=False) for shape in ((a, b), (b,))]
+    return [shape for a, b in itertools.pairwise(widths) for shape in ((a, b), (b,))]
 
 
 def resnet50() -> list[Shape]:
-    """Shapes of ResNet-50 without its classifier's last layers: 159 leaves, 23.5 million numbers."""
+    """ResNet-50 without its classifier: 159 leaves, 23.5 million numbers."""
     shapes = [*_convolution(7, 3, 64)]
     channels = 64
     for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
@@ -45,7 +46,7 @@ def _convolution(size: int, channels: int, features: int) -> list[Shape]:
 
 
 def transformer(layers: int = 12, width: int = 384, vocabulary: int = 8192) -> list[Shape]:
-    """Shapes of a decoder as small as ViT-S: attention, a fourfold MLP and two norms a layer."""
+    """A decoder as small as ViT-S: attention, a fourfold MLP and two norms a layer."""
     norm = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     feed_forward = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
