@@ -76,8 +76,8 @@ def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -
     """
     if isinstance(eps, float) and eps >= _smallest_normal(moment):
         root = jnp.sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
-        # The maximum never acts: it keeps XLA from multiplying with a reciprocal root instead, which
-        # rounds differently from the same step without jit.
+        # The maximum never acts: it keeps XLA from multiplying with a reciprocal root, which rounds
+        # differently from the same step without jit.
         root = jnp.maximum(root, _smallest_normal(root))
         return componentwise(operator.truediv, g, root)
     root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
