@@ -1,0 +1,15 @@
+"""What compilers make of a step: compiled from shapes alone, for hardware that need not be there.
+
+`compile_update` compiles an optimizer's update and its application to the parameters,
+`compile_step` any function; both return a `Report`. Compiled is not executed: a report says what
+the program does to memory, not what numbers come out. See docs/backends.md.
+"""
+
+from rmsprop_jax.aot._compile import Report as Report
+from rmsprop_jax.aot._compile import compile_step as compile_step
+from rmsprop_jax.aot._compile import compile_update as compile_update
+from rmsprop_jax.aot._compile import table as table
+from rmsprop_jax.aot._program import Collective as Collective
+from rmsprop_jax.aot._targets import MissingPluginError as MissingPluginError
+from rmsprop_jax.aot._targets import devices as devices
+from rmsprop_jax.aot._targets import targets as targets

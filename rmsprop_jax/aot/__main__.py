@@ -1,0 +1,176 @@
+"""`python -m rmsprop_jax.aot`: what compilers make of an optimizer's step."""
+
+import argparse
+import ast
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import rmsprop_jax
+from rmsprop_jax import aot, dialects
+from rmsprop_jax.aot import _models
+
+_DIALECTS = (
+    'torch',
+    'keras',
+    'keras_legacy',
+    'tensorflow',
+    'timm',
+    'stable_baselines3',
+    'mxnet',
+    'mxnet1',
+    'graves',
+    'hinton',
+)
+_WORDS = {'true': True, 'false': False, 'none': None}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
+
+
+def _parser() -> _OneLineParser:
+    made = _OneLineParser(
+        prog='python -m rmsprop_jax.aot',
+        description='Compile one step of an optimizer, its update and its application to the '
+        'parameters, from shapes alone, and print what the program does to memory: kernels per '
+        'leaf, copies, bytes moved per parameter beside the fewest possible, temporary memory, '
+        "memory of the arguments, the compiler's own estimate of the time, and communication. "
+        'Amounts are those of one device. Nothing is run, and no accelerator is needed.',
+        epilog='example: python -m rmsprop_jax.aot torch momentum=0.9 centered=true '
+        '--model transformer-12 --target tpu-v5e --target cuda-h100',
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        'optimizer',
+        nargs='?',
+        default='rmsprop',
+        help=f'rmsprop (the default), a dialect ({", ".join(_DIALECTS)}), or optax.NAME',
+    )
+    made.add_argument(
+        'options',
+        nargs='*',
+        metavar='KEY=VALUE',
+        help='its arguments, such as momentum=0.9 or centered=true; the learning rate is 1e-3',
+    )
+    made.add_argument(
+        '--storage',
+        metavar='NAME',
+        help='how moments are kept: a format of rmsprop_jax.storage, such as bfloat16',
+    )
+    made.add_argument(
+        '--model',
+        action='append',
+        metavar='NAME',
+        help='resnet50, transformer-12 (or another number of layers), or the shape of one leaf, '
+        '4096x4096 (the default); may be repeated',
+    )
+    made.add_argument('--dtype', default='float32', help='of the parameters (default: float32)')
+    made.add_argument(
+        '--target',
+        action='append',
+        choices=[*aot.targets(), 'all'],
+        help='what to compile for; may be repeated (default: all whose compiler is installed)',
+    )
+    made.add_argument(
+        '--topology',
+        help='several devices, over which parameters are replicated: TPU chips such as 4x4 (v5e, '
+        'v6e) or 4x4x4 (v4, v5p, 7x), a number of GPUs, or slices x hosts x GPUs, 1x2x8',
+    )
+    made.add_argument('--hlo', action='store_true', help='print the programs too')
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`; exits with code 2 and one line where it cannot be done."""
+    command = _parser()
+    given = command.parse_args(argv)
+    # Plug-ins would look for their hardware, and complain.
+    if 'JAX_PLATFORMS' not in os.environ:
+        jax.config.update('jax_platforms', 'cpu')
+    try:
+        tx = _optimizer(given.optimizer, given.options, given.storage)
+        dtype = jnp.dtype(given.dtype)
+        models = {name: _models.shapes(name, dtype) for name in given.model or ['4096x4096']}
+        reports, names = [], []
+        for target in _targets(given.target):
+            for name, params in models.items():
+                reports.append(
+                    aot.compile_update(tx, params, target=target, topology=given.topology)
+                )
+                names.append(name)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        command.error(str(error))
+    if given.hlo:
+        print('\n\n'.join(report.text() for report in reports))
+    print(aot.table(reports, names))
+    return 0
+
+
+def _targets(chosen: Sequence[str] | None) -> list[str]:
+    """The targets asked for; where none is, those whose compiler is installed."""
+    if chosen:
+        return list(aot.targets()) if 'all' in chosen else list(chosen)
+    found = []
+    missing: dict[str, None] = {}
+    for name in aot.targets():
+        try:
+            aot.devices(name)
+            found.append(name)
+        except aot.MissingPluginError as error:
+            missing[error.extra] = None
+    if missing:
+        extras = ','.join(missing)
+        print(f"for TPUs and GPUs: pip install 'rmsprop_jax[{extras}]'", file=sys.stderr)
+    return found
+
+
+def _optimizer(name: str, options: Sequence[str], storage: str | None) -> Any:
+    """The optimizer of that name, with what it needs and the options leave out."""
+    make = _factory(name)
+    arguments = dict(map(_option, options))
+    parameters = list(inspect.signature(make).parameters)
+    if parameters[0] in ('lr', 'learning_rate'):
+        arguments.setdefault(parameters[0], 1e-3)
+    if storage is not None:
+        formats = getattr(rmsprop_jax, 'storage', None)
+        if not hasattr(formats, storage):
+            raise ValueError(f'rmsprop_jax.storage has no format {storage!r}.')
+        arguments['storage'] = getattr(formats, storage)()
+    return functools.partial(make, **arguments)()
+
+
+def _factory(name: str) -> Any:
+    if name == 'rmsprop':
+        return rmsprop_jax.rmsprop
+    if name in _DIALECTS:
+        return getattr(dialects, name)
+    if name.startswith('optax.') and hasattr(optax, name.removeprefix('optax.')):
+        return getattr(optax, name.removeprefix('optax.'))
+    raise ValueError(
+        f'optimizer must be rmsprop, {", ".join(_DIALECTS)} or optax.NAME, got {name!r}.'
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition('=')
+    if not separator:
+        raise ValueError(f'options are KEY=VALUE, got {text!r}.')
+    if value.lower() in _WORDS:
+        return key, _WORDS[value.lower()]
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        raise ValueError(f'{text!r} must give a number, true, false or none.') from None
+
+
+if __name__ == '__main__':
+    sys.exit(main())

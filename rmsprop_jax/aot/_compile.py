@@ -1,0 +1,317 @@
+"""Compiles a step for a target and reports what became of it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from rmsprop_jax.aot._program import Collective, Program
+from rmsprop_jax.aot._targets import devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compiler made of a step. All amounts are those of one device.
+
+    Attributes:
+      target: What it was compiled for.
+      devices: How many devices the program runs on.
+      leaves: Parameter arrays, where the caller said which arguments those are.
+      parameters: Their elements on one device.
+      kernels: Instructions that run by themselves, those on scalars alone left out.
+      copies: Those of them that only copy.
+      bytes_moved: What kernels read and write: the sum of their operands and results.
+      bytes_minimum: The arguments used, read once, and the results, written once.
+      bytes_estimated: The compiler's own count, where it has one. On TPU it counts an array that is
+        brought to fast memory ahead of its use twice.
+      temporary_bytes: Memory needed beside arguments and results, at its peak.
+      argument_bytes: Memory of the arguments.
+      output_bytes: Memory of the results, the donated included.
+      donated_bytes: What results take over from arguments.
+      seconds: The compiler's own estimate of the time of a step, where it has one.
+      collectives: Communication, by kind.
+      custom_calls: Functions outside of the program that it calls.
+      host_transfers: How it talks to the host while running.
+      dtypes: Those that occur in it, as XLA writes them.
+    """
+
+    target: str
+    devices: int
+    leaves: int | None
+    parameters: int | None
+    kernels: int
+    copies: int
+    bytes_moved: int
+    bytes_minimum: int
+    bytes_estimated: float | None
+    temporary_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    donated_bytes: int
+    seconds: float | None
+    collectives: tuple[Collective, ...]
+    custom_calls: frozenset[str]
+    host_transfers: frozenset[str]
+    dtypes: frozenset[str]
+    _text: str = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def kernels_per_leaf(self) -> float | None:
+        """Kernels for each array of parameters."""
+        return self.kernels / self.leaves if self.leaves else None
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """Bytes moved for each parameter."""
+        return self.bytes_moved / self.parameters if self.parameters else None
+
+    @property
+    def minimum_per_parameter(self) -> float | None:
+        """The fewest bytes that a step can move for each parameter."""
+        return self.bytes_minimum / self.parameters if self.parameters else None
+
+    def text(self) -> str:
+        """The program as the compiler printed it (HLO)."""
+        return self._text
+
+    def __str__(self) -> str:
+        return table([self])
+
+
+def compile_step(
+    fn: Callable[..., Any],
+    *args: Any,
+    target: str = 'cpu',
+    topology: str | int | None = None,
+    donate: Sequence[int] = (),
+    params: Any = None,
+) -> Report:
+    """Compiles `fn(*args)` for `target`, from shapes alone, and reports on the program.
+
+    Args:
+      fn: The step. A function that is jitted already keeps its own settings, and `donate` is then
+        not looked at.
+      *args: Its arguments: trees of arrays or `jax.ShapeDtypeStruct`s, whose values are not used.
+        A `NamedSharding` over a mesh of `devices(target, topology)` is kept. Leaves without one are
+        replicated over the mesh of the others, over all devices of `topology` where that is given,
+        or else put on one device.
+      target: One of `targets()`.
+      topology: How many devices and how they are connected, as for `devices`.
+      donate: Positions of arguments whose memory results may take. JAX hands it over in the order
+        of arguments and results: have both begin with the parameters and go on with the state, or
+        a GPU program copies what lies in the wrong place.
+      params: The parameters among `args`, or a tree like them, to count leaves and elements by.
+
+    Raises:
+      ValueError: For an unknown target or a topology that it cannot have.
+      MissingPluginError: If the compiler for the target is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rmsprop_jax import aot
+      >>> x = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+      >>> report = aot.compile_step(lambda x: 2 * x + 1, x, target='cpu', params=x)
+      >>> report.kernels, report.bytes_per_parameter
+      (1, 8.0)
+    """
+    placed = _place(args, target, topology)
+    jitted: Any = fn if hasattr(fn, 'lower') else jax.jit(fn, donate_argnums=tuple(donate))
+    compiled = jitted.lower(*placed).compile()
+    return _report(compiled, target, _place(params, target, topology))
+
+
+def compile_update(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    gradients: Any = None,
+    state: Any = None,
+    target: str = 'cpu',
+    topology: str | int | None = None,
+) -> Report:
+    """Compiles one step of an optimizer: its update, added to the parameters, both donated.
+
+    Args:
+      tx: Any gradient transformation.
+      params: A tree of arrays or `jax.ShapeDtypeStruct`s, with or without shardings.
+      gradients: The same for the gradients, if they are not like the parameters.
+      state: The same for the state. Where parameters have shardings and this is not given, those
+        of the state are what the compiled `tx.init` gives it.
+      target: One of `targets()`.
+      topology: As for `compile_step`.
+
+    Raises:
+      ValueError: For an unknown target or a topology that it cannot have.
+      MissingPluginError: If the compiler for the target is not installed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import aot
+      >>> params = {'w': jax.ShapeDtypeStruct((256, 128), jnp.float32)}
+      >>> report = aot.compile_update(rmsprop_jax.rmsprop(1e-3), params, target='cpu')
+      >>> report.minimum_per_parameter  # reads g, nu and p, writes nu and p
+      20.0
+    """
+    placed = _place(params, target, topology)
+    if state is None:
+        state = _initial_state(tx, placed)
+    return compile_step(
+        update_and_apply(tx),
+        placed,
+        state,
+        placed if gradients is None else gradients,
+        target=target,
+        topology=topology,
+        donate=(0, 1),
+        params=placed,
+    )
+
+
+def update_and_apply(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], Any]:
+    """The function `(params, state, gradients) -> (params, state)` that a training step ends in."""
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def table(reports: Iterable[Report], names: Iterable[str] | None = None) -> str:
+    """Reports as lines of text under a heading, one each; `names` say what each one is."""
+    found = list(reports)
+    labels = [''] * len(found) if names is None else list(names)
+    rows = [_HEADING, *[_row(label, r) for label, r in zip(labels, found, strict=True)]]
+    if not any(labels):
+        rows = [row[1:] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join(
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+_HEADING = (
+    'step',
+    'target',
+    'devices',
+    'leaves',
+    'kernels/leaf',
+    'copies',
+    'B/param',
+    'minimum',
+    'temporary',
+    'arguments',
+    "compiler's time",
+    'collectives',
+)
+
+
+def _row(label: str, report: Report) -> tuple[str, ...]:
+    collectives = [f'{c.count} {c.kind} {_megabytes(c.bytes)}' for c in report.collectives]
+    return (
+        label,
+        report.target,
+        str(report.devices),
+        '-' if report.leaves is None else str(report.leaves),
+        _number(report.kernels_per_leaf),
+        str(report.copies),
+        _number(report.bytes_per_parameter),
+        _number(report.minimum_per_parameter),
+        _megabytes(report.temporary_bytes),
+        _megabytes(report.argument_bytes),
+        '-' if report.seconds is None else f'{report.seconds * 1e6:.0f} us',
+        ', '.join(collectives) or '-',
+    )
+
+
+def _number(value: float | None) -> str:
+    return '-' if value is None else f'{value:.2f}'.rstrip('0').rstrip('.')
+
+
+def _megabytes(amount: int) -> str:
+    return f'{amount / 1e6:.1f} MB' if amount >= 1e5 else f'{amount} B'
+
+
+def _place(tree: Any, target: str, topology: str | int | None) -> Any:
+    """Makes leaves abstract, and gives those without a sharding one over the target's devices."""
+    given = [x.sharding for x in jax.tree.leaves(tree) if _is_placed(x)]
+    if given:
+        mesh = given[0].mesh
+        default: Sharding = NamedSharding(mesh, PartitionSpec())
+    else:
+        found = devices(target, topology)
+        default = SingleDeviceSharding(found[0])
+        if topology is not None and len(found) > 1:
+            default = NamedSharding(Mesh(np.array(found), ('data',)), PartitionSpec())
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding if _is_placed(x) else default
+        weak = getattr(x, 'weak_type', False)
+        return jax.ShapeDtypeStruct(
+            jnp.shape(x), jax.dtypes.result_type(x), sharding=sharding, weak_type=weak
+        )
+
+    return jax.tree.map(leaf, tree)
+
+
+def _is_placed(x: Any) -> bool:
+    return isinstance(getattr(x, 'sharding', None), NamedSharding)
+
+
+def _initial_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    state = jax.eval_shape(tx.init, params)
+    if not any(_is_placed(x) for x in jax.tree.leaves(params)):
+        return state
+    shardings = jax.jit(tx.init).lower(params).compile().output_shardings
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type
+        ),
+        state,
+        shardings,
+    )
+
+
+def _report(compiled: Any, target: str, params: Any) -> Report:
+    text = compiled.as_text()
+    program = Program(text)
+    traffic = program.traffic()
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    seconds = cost.get('optimal_seconds')
+    leaves = jax.tree.leaves(params)
+    shards = [math.prod(x.sharding.shard_shape(x.shape)) for x in leaves]
+    return Report(
+        target=target,
+        devices=_device_count(compiled),
+        leaves=len(leaves) or None,
+        parameters=sum(shards) or None,
+        kernels=traffic.kernels,
+        copies=traffic.copies,
+        bytes_moved=traffic.bytes,
+        bytes_minimum=program.minimum(),
+        bytes_estimated=cost.get('bytes accessed'),
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        donated_bytes=memory.alias_size_in_bytes,
+        # Some programs get a negative one.
+        seconds=seconds if seconds and seconds > 0 else None,
+        collectives=program.collectives(),
+        custom_calls=program.custom_calls(),
+        host_transfers=program.host_transfers(),
+        dtypes=program.dtypes(),
+        _text=text,
+    )
+
+
+def _device_count(compiled: Any) -> int:
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    return max((len(s.device_set) for s in shardings), default=1)

@@ -1,0 +1,244 @@
+"""The hardware to compile for, as data, and the devices that stand for it.
+
+A TPU is described by the compiler library itself. A GPU is described to the compiler by us, with
+figures from NVIDIA's public data sheets and architecture white papers.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+
+class MissingPluginError(ImportError):
+    """The compiler for a target is not installed.
+
+    Attributes:
+      extra: The extra of this package that brings it, which the message names too.
+    """
+
+    def __init__(self, target: str, extra: str) -> None:
+        super().__init__(
+            f"compiling for {target} needs its compiler: pip install 'rmsprop_jax[{extra}]'"
+        )
+        self.extra = extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One kind of hardware.
+
+    Attributes:
+      platform: 'cpu', 'tpu' or 'cuda'.
+      topology: The devices compiled for where the caller does not say.
+    """
+
+    platform: str = 'cpu'
+    topology: str = '1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu(Target):
+    """One TPU generation; a host has 2 x 2 chips, and no smaller slice can be compiled for.
+
+    Attributes:
+      name: What the compiler calls it.
+    """
+
+    platform: str = 'tpu'
+    topology: str = '2x2'
+    name: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Target):
+    """One NVIDIA GPU, in bytes, bytes a second and hertz.
+
+    Attributes:
+      name: What the driver calls it.
+      capability: CUDA compute capability, major and minor.
+      cores: Streaming multiprocessors.
+      lanes: float32 units of each.
+      shared: Shared memory of each multiprocessor; a block may have all but a kilobyte of it.
+      cache: Level 2 cache.
+      memory: Device memory.
+      bandwidth: Of the device memory.
+      clock: Boost clock.
+    """
+
+    platform: str = 'cuda'
+    name: str = ''
+    capability: tuple[int, int] = (0, 0)
+    cores: int = 0
+    lanes: int = 0
+    shared: int = 0
+    cache: int = 0
+    memory: int = 0
+    bandwidth: int = 0
+    clock: float = 0.0
+
+    def text(self) -> str:
+        """The description in the compiler's format, a GpuTargetConfigProto."""
+        major, minor = self.capability
+        return f"""\
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared}
+  shared_memory_per_block_optin: {self.shared - 1024}
+  threads_per_core_limit: 2048
+  core_count: {self.cores}
+  fpus_per_core: {self.lanes}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: {self.bandwidth}
+  l2_cache_size: {self.cache}
+  clock_rate_ghz: {self.clock / 1e9}
+  device_memory_size: {self.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{self.name}"
+"""
+
+
+_TARGETS: dict[str, Target] = {
+    'cpu': Target(),
+    'tpu-v4': Tpu(name='v4', topology='2x2x1'),
+    'tpu-v5e': Tpu(name='v5e'),
+    'tpu-v5p': Tpu(name='v5p', topology='2x2x1'),
+    'tpu-v6e': Tpu(name='v6e'),
+    'tpu-7x': Tpu(name='tpu7x', topology='2x2x1'),
+    # NVIDIA A100 Tensor Core GPU Architecture, tables 1 and 4; data sheet of the 80 GB SXM part.
+    'cuda-a100': Gpu(
+        name='NVIDIA A100-SXM4-80GB',
+        capability=(8, 0),
+        cores=108,
+        lanes=64,
+        shared=164 * 1024,
+        cache=40 * 2**20,
+        memory=80 * 10**9,
+        bandwidth=2_039 * 10**9,
+        clock=1.41e9,
+    ),
+    # NVIDIA H100 Tensor Core GPU Architecture, tables 1 and 3; data sheet of the SXM5 part.
+    'cuda-h100': Gpu(
+        name='NVIDIA H100 80GB HBM3',
+        capability=(9, 0),
+        cores=132,
+        lanes=128,
+        shared=228 * 1024,
+        cache=50 * 2**20,
+        memory=80 * 10**9,
+        bandwidth=3_350 * 10**9,
+        clock=1.98e9,
+    ),
+    # NVIDIA Blackwell data sheet, HGX B200; CUDA's tuning guide for Blackwell (shared memory, L2).
+    'cuda-b200': Gpu(
+        name='NVIDIA B200',
+        capability=(10, 0),
+        cores=148,
+        lanes=128,
+        shared=228 * 1024,
+        cache=126 * 2**20,
+        memory=180 * 10**9,
+        bandwidth=7_700 * 10**9,
+        clock=1.965e9,
+    ),
+}
+
+_PLUGINS = {'tpu': ('libtpu', 'aot-tpu'), 'cuda': ('jax_plugins.xla_cuda12', 'aot-cuda')}
+
+
+def targets() -> tuple[str, ...]:
+    """The names of the hardware that can be compiled for.
+
+    Example:
+      >>> from rmsprop_jax import aot
+      >>> aot.targets()[:3]
+      ('cpu', 'tpu-v4', 'tpu-v5e')
+    """
+    return tuple(_TARGETS)
+
+
+def find(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if name not in _TARGETS:
+        raise ValueError(f'target must be one of {", ".join(_TARGETS)}, got {name!r}.')
+    return _TARGETS[name]
+
+
+def devices(target: str, topology: str | int | None = None) -> Sequence[Any]:
+    """Devices to compile for: make a mesh of them, and shardings for abstract arguments.
+
+    Those of a TPU or GPU cannot hold arrays. Programs on machines without one should set
+    `JAX_PLATFORMS=cpu` before they import JAX, or the plug-ins will look for theirs.
+
+    Args:
+      target: One of `targets()`.
+      topology: TPU chips along each axis, such as '4x4' for v5e and v6e or '4x4x4' for v4, v5p and
+        7x (v4 and 7x have two devices a chip unless the compiler fuses them): multiples of 2 x 2.
+        For GPUs their number in one host, or 'slices x hosts x GPUs', such as '1x2x8'. None means
+        one TPU host, or one GPU. The CPU has what this process has.
+
+    Raises:
+      ValueError: For an unknown target, or a topology that it cannot have.
+      MissingPluginError: If its compiler is not installed.
+
+    Example:
+      >>> from rmsprop_jax import aot
+      >>> [device.platform for device in aot.devices('cpu')]
+      ['cpu']
+    """
+    kind = find(target)
+    shape = str(kind.topology if topology is None else topology)
+    if kind.platform == 'cpu':
+        return _local(shape)
+    _require(target, *_PLUGINS[kind.platform])
+    # The TPU library asks a server for the slice it is on, and the CUDA plug-in for a driver.
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    os.environ.setdefault('TPU_WORKER_ID', '0')
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+    try:
+        if isinstance(kind, Gpu):
+            layout = shape if 'x' in shape else f'1x1x{shape}'
+            found = topologies.get_topology_desc(
+                '', 'cuda', topology=layout, target_config=kind.text()
+            )
+        else:
+            assert isinstance(kind, Tpu)
+            found = topologies.get_topology_desc(f'{kind.name}:{shape}', 'tpu')
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f'{target} has no topology {shape!r}: {error}') from error
+    return found.devices
+
+
+def _local(shape: str) -> Sequence[Any]:
+    here = jax.local_devices(backend='cpu')
+    if not shape.isdecimal() or not 1 <= int(shape) <= len(here):
+        raise ValueError(f'topology of cpu must be a number from 1 to {len(here)}, got {shape!r}.')
+    return here[: int(shape)]
+
+
+def _require(target: str, module: str, extra: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise MissingPluginError(target, extra)
