@@ -11,7 +11,7 @@ _LEAF = re.compile(r'\d+(x\d+)*')
 
 
 def shapes(model: str, dtype: DTypeLike = jnp.float32) -> Any:
-    """A tree of `jax.ShapeDtypeStruct`s: 'resnet50', 'transformer-LAYERS', or one leaf, '4096x4096'.
+    """Abstract parameters of 'resnet50', 'transformer-LAYERS', or of one leaf, '4096x4096'.
 
     Raises:
       ValueError: For any other name.

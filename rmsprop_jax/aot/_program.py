@@ -44,7 +44,11 @@ _COLLECTIVES = frozenset(
     }
 )
 # Their results begin with their operands.
-_STARTS_WITH_OPERANDS = frozenset({'all-gather-start', 'collective-permute-start'})
+_STARTS_WITH_OPERANDS = frozenset({'all-gather-start', 'collective-permute-start', 'slice-start'})
+_SLICES = frozenset({'dynamic-slice', 'slice', 'slice-start'})
+_COPIES = frozenset({'copy', 'copy-start', *_SLICES})
+# Slices that were brought to fast memory apart, taken for one array from there on.
+_FREE_CALL = 'custom_call_target="ConcatBitcast"'
 _HOST_TRANSFERS = frozenset({'infeed', 'outfeed', 'recv', 'send'})
 
 
@@ -184,19 +188,23 @@ class Program:
         return sum((self._cost(computation, i) for i in computation.values()), Traffic())
 
     def _cost(self, computation: Mapping[str, Instruction], i: Instruction) -> Traffic:
-        if i.opcode in _FREE or i.opcode.endswith(('-done', '-update')):
+        ended = i.opcode.endswith(('-done', '-update'))
+        if i.opcode in _FREE or ended or _FREE_CALL in i.attributes:
             return Traffic()
         if i.opcode == 'conditional':
             branches = [self._traffic(name) for name in i.called()]
             return max(branches, key=lambda branch: (branch.bytes, branch.kernels))
         if i.opcode in ('call', 'while', 'async-start'):
             return sum((self._traffic(name) for name in i.called()), Traffic())
-        operands = self._operands(computation, i)
-        results = i.arrays[:1] if i.opcode == 'copy-start' else i.arrays
+        read = self._operands(computation, i)
+        written = i.arrays[:1] if i.opcode == 'copy-start' else i.arrays
         if i.opcode in _STARTS_WITH_OPERANDS:
-            results = results[len(operands) :]
-        touched = [array for array in (*operands, *results) if array.size > 1]
-        copies = i.opcode in ('copy', 'copy-start')
+            written = written[len(read) :]
+        if i.opcode in _SLICES:
+            # It reads no more than it writes, from where its operand is.
+            read = tuple(dataclasses.replace(written[0], space=array.space) for array in read[:1])
+        touched = [array for array in (*read, *written) if array.size > 1]
+        copies = i.opcode in _COPIES
         is_kernel = bool(touched) and not (copies and any(array.space for array in touched))
         moved = sum(array.bytes for array in touched if not array.space)
         return Traffic(int(is_kernel), int(is_kernel and copies), moved)

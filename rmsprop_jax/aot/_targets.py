@@ -208,11 +208,14 @@ def devices(target: str, topology: str | int | None = None) -> Sequence[Any]:
     if kind.platform == 'cpu':
         return _local(shape)
     _require(target, *_PLUGINS[kind.platform])
-    # The TPU library asks a server for the slice it is on, and the CUDA plug-in for a driver.
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
-    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-    os.environ.setdefault('TPU_WORKER_ID', '0')
+    if kind.platform == 'tpu' and 'TPU_SKIP_MDS_QUERY' in os.environ:
+        # JAX has found no TPU here. The library would ask a server for the slice that it is on, and
+        # allow but one process at a time.
+        os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+        os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+        os.environ.setdefault('TPU_WORKER_ID', '0')
+        os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    # The CUDA plug-in would look for a driver and for libraries that only running needs.
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     try:
         if isinstance(kind, Gpu):
