@@ -6,6 +6,9 @@ VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 EXTRAS := demo test notebooks dev bench
 
+# The compilers for TPU and GPU are kept apart: they slow down every import of jax.
+AOT_VENV := .venv/aot-$(notdir $(PYTHON))
+
 # The frameworks that the dialects are compared with, each with its own environment.
 FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
 FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
@@ -20,7 +23,7 @@ HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
 BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 
-.PHONY: help demo test slow bench check format notebooks golden parity clean
+.PHONY: help demo test slow bench aot check format notebooks golden parity clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -37,6 +40,9 @@ slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
 
 bench: $(VENV)/.bench $(BENCH_TORCH)/.installed  ## Measure steps against Optax, PyTorch and Keras (ARGS="--help" for parts)
 	$(BIN)/python -m benchmarks --torch-python $(CURDIR)/$(BENCH_TORCH)/bin/python $(ARGS)
+
+aot: $(AOT_VENV)/.installed  ## Compile for TPU and GPU, which need not be there, and look at the programs
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -n auto tests/aot $(ARGS)
 
 check: $(VENV)/.dev  ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -97,6 +103,11 @@ $(VENV)/bin/python:
 
 $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(AOT_VENV)/.installed: pyproject.toml
+	test -x $(AOT_VENV)/bin/python || $(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot]'
 	@touch $@
 
 # Their requirements are complete, so that pip need not resolve and brings nothing along.

@@ -11,7 +11,7 @@ import rmsprop_jax
 from rmsprop_jax import dialects
 
 # The formats of rmsprop_jax.storage whose configurations are compiled; float32 is the default.
-FORMATS = ('float32',)
+FORMATS = ('float32', 'bfloat16', 'uint8')
 
 
 @dataclasses.dataclass(frozen=True)
