@@ -22,10 +22,24 @@ class Configuration:
     make: Callable[[], optax.GradientTransformation]
     moments: int
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the step also makes random bits; the part of them that rows share is a kernel."""
+        return 'storage=' in self.name
+
+
+# What formats other than float32 are combined with: the rest does not touch the moments.
+COMBINED = {'bias_correction', 'centered', 'momentum'}
+
 
 def _products(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    for values in itertools.product(*options.values()):
-        yield dict(zip(options, values, strict=True))
+    for storage in FORMATS:
+        drawn = {
+            name: values if storage == 'float32' or name in COMBINED else values[:1]
+            for name, values in options.items()
+        }
+        for values in itertools.product(*drawn.values()):
+            yield {'storage': storage, **dict(zip(drawn, values, strict=True))}
 
 
 def _named(
@@ -39,15 +53,21 @@ def _named(
         moments = 1 + bool(options.get('centered')) + bool(options.get('momentum'))
     given = {k: v for k, v in options.items() if k != 'storage'}
     if (storage := options.get('storage', 'float32')) != 'float32':
-        given['storage'] = getattr(rmsprop_jax.storage, storage)()
+        given['storage'] = _format(storage)
     return Configuration(
         '-'.join([factory.__name__, *shown]), lambda: factory(*args, **given), moments
     )
 
 
+def _format(name: str) -> Any:
+    chosen = getattr(rmsprop_jax.storage, name)()
+    # Some hold no numbers that have a sign.
+    holds_all = {'mu', 'trace'} <= set(chosen.holds)
+    return chosen if holds_all else rmsprop_jax.storage.per_statistic(nu=chosen, var=chosen)
+
+
 def _rmsprop() -> Iterator[Configuration]:
     for options in _products(
-        storage=FORMATS,
         centered=(False, True),
         momentum=(None, 0.9),
         bias_correction=(False, True),
@@ -60,7 +80,7 @@ def _rmsprop() -> Iterator[Configuration]:
 
 
 def _frameworks() -> Iterator[Configuration]:
-    both = {'storage': FORMATS, 'centered': (False, True)}
+    both = {'centered': (False, True)}
     momentum = {**both, 'momentum': (0.0, 0.9)}
     for options in _products(**momentum, weight_decay=(0.0, 1e-4), maximize=(False, True)):
         yield _named(dialects.torch, options)
@@ -85,7 +105,7 @@ def _frameworks() -> Iterator[Configuration]:
         ):
             # Momentum is used, and kept, only when centered.
             yield _named(factory, options, moments=3 if options['centered'] else 1)
-    for options in _products(storage=FORMATS):
+    for options in _products():
         yield _named(dialects.graves, options, moments=3)
         yield _named(dialects.hinton, options, 1e-3, moments=1)
 
