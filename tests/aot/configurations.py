@@ -176,10 +176,19 @@ BOUNDED = (
     # The average of the parameters is one more array; it costs no second pass.
     Bounded(
         'keras-use_ema',
-        lambda: dialects.keras(momentum=0.9, use_ema=True, ema_overwrite_frequency=3),
+        lambda: dialects.keras(momentum=0.9, use_ema=True),
         moments=3,
         beyond={'tpu': 0, 'cuda': 0},
         kernels={'tpu': 1, 'cuda': 1},
+    ),
+    # A TPU's compiler writes the update out before it is overwritten.
+    Bounded(
+        'keras-ema_overwrite_frequency',
+        lambda: dialects.keras(momentum=0.9, use_ema=True, ema_overwrite_frequency=3),
+        moments=3,
+        beyond={'tpu': 12, 'cuda': 0},
+        kernels={'tpu': 2, 'cuda': 1},
+        temporary={'tpu': 1.01},
     ),
     Bounded(
         'keras-gradient_accumulation_steps',
