@@ -22,10 +22,15 @@ class Configuration:
     make: Callable[[], optax.GradientTransformation]
     moments: int
 
-    @property
-    def rounds(self) -> bool:
-        """Whether the step also makes random bits; the part of them that rows share is a kernel."""
-        return 'storage=' in self.name
+    def kernels(self, target: str) -> int:
+        """How many kernels the step on one leaf may have."""
+        # What the random bits of a row have in common is a kernel of its own.
+        rounds = 'storage=' in self.name
+        # A TPU's compiler writes the direction out when the variance is kept in bytes and momentum
+        # looks ahead: 8 bytes a parameter more where a leaf is larger than its fast memory.
+        parts = ('storage=uint8', 'centered=True', 'nesterov=True')
+        apart = target.startswith('tpu') and all(part in self.name for part in parts)
+        return 1 + rounds + apart
 
 
 # What formats other than float32 are combined with: the rest does not touch the moments.
