@@ -26,10 +26,14 @@ class Configuration:
         """How many kernels the step on one leaf may have."""
         # What the random bits of a row have in common is a kernel of its own.
         rounds = 'storage=' in self.name
-        # A TPU's compiler writes the direction out when the variance is kept in bytes and momentum
-        # looks ahead: 8 bytes a parameter more where a leaf is larger than its fast memory.
-        parts = ('storage=uint8', 'centered=True', 'nesterov=True')
-        apart = target.startswith('tpu') and all(part in self.name for part in parts)
+        # A TPU's compiler writes the direction of some long chains out: 8 bytes a parameter more
+        # where a leaf is larger than its fast memory.
+        long = (
+            ('storage=uint8', 'centered=True', 'nesterov=True'),
+            ('storage=bfloat16', 'centered=True', 'momentum=0.9', 'bias_correction=True'),
+        )
+        split = any(all(part in self.name for part in parts) for parts in long)
+        apart = target.startswith('tpu') and split
         return 1 + rounds + apart
 
 
