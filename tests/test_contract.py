@@ -240,6 +240,15 @@ def test_init_keeps_sharding_and_memory(case, axis_type, memory):
 
 
 @each_case
+def test_init_leaves_open_where_unplaced_parameters_go(case):
+    state = case.make().init(tree())
+    assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+    one = jax.device_put(tree(), jax.devices()[1])
+    for leaf in jax.tree.leaves(moments(case, case.make().init(one))):
+        assert leaf.devices() == {jax.devices()[1]}
+
+
+@each_case
 def test_init_values_do_not_depend_on_parameters(case):
     """`init` under jit reads the parameters for their sharding only."""
     tx = case.make()

@@ -20,7 +20,9 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
       without: An axis of the parameter that the result does not have, counted from the end.
     """
     if not isinstance(param, Tracer):
-        sharding = getattr(param, 'sharding', None)
+        # An array that nobody has placed may go wherever it is needed, and so may its statistics.
+        placed = getattr(param, 'committed', True)
+        sharding = getattr(param, 'sharding', None) if placed else None
         shape = jnp.shape(param)
         if without is not None:
             sharding = _without_axis(sharding, without, len(shape))
