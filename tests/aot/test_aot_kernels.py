@@ -76,9 +76,9 @@ def assert_self_contained(report: aot.Report) -> None:
 @each(CONFIGURATIONS)
 def test_an_elementwise_step_is_one_kernel_at_the_minimum(configuration, target):
     tx = configuration.make()
-    report = aot.compile_update(tx, LEAF, target=target)
+    report = aot.compile_update(tx, LARGE, target=target)
     assert report.kernels <= configuration.kernels(target)
-    assert_minimal(report, tx, LEAF)
+    assert_minimal(report, tx, LARGE)
     assert_self_contained(report)
 
 
@@ -131,6 +131,17 @@ def test_a_step_that_needs_more_than_one_pass_stays_below_its_ceiling(configurat
     assert report.kernels <= at_most(configuration.kernels)
     leaf = 4 * LARGE.size
     assert report.temporary_bytes <= at_most(configuration.temporary, 0.01) * leaf
+    assert_self_contained(report)
+
+
+@everywhere
+def test_factored_second_moments_stay_below_their_ceiling(target):
+    """Rows and columns are two reductions over the gradient, beside the step itself."""
+    tx = rmsprop_jax.rmsprop(1e-3, storage=rmsprop_jax.storage.factored())
+    report = aot.compile_update(tx, LARGE, target=target)
+    assert report.bytes_per_parameter <= 16.1
+    assert report.kernels <= 8
+    assert report.temporary_bytes < LARGE.size / 100
     assert_self_contained(report)
 
 
