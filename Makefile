@@ -16,6 +16,7 @@ FRAMEWORKS_INSTALLED := $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)
 # Those that checkpoints move to and from; Keras is installed where TensorFlow is.
 MOVED := $(filter torch tensorflow,$(FRAMEWORKS)) $(if $(filter tensorflow,$(FRAMEWORKS)),keras)
 PARITY := $(CURDIR)/build/parity
+STUDY := build/storage-study
 # Run a module of tests/ where a framework is: $(call in,torch) module. And where JAX is: $(HERE) module.
 in = cd $(CURDIR)/tests && PYTHONDONTWRITEBYTECODE=1 TF_CPP_MIN_LOG_LEVEL=3 \
   $(CURDIR)/$(FRAMEWORK_VENVS)/$(1:keras=tensorflow)/bin/python -m
@@ -23,11 +24,11 @@ HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
 BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 
-.PHONY: help demo test slow bench aot check format notebooks golden parity clean
+.PHONY: help demo test slow bench check format notebooks golden parity storage-study clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Train a network on handwritten digits into demo-output/ (ARGS="--resume" and others)
 	$(BIN)/python -m rmsprop_jax.demo $(or $(ARGS),--overwrite)
@@ -92,6 +93,12 @@ $(call record_run,$1,$(PARITY)/their-$1.npz $(PARITY)/our-$1.npz)
 $(HERE) interchange_data.check_live compare $1 $(PARITY)/their-$1.npz
 
 endef
+
+# The peer, bitsandbytes, is in PyTorch's environment.
+storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the storage formats into build/storage-study/
+	set -e; for part in cost tracking training steps; do $(BIN)/python -m benchmarks.storage.$$part $(STUDY); done
+	$(FRAMEWORK_VENVS)/torch/bin/python benchmarks/storage/peer.py $(STUDY)
+	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache
