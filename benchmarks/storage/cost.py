@@ -27,7 +27,7 @@ def stepper(format: Any) -> Callable[[], float]:
     """Seconds of a step, with parameters and state donated as in training."""
     tx = rmsprop(1e-3, 0.99, storage=format)
 
-    def step(params: jax.Array, state: Any, gradient: jax.Array) -> tuple[jax.Array, Any]:
+    def step(params: Any, state: Any, gradient: jax.Array) -> tuple[Any, Any]:
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 

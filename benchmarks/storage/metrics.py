@@ -47,14 +47,15 @@ def signed_errors(stored: np.ndarray, truth: np.ndarray, unit: np.ndarray) -> di
 def step_errors(steps: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Relative errors of steps of shape (time, ...), where the true step is not zero.
 
-    `worst` is the largest step over its true size, and `worst_large` the same among the steps that
-    are larger than 1, which is what a root mean square step is.
+    `mean` is that of the steps over their true sizes, `worst` the largest of these ratios, and
+    `worst_large` the largest among the steps over 1, the size of a root mean square step.
     """
     steps, truth = steps[WARM_UP:], truth[WARM_UP:]
     moved = truth != 0
     ratio, size = np.abs(steps[moved] / truth[moved]), np.abs(steps[moved])
     worst_large = float(np.max(ratio, where=size > 1, initial=0.0))
-    return ratio_errors(ratio) | {'worst': float(ratio.max()), 'worst_large': worst_large}
+    mean = {'mean': float(ratio.mean())}
+    return ratio_errors(ratio) | mean | {'worst': float(ratio.max()), 'worst_large': worst_large}
 
 
 def paired(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:

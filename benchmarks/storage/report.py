@@ -124,6 +124,7 @@ def steps_table(records: list[Record]) -> str:
         'format': 'format',
         'median': lambda r: percent(r['median']),
         '99th percentile': lambda r: percent(r['p99']),
+        'mean': lambda r: times(r['mean']),
         'largest step': lambda r: times(r['worst']),
         'of those over 1': lambda r: times(r['worst_large']),
     }
@@ -153,11 +154,11 @@ def panels(width: float, height: float, count: int, **options: Any) -> tuple[Fig
 def window_figure(records: list[Record]) -> Figure:
     """Saturation and worst steps of uint8 over the size of the gradients."""
     figure, (share, root, worst) = panels(11, 3.6, 3, sharex=True)
-    scales = list(dict.fromkeys(record['scale'] for record in records))
-    for scale, colour, line in zip(scales, COLOURS[3:], ('-', '--', ':'), strict=False):
-        rows = [record for record in records if record['scale'] == scale]
+    formats = list(dict.fromkeys(record['format'] for record in records))
+    for format, colour, line in zip(formats, COLOURS[3:], ('-', '--', ':'), strict=False):
+        rows = [record for record in records if record['format'] == format]
         sizes = [record['size'] for record in rows]
-        style = {'color': colour, 'ls': line, 'label': f'scale=2.0**{scale[2:]}', 'linewidth': 1.8}
+        style = {'color': colour, 'ls': line, 'label': format, 'linewidth': 1.8}
         share.plot(sizes, [record['saturated'] for record in rows], **style)
         root.plot(sizes, [record['root_ratio'] for record in rows], **style)
         worst.plot(sizes, [record['worst'] for record in rows], **style)

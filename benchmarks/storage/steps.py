@@ -38,7 +38,7 @@ def steps(gradients: jax.Array, decay: float, format: Any) -> jax.Array:
     format = storage.large_leaves(format, min_size=1)
     tx = scale_by_rms(decay, eps=EPS, eps_in_sqrt=False, storage=format)
 
-    def step(state: Any, gradient: jax.Array) -> tuple[Any, jax.Array]:
+    def step(state: Any, gradient: jax.Array) -> tuple[Any, Any]:
         update, state = tx.update(gradient, state)
         return state, update
 
@@ -50,6 +50,7 @@ def main(folder: Path) -> None:
     formats = {
         'bfloat16': storage.bfloat16(),
         'uint8': storage.uint8(),
+        'uint8, 2 bits': storage.uint8(mantissa_bits=2),
         'factored': storage.factored(),
     }
     cases, results = [], []

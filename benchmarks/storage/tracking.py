@@ -22,7 +22,11 @@ from rmsprop_jax import scale_by_rms, storage, trace
 
 SEEDS = (1, 2)
 DECAYS = (0.9, 0.99, 0.999)
-FORMATS = {'bfloat16': storage.bfloat16(), 'uint8': storage.uint8()}
+FORMATS = {
+    'bfloat16': storage.bfloat16(),
+    'uint8': storage.uint8(),
+    'uint8, 2 bits': storage.uint8(mantissa_bits=2),
+}
 
 
 class Followed(NamedTuple):
@@ -144,18 +148,22 @@ def window() -> Iterator[dict[str, Any]]:
     """Saturation and worst steps of uint8 by the size of the gradient, a row for each size."""
     sizes = tuple(10.0**exponent for exponent in range(-20, 21))
     stream = Stream(1, len(sizes), 512, sizes, decades=0.3, eventful=False)
-    scales = {f'2^{n}': storage.uint8(scale=2.0**n) for n in (-32, 0, 32)}
+    windows = {
+        'uint8()': storage.uint8(),
+        'uint8(mantissa_bits=2)': storage.uint8(mantissa_bits=2),
+        'uint8(mantissa_bits=2, scale=2.0**-24)': storage.uint8(mantissa_bits=2, scale=2.0**-24),
+    }
     decay = 0.99
-    txs = {name: scale_by_rms(decay, eps=0.0, storage=format) for name, format in scales.items()}
+    txs = {name: scale_by_rms(decay, eps=0.0, storage=format) for name, format in windows.items()}
     txs['float32'] = scale_by_rms(decay, eps=0.0)
     followed, truth = follow(txs, average(decay, 2), stream)
-    for name, format in scales.items():
+    for name, format in windows.items():
         found = followed[name]
         stored = storage.read(found.state, format).nu
         for row, size in enumerate(sizes):
             one = found.state._replace(nu=found.state.nu[row])
             yield {
-                'scale': name,
+                'format': name,
                 'size': size,
                 'saturated': saturated(one, storage.large_leaves(format, min_size=1, min_ndim=1)),
                 'root_ratio': float(np.median(np.sqrt(stored[row] / truth[row]))),

@@ -53,9 +53,9 @@ class Task:
     def optimizer(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """RMSProp with a learning rate that ends at zero, so that the last loss is a quiet one, and
         with epsilon outside the root and small, so that it hides no error of the root."""
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.steps // 20, self.steps
-        )
+        # A velocity is a sum of so many steps.
+        peak = self.learning_rate * (1 - options.get('momentum', 0.0))
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, self.steps // 20, self.steps)
         options = {'decay': self.decay, 'eps': 1e-8, 'eps_in_sqrt': False} | options
         return rmsprop(rate, bias_correction=True, **options)
 
@@ -153,7 +153,7 @@ def language() -> Task:
         return windows(jax.random.randint(key, (8,), 0, train - context))
 
     held_out = windows(jnp.arange(train, len(tokens) - context - 1, context))
-    return Task(init, loss, batch, held_out, steps=600, learning_rate=3e-3, decay=0.999)
+    return Task(init, loss, batch, held_out, steps=400, learning_rate=3e-3, decay=0.999)
 
 
 def trainer(
@@ -186,28 +186,25 @@ def everywhere(format: Any) -> Any:
 def variants() -> dict[str, dict[str, dict[str, Any]]]:
     """Options by family and name. A family's float32 is what its other members are paired with."""
     bfloat16, uint8 = everywhere(storage.bfloat16()), everywhere(storage.uint8())
-    factored = everywhere(storage.factored())
-    trace = storage.per_statistic(nu=bfloat16, trace=bfloat16)
-    small_trace = storage.per_statistic(nu=uint8, trace=bfloat16)
-    mean = storage.per_statistic(var=bfloat16, mu=bfloat16)
-    small_mean = storage.per_statistic(var=uint8, mu=bfloat16)
+    two_bits, factored = storage.uint8(mantissa_bits=2), storage.factored()
     momentum, centered = {'momentum': 0.9}, {'centered': True}
     return {
         'plain': {
             'float32': {},
             'bfloat16': {'storage': bfloat16},
             'uint8': {'storage': uint8},
-            'factored': {'storage': factored},
+            'uint8, 2 bits': {'storage': everywhere(two_bits)},
+            'factored': {'storage': everywhere(factored)},
         },
         'momentum': {
             'float32': momentum,
-            'nu and trace bfloat16': momentum | {'storage': trace},
-            'nu uint8, trace bfloat16': momentum | {'storage': small_trace},
+            'nu uint8, trace bfloat16': momentum
+            | {'storage': storage.per_statistic(nu=uint8, trace=bfloat16)},
         },
         'centered': {
             'float32': centered,
-            'var and mu bfloat16': centered | {'storage': mean},
-            'var uint8, mu bfloat16': centered | {'storage': small_mean},
+            'var uint8, mu bfloat16': centered
+            | {'storage': storage.per_statistic(var=uint8, mu=bfloat16)},
         },
     }
 
@@ -241,6 +238,7 @@ def main(folder: Path) -> None:
         for result in compare(task):
             results.append({'task': name} | result)
             print(json.dumps(results[-1]), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / 'training.json').write_text(json.dumps(results, indent=1))
 
 
