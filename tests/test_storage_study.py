@@ -13,6 +13,7 @@ from benchmarks.storage.metrics import (
     signed_errors,
     step_errors,
 )
+from benchmarks.storage.report import pooled, table
 from benchmarks.storage.streams import STEPS, Stream
 
 
@@ -82,3 +83,18 @@ def test_gradients_stay_finite_in_a_narrow_dtype():
     gradient = stream(0)
     assert gradient.dtype == jnp.float16
     assert jnp.isfinite(gradient).all()
+
+
+def test_seeds_are_pooled_by_their_worst_step_and_their_mean_error():
+    common = {'format': 'uint8', 'bias_se': 3.0}
+    records = [
+        common | {'seed': 1, 'median': 0.1, 'worst': 2.0},
+        common | {'seed': 2, 'median': 0.3, 'worst': 5.0},
+    ]
+    (record,) = pooled(records, ['format'])
+    assert record['median'] == pytest.approx(0.2)
+    assert record['worst'] == 5
+    assert record['bias_se'] == pytest.approx(3 / np.sqrt(2))
+    assert table([record], {'format': 'format', 'largest': lambda r: f'{r["worst"]:g}'}) == (
+        '| format | largest |\n| --- | --- |\n| uint8 | 5 |'
+    )

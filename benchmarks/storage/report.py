@@ -184,7 +184,7 @@ def training_figure(records: list[Record]) -> Figure:
     for one, task in zip(axes, tasks, strict=True):
         rows = [record for record in records if record['task'] == task][::-1]
         for place, row in enumerate(rows):
-            colour = '0.5' if 'order' in row['format'] else COLOURS[5]
+            colour = '0.5' if 'float32, ' in row['format'] else COLOURS[5]
             errors = {'xerr': row['se'], 'color': colour, 'capsize': 4}
             one.errorbar(row['difference'], place, fmt='o', **errors)
         labels = [

@@ -146,7 +146,7 @@ def centered(stream: Stream, decay: float) -> Iterator[dict[str, Any]]:
 
 def window() -> Iterator[dict[str, Any]]:
     """Saturation and worst steps of uint8 by the size of the gradient, a row for each size."""
-    sizes = tuple(10.0**exponent for exponent in range(-20, 21))
+    sizes = tuple(10.0**exponent for exponent in range(-16, 11))
     stream = Stream(1, len(sizes), 512, sizes, decades=0.3, eventful=False)
     windows = {
         'uint8()': storage.uint8(),

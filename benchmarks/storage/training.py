@@ -26,6 +26,9 @@ from rmsprop_jax import rmsprop, storage
 SEEDS = 10
 # Another order of the data for the same initial parameters: what any change at all costs.
 OTHER_ORDER = 1000
+# Rounding that is right in the mean of nu makes the mean of 1 / sqrt(nu) too large, and steps with
+# it: for one mantissa bit by so much.
+FASTER = 1.05
 Params = dict[str, jax.Array]
 Batch = tuple[jax.Array, jax.Array]
 
@@ -226,7 +229,9 @@ def compare(task: Task) -> Iterator[dict[str, Any]]:
             name: held_out_losses(task, members[name]) for name in members if name != 'float32'
         }
         if family == 'plain':
-            found['float32, other order'] = held_out_losses(task, members['float32'], OTHER_ORDER)
+            found['float32, other order'] = held_out_losses(task, {}, OTHER_ORDER)
+            faster = dataclasses.replace(task, learning_rate=FASTER * task.learning_rate)
+            found[f'float32, rate x {FASTER}'] = held_out_losses(faster, {})
         for name, losses in found.items():
             pairs = paired(np.array(losses), np.array(reference))
             yield {'family': family, 'format': name, 'losses': losses} | pairs
