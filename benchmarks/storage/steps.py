@@ -50,7 +50,6 @@ def main(folder: Path) -> None:
     formats = {
         'bfloat16': storage.bfloat16(),
         'uint8': storage.uint8(),
-        'uint8, 2 bits': storage.uint8(mantissa_bits=2),
         'factored': storage.factored(),
     }
     cases, results = [], []

@@ -25,7 +25,6 @@ DECAYS = (0.9, 0.99, 0.999)
 FORMATS = {
     'bfloat16': storage.bfloat16(),
     'uint8': storage.uint8(),
-    'uint8, 2 bits': storage.uint8(mantissa_bits=2),
 }
 
 
@@ -149,9 +148,8 @@ def window() -> Iterator[dict[str, Any]]:
     sizes = tuple(10.0**exponent for exponent in range(-16, 11))
     stream = Stream(1, len(sizes), 512, sizes, decades=0.3, eventful=False)
     windows = {
-        'uint8()': storage.uint8(),
-        'uint8(mantissa_bits=2)': storage.uint8(mantissa_bits=2),
-        'uint8(mantissa_bits=2, scale=2.0**-24)': storage.uint8(mantissa_bits=2, scale=2.0**-24),
+        f'uint8(scale=2.0**{n})' if n else 'uint8()': storage.uint8(scale=2.0**n)
+        for n in (-24, 0, 24)
     }
     decay = 0.99
     txs = {name: scale_by_rms(decay, eps=0.0, storage=format) for name, format in windows.items()}
