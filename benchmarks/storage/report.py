@@ -193,6 +193,7 @@ def training_figure(records: list[Record]) -> Figure:
         ]
         one.set_yticks(range(len(rows)), labels)
         one.axvline(0, color='0.5', linewidth=0.8)
+        one.locator_params(axis='x', nbins=5)
         one.set_title(TASKS[task])
         one.set_xlabel('held-out loss less that of float32, nats')
     figure.suptitle(f'Mean of {SEEDS} paired differences, with one standard error')
