@@ -24,7 +24,7 @@ HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
 BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 
-.PHONY: help demo test slow bench check format notebooks golden parity storage-study clean
+.PHONY: help demo test slow bench storage-study aot check format notebooks golden parity clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
