@@ -7,6 +7,7 @@ recurrence.
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,34 +37,34 @@ def mean(mu: jax.Array, g: jax.Array, complement: Scalar) -> jax.Array:
 
 
 def variance(
-    var: jax.Array,
-    mu: jax.Array,
-    g: jax.Array,
-    decay: Scalar,
-    complement: Scalar,
-    weights: tuple[jax.Array, jax.Array] | None,
+    var: jax.Array, g: jax.Array, mu: jax.Array, weight: Any, decay: Scalar, share: Scalar
 ) -> jax.Array:
-    """`var <- decay var + (1 - decay) c_after / (decay c_before) |g - mu / c_after|^2`, with the
-    mean after this step.
+    """`var <- decay var + share |g - mu / weight|^2`, a sum of non-negative terms.
 
-    The deviation from the mean after a step is `decay c_before / c_after` times that from the mean
-    before it, so this is `decay (var + (1 - decay) (c_before / c_after) |g - mu / c_before|^2)`
-    with the mean before. But a compiler that keeps the new mean in the place of the old one would
-    have to copy the old one first.
-
-    `weights` holds `(c_before, c_after)`; None means that both are one. Unlike `nu - |mu|^2` it is
-    a sum of non-negative terms, so it neither cancels nor turns negative.
+    With the mean before the step, its weight `c_before` and `share = decay (1 - decay) c_before /
+    c_after` this is `nu - |mu|^2 / c`, which would cancel. After the step the deviation from the
+    mean is `decay c_before / c_after` times what it was, so that with the mean after it, `c_after`
+    and `share = (1 - decay) c_after / (decay c_before)` it is the same. The weights are None where
+    they are one.
     """
-    before, after = (1.0, 1.0) if weights is None else weights
-    # Without a past the deviation is zero, and its share must not make a NaN of it.
-    share = complement * after * _reciprocal_or_zero(decay * before)
-    centre = mu if weights is None else componentwise(operator.truediv, mu, after)
-    # The share times the deviation is at most twice the largest |g| whose square is representable,
-    # and the deviation at most a quarter of that over one less the decay: multiplied in this order
-    # nothing overflows. (XLA merges factors that stand on both sides, so scaling the deviation
-    # before squaring it would not help.)
+    centre = mu
+    if weight is not None:
+        # Before the first step there is no mean: the share is zero, and the division must not make
+        # a NaN of it.
+        centre = componentwise(operator.truediv, mu, jnp.where(weight == 0, 1, weight))
+    # The deviation may be twice the largest |g| whose square is representable, and what the share
+    # makes of it is at most half of that: multiplied in this order nothing overflows. (XLA merges
+    # factors that stand on both sides, so scaling the deviation before squaring it would not help.)
     deviation = g - centre
     return decay * var + _real_product(componentwise(operator.mul, deviation, share), deviation)
+
+
+def reciprocal_or_zero(x: Scalar) -> Scalar:
+    """`1 / x`, and 0 where that is not a normal number."""
+    if not isinstance(x, jax.Array):
+        return 1 / x if x else 0.0
+    vanishes = x < _smallest_normal(x)
+    return jnp.where(vanishes, 0, 1 / jnp.where(vanishes, 1, x))
 
 
 def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -> jax.Array:
@@ -101,13 +102,6 @@ def componentwise(
 
 def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-
-
-def _reciprocal_or_zero(x: Scalar) -> Scalar:
-    if not isinstance(x, jax.Array):
-        return 1 / x if x else 0.0
-    vanishes = x < _smallest_normal(x)
-    return jnp.where(vanishes, 0, 1 / jnp.where(vanishes, 1, x))
 
 
 def _sqrt(x: jax.Array) -> jax.Array:

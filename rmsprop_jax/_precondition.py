@@ -162,8 +162,17 @@ def scale_by_rms(
             d, r, e, c = scalars(var.dtype)
             largest = formats[0].largest
             saturated = var >= (largest if state.unit is None else largest * state.unit)
-            mu = _moments.mean(mu, g, r)
-            var = _moments.variance(var, mu, g, d, r, c)
+            before, after = (None, None) if c is None else c
+            ratio = 1.0 if c is None else c[0] / c[1]
+            new_mu = _moments.mean(mu, g, r)
+            if formats[0].rounds:
+                # The other way round a TPU's compiler splits a step with so many operations.
+                var = _moments.variance(var, g, mu, before, d, d * r * ratio)
+            else:
+                # From the old mean, a CPU that puts the new one in its place would have to copy it.
+                share = r * _moments.reciprocal_or_zero(d * ratio)
+                var = _moments.variance(var, g, new_mu, after, d, share)
+            mu = new_mu
             moment = var if c is None else var / c[1]
             if math.isfinite(largest):
                 # The true variance is larger, nobody knows by how much: with the squared mean added

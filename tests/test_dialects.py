@@ -23,7 +23,7 @@ from golden.problems import flat, problem, recorded_steps
 from jax.example_libraries import optimizers
 
 import rmsprop_jax
-from rmsprop_jax import dialects, rmsprop
+from rmsprop_jax import dialects, rmsprop, storage
 from rmsprop_jax._equivalents import EQUIVALENTS
 from rmsprop_jax._types import ScalarOrSchedule
 
@@ -437,6 +437,8 @@ for _name, _decay, _momentum in (('mxnet', 'rho', 'momentum'), ('mxnet1', 'gamma
         'clip_gradient': (0.1, {}),
         'mask': (_ONLY_MATRIX, {'wd': 0.1}),
     }
+for _changes in CHANGES.values():
+    _changes['storage'] = (storage.large_leaves(storage.bfloat16(), 1, 0), {})
 CHANGED = [(name, argument) for name, changes in CHANGES.items() for argument in changes]
 
 

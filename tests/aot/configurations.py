@@ -25,16 +25,17 @@ class Configuration:
     def kernels(self, target: str) -> int:
         """How many kernels the step on one leaf may have."""
         # What the random bits of a row have in common is a kernel of its own.
-        rounds = 'storage=' in self.name
-        # A TPU's compiler writes the direction of some long chains out: 8 bytes a parameter more
-        # where a leaf is larger than its fast memory.
+        return 1 + ('storage=' in self.name) + self.is_split(target)
+
+    def is_split(self, target: str) -> bool:
+        """Whether a TPU's compiler writes the direction out, as in some long chains: 8 bytes a
+        parameter more, and a leaf of temporary memory."""
         long = (
             ('storage=uint8', 'centered=True', 'nesterov=True'),
             ('storage=bfloat16', 'centered=True', 'momentum=0.9', 'bias_correction=True'),
         )
-        split = any(all(part in self.name for part in parts) for parts in long)
-        apart = target.startswith('tpu') and split
-        return 1 + rounds + apart
+        found = any(all(part in self.name for part in parts) for parts in long)
+        return found and target.startswith('tpu')
 
 
 # What formats other than float32 are combined with: the rest does not touch the moments.
