@@ -24,7 +24,10 @@ HERE = cd $(CURDIR)/tests && $(CURDIR)/$(BIN)/python -m
 
 BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 
-.PHONY: help demo test slow bench storage-study aot check format notebooks golden parity clean
+# The compiled step is a distribution of its own, so that nothing else needs a compiler.
+FUSED := .venv/fused-$(notdir $(PYTHON))
+
+.PHONY: help demo test slow bench storage-study aot check format notebooks golden parity fused clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -100,6 +103,10 @@ storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the
 	$(FRAMEWORK_VENVS)/torch/bin/python benchmarks/storage/peer.py $(STUDY)
 	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 
+fused: $(FUSED)/.installed  ## Build, test and time the compiled step for CPUs
+	cd fused_cpu && $(CURDIR)/$(FUSED)/bin/python -m pytest -p no:cacheprovider tests --import-mode=importlib
+	$(FUSED)/bin/python fused_cpu/benchmark.py
+
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache
 
@@ -121,4 +128,9 @@ $(AOT_VENV)/.installed: pyproject.toml
 $(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r $<
+	@touch $@
+
+$(FUSED)/.installed: pyproject.toml $(wildcard fused_cpu/*.* fused_cpu/rmsprop_jax_fused/*.py)
+	test -d $(FUSED) || $(PYTHON) -m venv $(FUSED)
+	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check --editable . './fused_cpu[test]'
 	@touch $@

@@ -76,7 +76,7 @@ def assert_equal(one: Any, other: Any) -> None:
     ):
         assert x.dtype == y.dtype, path
         np.testing.assert_array_equal(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), jax.tree_util.keystr(path)
+            np.asarray(x, np.complex128), np.asarray(y, np.complex128), jax.tree_util.keystr(path)
         )
 
 
@@ -246,6 +246,13 @@ def test_shards_are_updated_in_place(check_vma):
     kwargs = dict(learning_rate=0.1, momentum=0.9)
     state = rmsprop_jax.rmsprop(**kwargs).init(params)
     specs = jax.tree.map(lambda x: P('data') if x.ndim else P(), (params, state))
+
+    params, state, grads = (
+        jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, spec)
+        for tree, spec in zip(
+            (params, state, grads), (*specs, {'w': P('data')}), strict=True
+        )
+    )
 
     def sharded(step: Any) -> Any:
         inside = jax.shard_map(
