@@ -104,8 +104,9 @@ storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the
 	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 
 fused: $(FUSED)/.installed  ## Build, test and time the compiled step for CPUs
-	cd fused_cpu && $(CURDIR)/$(FUSED)/bin/python -m pytest -p no:cacheprovider tests --import-mode=importlib
-	$(FUSED)/bin/python fused_cpu/benchmark.py
+	$(FUSED)/bin/python -P -m pytest -c fused_cpu/pyproject.toml --rootdir fused_cpu -p no:cacheprovider \
+	  fused_cpu/tests --pyargs rmsprop_jax_fused
+	$(FUSED)/bin/python -P fused_cpu/benchmark.py
 
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache

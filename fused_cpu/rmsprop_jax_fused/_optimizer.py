@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rmsprop_jax
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
+
+import rmsprop_jax
 from rmsprop_jax import _moments
 from rmsprop_jax._lift import Statistic
 from rmsprop_jax._types import (
@@ -24,7 +25,6 @@ from rmsprop_jax._types import (
     is_absent,
 )
 from rmsprop_jax.storage import Storage, bfloat16, float32
-
 from rmsprop_jax_fused._either import either
 from rmsprop_jax_fused._library import TARGET, available
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import rmsprop_jax
 import rmsprop_jax_fused
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import rmsprop_jax
 from rmsprop_jax import storage
 
 FORMS = [
@@ -108,7 +109,9 @@ def _compiled() -> None:
 @pytest.mark.parametrize('choice', CHOICES, ids=name)
 @pytest.mark.parametrize('form', FORMS, ids=name)
 def test_equals_the_plain_step(form, choice, kept):
-    kwargs = dict(learning_rate=0.01, decay=0.95, eps=1e-6, storage=STORAGES[kept], **form, **choice)
+    kwargs = dict(
+        learning_rate=0.01, decay=0.95, eps=1e-6, storage=STORAGES[kept], **form, **choice
+    )
     plain, fused = jax.jit(plain_step(**kwargs)), jax.jit(fused_step(**kwargs))
     params = tree(0)
     state = rmsprop_jax.rmsprop(**kwargs).init(params)
@@ -119,7 +122,9 @@ def test_equals_the_plain_step(form, choice, kept):
         if exact:
             assert_equal(actual, expected)
         else:
-            size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves((params, grads)) if x.size)
+            size = max(
+                float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves((params, grads)) if x.size
+            )
             assert_within_one_ulp(actual, expected, size)
         params, state = expected
 
@@ -134,7 +139,10 @@ def test_runs_the_kernel():
 @pytest.mark.parametrize(
     'kwargs',
     [
-        dict(learning_rate=lambda count: 0.1 / (count + 1), momentum=lambda count: count / (count + 9)),
+        dict(
+            learning_rate=lambda count: 0.1 / (count + 1),
+            momentum=lambda count: count / (count + 9),
+        ),
         dict(learning_rate=0.1, decay=lambda count: 0.9 + count / 100, eps=lambda count: 1e-3),
     ],
 )
@@ -249,9 +257,7 @@ def test_shards_are_updated_in_place(check_vma):
 
     params, state, grads = (
         jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, spec)
-        for tree, spec in zip(
-            (params, state, grads), (*specs, {'w': P('data')}), strict=True
-        )
+        for tree, spec in zip((params, state, grads), (*specs, {'w': P('data')}), strict=True)
     )
 
     def sharded(step: Any) -> Any:
@@ -262,9 +268,7 @@ def test_shards_are_updated_in_place(check_vma):
 
     step = sharded(fused_step(**kwargs))
     assert 'rmsprop_jax_fused_apply' in step.lower(params, state, grads).as_text()
-    assert_equal(
-        step(params, state, grads), jax.jit(plain_step(**kwargs))(params, state, grads)
-    )
+    assert_equal(step(params, state, grads), jax.jit(plain_step(**kwargs))(params, state, grads))
 
 
 def test_partitioned_programs_keep_their_sharding():
