@@ -49,7 +49,8 @@ struct Scalars {
   float eps_outside;
   float momentum;
   float weight;          // the sum of the averaging weights before this step
-  float share;           // of the squared deviation in the variance, uncorrected
+  float share_before;    // of the squared deviation in the variance: from the mean before the step,
+  float share_after;     // and from that after it
   float unit_before;
   float unit_reciprocal; // of the unit after this step
 };
@@ -99,28 +100,29 @@ CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float
   const Scalars s = scalars;
   const float largest = rounded ? kLargestBfloat16 * s.unit_before
                                 : std::numeric_limits<float>::infinity();
-  // XLA contracts the weight where it is part of a kernel, and not where it is a kernel's result.
-  const float past_weight = s.decay * s.weight;
-  const float contracted = __builtin_fmaf(s.decay, s.weight, s.complement);
-  const float separate = past_weight + s.complement;
-  const float weight = rounded ? contracted : separate;
-  const float divisor = rounded && kCentered ? separate : contracted;
-  const float share =
-      kCorrected ? s.complement * weight * (past_weight < kSmallestNormal ? 0.0f : 1.0f / past_weight)
-                 : s.share;
+  // As XLA does where it computes the weight for each leaf.
+  const float weight = __builtin_fmaf(s.decay, s.weight, s.complement);
+  const float ratio = kCorrected ? s.weight / weight : 1.0f;
+  const float past = s.decay * ratio;
+  const float share = rounded       ? s.share_before * ratio
+                      : !kCorrected ? s.share_after
+                      : past < kSmallestNormal ? 0.0f
+                                               : s.complement / past;
+  const float old_weight = s.weight == 0.0f ? 1.0f : s.weight;
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i];
     float average;
     if constexpr (kCentered) {
       const float mu = __builtin_fmaf(g - mean[i], s.complement, mean[i]);
       const float centre = kCorrected ? mu / weight : mu;
-      const float deviation = g - centre;
+      const float old_centre = kCorrected ? mean[i] / old_weight : mean[i];
+      const float deviation = g - (rounded ? old_centre : centre);
       const bool saturated = moment[i] >= largest;
       const float var =
           __builtin_fmaf(s.decay, moment[i], (deviation * share) * deviation);
       mean[i] = mu;
       moment[i] = var;
-      average = (kCorrected ? var / divisor : var) + (saturated ? centre * centre : 0.0f);
+      average = (kCorrected ? var / weight : var) + (saturated ? centre * centre : 0.0f);
     } else {
       // Of the two products it contracts the one that is not scaled before.
       const float square = g * g;
@@ -128,7 +130,7 @@ CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float
           rounded ? __builtin_fmaf(s.complement, square, s.decay * moment[i])
                   : __builtin_fmaf(s.decay, moment[i], s.complement * square);
       moment[i] = nu;
-      average = kCorrected ? nu / divisor : nu;
+      average = kCorrected ? nu / weight : nu;
     }
     const float radicand = average + s.eps_in_root;
     const bool flat = radicand < kSmallestNormal;

@@ -252,9 +252,6 @@ class _Kernel:
         rms = state[0]
         decay, eps = self.decay.at(rms.count), self.eps.at(rms.count)
         d, r = (cast(x, jnp.float32) for x in (decay, complement(decay)))
-        # The plain path computes the new weight for each leaf; so does the kernel.
-        weight = rms.weight if self.corrected else 1.0
-        share = r * _moments._reciprocal_or_zero(d)
         momentum = 0.0 if self.momentum is None else self.momentum.at(state[2].count)
         values = [
             -1.0 * self.rate.at(getattr(state[1], 'count', 0)),
@@ -263,8 +260,10 @@ class _Kernel:
             eps if self.eps_in_sqrt else 0.0,
             0.0 if self.eps_in_sqrt else eps,
             momentum,
-            weight,
-            share,
+            # The plain path computes the new weight, and what follows from it, for each leaf.
+            rms.weight if self.corrected else 1.0,
+            d * r,
+            r * _moments.reciprocal_or_zero(d),
             1.0 if rms.unit is None else rms.unit,
             1.0 if rms.unit is None else 1 / after[0].unit,
         ]
