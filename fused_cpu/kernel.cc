@@ -102,27 +102,19 @@ CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float
                                 : std::numeric_limits<float>::infinity();
   // As XLA does where it computes the weight for each leaf.
   const float weight = __builtin_fmaf(s.decay, s.weight, s.complement);
-  const float ratio = kCorrected ? s.weight / weight : 1.0f;
-  const float past = s.decay * ratio;
-  const float share = rounded       ? s.share_before * ratio
-                      : !kCorrected ? s.share_after
-                      : past < kSmallestNormal ? 0.0f
-                                               : s.complement / past;
-  const float old_weight = s.weight == 0.0f ? 1.0f : s.weight;
+  const float share = rounded ? s.share_before : s.share_after;
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i];
     float average;
     if constexpr (kCentered) {
       const float mu = __builtin_fmaf(g - mean[i], s.complement, mean[i]);
-      const float centre = kCorrected ? mu / weight : mu;
-      const float old_centre = kCorrected ? mean[i] / old_weight : mean[i];
-      const float deviation = g - (rounded ? old_centre : centre);
+      const float deviation = g - (rounded ? mean[i] : mu);
       const bool saturated = moment[i] >= largest;
       const float var =
           __builtin_fmaf(s.decay, moment[i], (deviation * share) * deviation);
       mean[i] = mu;
       moment[i] = var;
-      average = (kCorrected ? var / weight : var) + (saturated ? centre * centre : 0.0f);
+      average = var + (saturated ? mu * mu : 0.0f);
     } else {
       // Of the two products it contracts the one that is not scaled before.
       const float square = g * g;
@@ -163,9 +155,7 @@ Step ChooseMomentum(int32_t momentum) {
 }
 
 Step Choose(bool centered, bool corrected, int32_t momentum) {
-  if (centered) {
-    return corrected ? ChooseMomentum<true, true>(momentum) : ChooseMomentum<true, false>(momentum);
-  }
+  if (centered) return ChooseMomentum<true, false>(momentum);
   return corrected ? ChooseMomentum<false, true>(momentum) : ChooseMomentum<false, false>(momentum);
 }
 
@@ -252,7 +242,7 @@ ffi::Error Apply(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
   const auto scalars = args.get<ffi::Buffer<ffi::F32>>(0);
   const auto counts = args.get<ffi::Buffer<ffi::U32>>(1);
   if (!scalars || !counts || scalars->element_count() != kScalars ||
-      counts->element_count() != 2 || results.size() % outputs != 0 ||
+      counts->element_count() != 2 || (centered && corrected) || results.size() % outputs != 0 ||
       args.size() != 2 + results.size() / outputs * operands ||
       keys.size() != results.size() / outputs * kept) {
     return ffi::Error::InvalidArgument("rmsprop_jax_fused: unexpected operands.");

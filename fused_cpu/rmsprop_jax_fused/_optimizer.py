@@ -78,8 +78,8 @@ def rmsprop(
 
     in one pass over memory: on a CPU, for leaves whose gradient and parameter are float32 and whose
     statistics are kept in `storage.float32` or `storage.bfloat16`. Other leaves, other platforms,
-    batches (`vmap`), programs that are partitioned over several devices, `weight_decay` and a
-    missing compiled library take the plain path, with the same results. Inside a `shard_map` each
+    batches (`vmap`), programs that are partitioned over several devices, `weight_decay`, centered
+    forms with bias correction and a missing compiled library take the plain path, with the same results. Inside a `shard_map` each
     shard is updated in place.
 
     It saves nothing unless `params` and `state` are donated, in the order in which they are
@@ -142,7 +142,9 @@ def rmsprop(
         updates, state = transformation.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    if learning_rate is None or not is_absent(weight_decay) or not available():
+    # What XLA makes of the corrected weights in a variance depends on how it cuts its kernels.
+    unfused = learning_rate is None or not is_absent(weight_decay) or (centered and bias_correction)
+    if unfused or not available():
         apply = plain
     else:
         moment = Statistic('var' if centered else 'nu', True, storage)
