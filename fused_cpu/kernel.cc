@@ -93,22 +93,24 @@ CLONED void Encode(const float* __restrict x, float unit_reciprocal, uint32_t sa
   }
 }
 
-template <bool kCentered, bool kCorrected, Momentum kMomentum>
-CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float* __restrict grad,
+// kRounded tells how the moment is stored.
+template <bool kCentered, bool kCorrected, bool kRounded, Momentum kMomentum>
+CLONED void Advance(const Scalars& scalars, int64_t n, const float* __restrict grad,
                     float* __restrict param, float* __restrict moment, float* __restrict mean,
                     float* __restrict trace) {
   const Scalars s = scalars;
-  const float largest = rounded ? kLargestBfloat16 * s.unit_before
+  const float largest = kRounded ? kLargestBfloat16 * s.unit_before
                                 : std::numeric_limits<float>::infinity();
   // As XLA does where it computes the weight for each leaf.
   const float weight = __builtin_fmaf(s.decay, s.weight, s.complement);
-  const float share = rounded ? s.share_before : s.share_after;
+  const float share = kRounded ? s.share_before : s.share_after;
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i];
     float average;
     if constexpr (kCentered) {
-      const float mu = __builtin_fmaf(g - mean[i], s.complement, mean[i]);
-      const float deviation = g - (rounded ? mean[i] : mu);
+      const float old_mu = mean[i];
+      const float mu = __builtin_fmaf(g - old_mu, s.complement, old_mu);
+      const float deviation = g - (kRounded ? old_mu : mu);
       const bool saturated = moment[i] >= largest;
       const float var =
           __builtin_fmaf(s.decay, moment[i], (deviation * share) * deviation);
@@ -119,7 +121,7 @@ CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float
       // Of the two products it contracts the one that is not scaled before.
       const float square = g * g;
       const float nu =
-          rounded ? __builtin_fmaf(s.complement, square, s.decay * moment[i])
+          kRounded ? __builtin_fmaf(s.complement, square, s.decay * moment[i])
                   : __builtin_fmaf(s.decay, moment[i], s.complement * square);
       moment[i] = nu;
       average = kCorrected ? nu / weight : nu;
@@ -143,20 +145,22 @@ CLONED void Advance(const Scalars& scalars, bool rounded, int64_t n, const float
   }
 }
 
-using Step = void (*)(const Scalars&, bool, int64_t, const float*, float*, float*, float*, float*);
+using Step = void (*)(const Scalars&, int64_t, const float*, float*, float*, float*, float*);
 
-template <bool kCentered, bool kCorrected>
+template <bool kCentered, bool kCorrected, bool kRounded>
 Step ChooseMomentum(int32_t momentum) {
   switch (momentum) {
-    case kNone: return Advance<kCentered, kCorrected, kNone>;
-    case kHeavyBall: return Advance<kCentered, kCorrected, kHeavyBall>;
-    default: return Advance<kCentered, kCorrected, kNesterov>;
+    case kNone: return Advance<kCentered, kCorrected, kRounded, kNone>;
+    case kHeavyBall: return Advance<kCentered, kCorrected, kRounded, kHeavyBall>;
+    default: return Advance<kCentered, kCorrected, kRounded, kNesterov>;
   }
 }
 
+template <bool kRounded>
 Step Choose(bool centered, bool corrected, int32_t momentum) {
-  if (centered) return ChooseMomentum<true, false>(momentum);
-  return corrected ? ChooseMomentum<false, true>(momentum) : ChooseMomentum<false, false>(momentum);
+  return centered    ? ChooseMomentum<true, false, kRounded>(momentum)
+         : corrected ? ChooseMomentum<false, true, kRounded>(momentum)
+                     : ChooseMomentum<false, false, kRounded>(momentum);
 }
 
 // One stored statistic of one leaf.
@@ -186,6 +190,7 @@ struct Leaf {
   const float* grad;
   float* param;
   Stored moment, mean, trace;
+  Step step;
   int64_t size;
 };
 
@@ -198,7 +203,6 @@ struct Block {
 // never waits for a thread that has not begun.
 struct Work {
   Scalars scalars;
-  Step step;
   std::vector<Leaf> leaves;
   std::vector<Block> blocks;
   std::atomic<size_t> next{0};
@@ -217,7 +221,7 @@ struct Work {
       float* moment = leaf.moment.Open(first, n, moments);
       float* mean = leaf.mean.Open(first, n, means);
       float* trace = leaf.trace.Open(first, n, traces);
-      step(scalars, leaf.moment.rounded, n, leaf.grad + first, leaf.param + first, moment, mean, trace);
+      leaf.step(scalars, n, leaf.grad + first, leaf.param + first, moment, mean, trace);
       leaf.moment.Close(first, n, moment);
       leaf.mean.Close(first, n, mean);
       leaf.trace.Close(first, n, trace);
@@ -250,7 +254,6 @@ ffi::Error Apply(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
   auto work = std::make_shared<Work>();
   std::memcpy(&work->scalars, scalars->typed_data(), sizeof(Scalars));
   const Scalars& s = work->scalars;
-  work->step = Choose(centered, corrected, momentum);
 
   int64_t total = 0;
   for (size_t leaf = 0; leaf < results.size() / outputs; ++leaf) {
@@ -259,7 +262,7 @@ ffi::Error Apply(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
     if (!grad || !param) {
       return ffi::Error::InvalidArgument("rmsprop_jax_fused: expected float32 gradients.");
     }
-    Leaf one{grad->typed_data(), (*param)->typed_data(), {}, {}, {},
+    Leaf one{grad->typed_data(), (*param)->typed_data(), {}, {}, {}, nullptr,
              static_cast<int64_t>(grad->element_count())};
     for (size_t k = 0; k < outputs; ++k) {
       const auto before = args.get<ffi::AnyBuffer>(2 + leaf * operands + 1 + k);
@@ -282,6 +285,7 @@ ffi::Error Apply(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRe
         stored.unit_reciprocal = s.unit_reciprocal;
       }
     }
+    one.step = (one.moment.rounded ? Choose<true> : Choose<false>)(centered, corrected, momentum);
     for (int64_t first = 0; first < one.size; first += kBlock) {
       work->blocks.push_back({leaf, first});
     }

@@ -79,8 +79,8 @@ def rmsprop(
     in one pass over memory: on a CPU, for leaves whose gradient and parameter are float32 and whose
     statistics are kept in `storage.float32` or `storage.bfloat16`. Other leaves, other platforms,
     batches (`vmap`), programs that are partitioned over several devices, `weight_decay`, centered
-    forms with bias correction and a missing compiled library take the plain path, with the same results. Inside a `shard_map` each
-    shard is updated in place.
+    forms with bias correction and a missing compiled library take the plain path, with the same
+    results. Inside a `shard_map` each shard is updated in place.
 
     It saves nothing unless `params` and `state` are donated, in the order in which they are
     returned, as in the example: buffers are handed on in that order, and a moment that must move to
