@@ -145,7 +145,8 @@ def test_factored_second_moments_stay_below_their_ceiling(target):
     report = aot.compile_update(tx, LARGE, target=target)
     assert report.bytes_moved <= 16.1 * LARGE.size
     assert report.kernels <= 8
-    assert report.temporary_bytes < LARGE.size / 100
+    # A GPU sums columns in parts: a hundredth of the leaf's bytes.
+    assert report.temporary_bytes < 4 * LARGE.size / 100
     assert_self_contained(report)
 
 
