@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, top to bottom, and its table names what exists."""
+"""The Python of README and pages runs as it stands, top to bottom; the table names what exists."""
 
 import contextlib
 import io
@@ -21,6 +21,15 @@ def test_python_blocks_run():
         exec('\n'.join(blocks), {'__name__': 'readme'})
     assert 'learning_rate' in README.read_text()
     assert printed.getvalue().count('0.01') == 2
+
+
+@pytest.mark.parametrize('page', ['backends', 'storage'])
+def test_python_blocks_of_the_documentation_run(page):
+    text = (README.parent / 'docs' / f'{page}.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    assert blocks
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec('\n'.join(blocks), {'__name__': page})
 
 
 def test_table_names_what_exists():
