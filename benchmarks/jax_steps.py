@@ -18,6 +18,7 @@ import optax
 import rmsprop_jax
 from benchmarks.timing import stopwatch
 from benchmarks.works import DECAY, EPS, LEARNING_RATE, Shape
+from rmsprop_jax.aot._compile import update_and_apply
 
 OPTAX_LIKE = {'rmsprop_jax': rmsprop_jax.rmsprop, 'optax': optax.rmsprop}
 
@@ -28,16 +29,6 @@ def versions() -> dict[str, str]:
 
 def transformation(name: str, options: dict) -> optax.GradientTransformation:
     return OPTAX_LIKE[name](LEARNING_RATE, DECAY, EPS, **options)
-
-
-def optax_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """A new `step(params, state, gradients)`, so that nothing compiled before is used again."""
-
-    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 def normal(shapes: list[Shape], scale: float = 1.0) -> list[jax.Array]:
@@ -103,7 +94,7 @@ def prepare(name: str, shapes: list[Shape], options: dict) -> JaxContestant:
     if name == 'keras':
         return _keras(shapes, options)
     tx = transformation(name, options)
-    return JaxContestant(optax_step(tx), tx.init, shapes)
+    return JaxContestant(update_and_apply(tx), tx.init, shapes)
 
 
 def _keras(shapes: list[Shape], options: dict) -> JaxContestant:
@@ -147,7 +138,7 @@ def train_step(name: str | None, shapes: list[Shape], options: dict, batch: int)
     if name is None:
         return JaxContestant(gradient_step, optax.tree.zeros_like, shapes)
     tx = transformation(name, options)
-    update = optax_step(tx)
+    update = update_and_apply(tx)
 
     def step(params: Any, state: Any, _: Any) -> tuple[Any, Any]:
         return update(params, state, jax.grad(loss)(params))

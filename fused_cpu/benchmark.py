@@ -20,6 +20,7 @@ import optax
 import rmsprop_jax_fused
 
 import rmsprop_jax
+from rmsprop_jax.aot._compile import update_and_apply
 
 
 def resnet() -> list[tuple[int, ...]]:
@@ -50,22 +51,14 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def updating(transformation: optax.GradientTransformation) -> Callable[..., Any]:
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = transformation.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def contestants(form: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """The `init` and the step of each."""
     theirs, again = (optax.rmsprop(1e-3, **form) for _ in range(2))
     ours, fused = rmsprop_jax.rmsprop(1e-3, **form), rmsprop_jax_fused.rmsprop(1e-3, **form)
     return {
-        'optax': (theirs.init, updating(theirs)),
-        'optax again': (again.init, updating(again)),
-        'plain path': (ours.init, updating(ours)),
+        'optax': (theirs.init, update_and_apply(theirs)),
+        'optax again': (again.init, update_and_apply(again)),
+        'plain path': (ours.init, update_and_apply(ours)),
         'fused': (fused.init, lambda params, state, grads: fused.apply(grads, state, params)),
     }
 

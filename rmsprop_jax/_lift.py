@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._types import real_dtype, wide_dtype
+from rmsprop_jax._types import RmsState, real_dtype, wide_dtype
 from rmsprop_jax.storage._choice import Storage, format_of
 from rmsprop_jax.storage._formats import Format
 
@@ -172,6 +172,12 @@ def widen(tree: Any) -> Any:
 def cast_like(tree: Any, like: Any) -> Any:
     """Casts each leaf of `tree` to the dtype of the same leaf of `like`."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def rms_states(state: Any) -> list[RmsState]:
+    """The `RmsState`s anywhere in an optimizer's state."""
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, RmsState))
+    return [part for part in parts if isinstance(part, RmsState)]
 
 
 def _inexact_dtype(name: str, leaf: Any) -> np.dtype:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from rmsprop_jax._lift import widen
+from rmsprop_jax._lift import rms_states, widen
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState
 from rmsprop_jax.storage._choice import Storage
@@ -107,24 +107,19 @@ def _with_weight(node: Any) -> Any:
 
 def _in_units_of(state: Any, start: Any, params: Any, storage: Storage | None) -> Any:
     """`start`, with its statistics as multiples of the units that those of `state` have by now."""
-    if all(node.unit is None for node in _rms_nodes(state)):
+    if all(node.unit is None for node in rms_states(state)):
         return start
     if storage is None:
         raise ValueError(
             'give the storage that tx was given: the state is kept in compact formats.'
         )
-    units = iter(_rms_nodes(state))
+    units = iter(rms_states(state))
     decoded = jax.tree.map(
         lambda node: node._replace(unit=next(units).unit) if isinstance(node, RmsState) else node,
         read(start, storage),
         is_leaf=lambda node: isinstance(node, RmsState),
     )
     return convert(decoded, params, None, storage)
-
-
-def _rms_nodes(state: Any) -> list[RmsState]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RmsState))
-    return [node for node in leaves if isinstance(node, RmsState)]
 
 
 def _with_average(start: Any, params: Any) -> Any:

@@ -9,10 +9,9 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import cast_like, init_like, widen
+from rmsprop_jax._lift import cast_like, init_like, rms_states, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
-    RmsState,
     ScalarOrSchedule,
     cast,
     checked_steps,
@@ -157,9 +156,9 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         return jax.tree.map(leaf, updates, chosen)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        _check_rows_can_be_held(state)
         new, after = inner_.update(updates, state, params, **extra_args)
         rows = untouched(updates)
-        _check_rows_can_be_held(state)
         # Each statistic has the rows of its parameter; counts and weights go on.
         held = optax.tree.map_params(
             inner_, lambda _, r: r, state, rows, transform_non_params=lambda _: False
@@ -172,10 +171,7 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
 
 def _check_rows_can_be_held(state: Any) -> None:
     """Rounded averages are multiples of a unit that decays, and factored ones have no rows."""
-
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RmsState)):
-        if not isinstance(node, RmsState):
-            continue
+    for node in rms_states(state):
         kept = jax.tree.leaves(node.nu, is_leaf=lambda x: isinstance(x, Factors))
         if node.unit is not None or any(isinstance(x, Factors) for x in kept):
             raise ValueError(

@@ -24,13 +24,14 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import rmsprop
+from rmsprop_jax._command import OneLineParser
 
 EXTRAS = ('flax.nnx', 'matplotlib', 'orbax.checkpoint', 'sklearn.datasets', 'tqdm')
 TEST_IMAGES = 360
@@ -409,14 +410,6 @@ def check_config(path: Path, config: Config) -> None:
     ]
     if differences:
         raise DemoError(f'{path.parent} holds a run with other options: {"; ".join(differences)}')
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints `message` and exits with code 2."""
-        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def parser() -> OneLineParser:

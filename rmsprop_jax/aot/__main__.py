@@ -1,13 +1,12 @@
 """`python -m rmsprop_jax.aot`: what compilers make of an optimizer's step."""
 
-import argparse
 import ast
 import functools
 import inspect
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import optax
 
 import rmsprop_jax
 from rmsprop_jax import aot, dialects
+from rmsprop_jax._command import OneLineParser
 from rmsprop_jax.aot import _models
 
 _DIALECTS = (
@@ -32,13 +32,8 @@ _DIALECTS = (
 _WORDS = {'true': True, 'false': False, 'none': None}
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')
-
-
-def _parser() -> _OneLineParser:
-    made = _OneLineParser(
+def _parser() -> OneLineParser:
+    made = OneLineParser(
         prog='python -m rmsprop_jax.aot',
         description='Compile one step of an optimizer, its update and its application to the '
         'parameters, from shapes alone, and print what the program does to memory: kernels per '

@@ -1,22 +1,16 @@
 """`python -m rmsprop_jax.identify trace.npz`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from rmsprop_jax._command import OneLineParser
 from rmsprop_jax.identify import identify_dialect
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
-def _parser() -> _OneLineParser:
-    made = _OneLineParser(
+def _parser() -> OneLineParser:
+    made = OneLineParser(
         prog='python -m rmsprop_jax.identify',
         description='Find out which RMSProp made a recorded run. What is not given is taken from '
         'the file, and what is not there is fitted.',
@@ -55,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = identify_dialect(path, **options)
     except (OSError, ValueError) as error:
-        command.error(' '.join(str(error).split()))
+        command.error(str(error))
     print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else found)
     return 0
 
