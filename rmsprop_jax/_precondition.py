@@ -1,6 +1,5 @@
 """`scale_by_rms`: gradients divided by the root of a running second moment or variance."""
 
-import math
 import operator
 from typing import Any
 
@@ -161,7 +160,8 @@ def scale_by_rms(
         ) -> tuple[jax.Array, ...]:
             d, r, e, c = scalars(var.dtype)
             largest = formats[0].largest
-            saturated = var >= (largest if state.unit is None else largest * state.unit)
+            has_end = largest < float(jnp.finfo(var.dtype).max) / 2
+            saturated = var >= largest * (1 if state.unit is None else state.unit)
             before, after = (None, None) if c is None else c
             ratio = 1.0 if c is None else c[0] / c[1]
             new_mu = _moments.mean(mu, g, r)
@@ -174,7 +174,7 @@ def scale_by_rms(
                 var = _moments.variance(var, g, new_mu, after, d, share)
             mu = new_mu
             moment = var if c is None else var / c[1]
-            if math.isfinite(largest):
+            if has_end:
                 # The true variance is larger, nobody knows by how much: with the squared mean added
                 # the step is bounded as that of the plain form is.
                 centre = mu if c is None else _moments.componentwise(operator.truediv, mu, c[1])

@@ -231,7 +231,9 @@ def test_a_centered_step_divides_by_no_variance_that_the_format_made_small(kept)
     (exact, variance), (ours, stored) = steps(None), steps(choice)
     assert jnp.all(jnp.isfinite(ours))
     never = variance.max(0) < kept.largest / 2
-    worst = {'bfloat16': 1.1, 'uint8': 2.5}[kept.name]
+    # Bytes that a power of two lies between are rounded up late once in a while: sixteen times too
+    # small, in one of a million.
+    worst = {'bfloat16': 1.1, 'uint8': 4.0}[kept.name]
     assert jnp.abs(ours / exact)[:, never].max() < worst
     if kept.name == 'uint8':
         saturated = stored == 255
@@ -241,7 +243,7 @@ def test_a_centered_step_divides_by_no_variance_that_the_format_made_small(kept)
 
 def test_the_guard_at_the_upper_end_matters():
     """Without it a step at a saturated variance grows with the mean."""
-    kept = storage.uint8(scale=2.0**-16)
+    kept = storage.uint8(scale=2.0**-43)
     choice = storage.per_statistic(var=everywhere(kept))
     tx = rmsprop_jax.scale_by_stddev(0.9, eps=0.0, storage=choice)
     state, update = tx.init(jnp.zeros(())), jax.jit(tx.update)
@@ -526,7 +528,7 @@ def test_description_tells_formats_apart():
 def test_saturation_counts_entries_at_the_ends():
     kept = storage.uint8()
     tx = optax.chain(rmsprop_jax.scale_by_rms(0.5, storage=everywhere(kept)))
-    g = jnp.array([0.0, 1e-10, 1e-10, 1.0, 1e9])
+    g = jnp.array([0.0, 1e-13, 1e-13, 1.0, 1e9])
     _, state = tx.update({'w': g}, tx.init({'w': g}))
     found = jax.jit(lambda state: storage.saturation(state, everywhere(kept)))(state)
     assert {k: [round(float(x), 3) for x in v] for k, v in found.items()} == {

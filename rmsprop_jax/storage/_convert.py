@@ -118,7 +118,7 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
       >>> from rmsprop_jax import storage
       >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
       >>> params = {'kernel': jnp.ones((64, 64))}
-      >>> _, state = tx.update({'kernel': 1e-10 * params['kernel']}, tx.init(params))
+      >>> _, state = tx.update({'kernel': 1e-13 * params['kernel']}, tx.init(params))
       >>> for path, share in storage.saturation(state, storage.uint8()).items():
       ...     print(path, share.low, share.high)
       .nu['kernel'] 1.0 0.0

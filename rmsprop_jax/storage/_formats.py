@@ -256,13 +256,13 @@ class uint8(_Rounded):
 
     ::
 
-        value = scale (1 + m / 2) 2^(e - 60)     of the byte 2 e + m              below 40
-        value = scale (1 + m / 4) 2^(e - 40)     of the byte 40 + 4 e + m         below 200
-        value = scale (1 + m / 2) 2^e            of the byte 200 + 2 e + m
+        value = scale 2^(e - 80)                of the byte 1 + e             below 41
+        value = scale (1 + m / 4) 2^(e - 40)    of the byte 41 + 4 e + m      below 201
+        value = scale 2^e                       of the byte 201 + e
 
-    Byte 0 is exactly 0, and no positive number is kept as that. So gradients from 1e-9 to 1e4 have
+    Byte 0 is exactly 0, and no positive number is kept as that. So gradients from 1e-12 to 1e8 have
     their place, with four numbers to an octave of their squares where they usually are, from 1e-6
-    to 1, and two outside. Positive numbers beyond are kept as the ends; so are infinity and NaN, at
+    to 1, and one outside. Positive numbers beyond are kept as the ends; so are infinity and NaN, at
     the upper one. `storage.saturation` counts entries at the ends.
 
     The average is right, but its root is a little small on average, as roots of noisy numbers are:
@@ -280,7 +280,7 @@ class uint8(_Rounded):
       >>> from rmsprop_jax import storage
       >>> bytes = storage.uint8()
       >>> print(bytes.encode(1e-9), bytes.decode(bytes.encode(1e-9)), bytes.encode(0.0))
-      80 9.313226e-10 0
+      81 9.313226e-10 0
     """
 
     scale: float = 1.0
@@ -294,24 +294,25 @@ class uint8(_Rounded):
             raise TypeError('scale must be a Python number: it decides how bytes are read.')
         object.__setattr__(self, 'scale', float(self.scale))
         fraction, exponent = math.frexp(self.scale)
-        if fraction != 0.5 or not -60 < exponent <= 61:
-            raise ValueError(f'scale must be a power of two in [2^-60, 2^60], got {self.scale}.')
+        # At the lower end the smallest byte is the smallest normal number.
+        if fraction != 0.5 or not -46 < exponent <= 61:
+            raise ValueError(f'scale must be a power of two in [2^-46, 2^60], got {self.scale}.')
 
     @property
     def smallest(self) -> float:
-        return self.scale * 1.5 * 2.0**-60
+        return self.scale * 2.0**-80
 
     @property
     def largest(self) -> float:
-        return self.scale * 1.5 * 2.0**27
+        return self.scale * 2.0**54
 
     def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
         return _to_uint8(x, bits, self)
 
     def widened(self, stored: jax.Array) -> jax.Array:
         code = stored.astype(jnp.uint32)
-        fine, coarse = (code + _FINE) << 21, (code + jnp.where(code < 40, _LOW, _HIGH)) << 22
-        leading = jnp.where((code >= 40) & (code < 200), fine, coarse)
+        fine, coarse = (code + _FINE) << 21, (code + jnp.where(code < 41, _LOW, _HIGH)) << 23
+        leading = jnp.where((code >= 41) & (code < 201), fine, coarse)
         value = lax.bitcast_convert_type(leading, jnp.float32) * self.scale
         return jnp.where(code == 0, 0.0, value)
 
@@ -324,7 +325,7 @@ class uint8(_Rounded):
 
 
 # By what the upper bits of a float32 exceed its byte, in the three parts of the window.
-_LOW, _FINE, _HIGH = (np.uint32(x) for x in (134, 308, 54))
+_LOW, _FINE, _HIGH = (np.uint32(x % 2**32) for x in (46, 307, -74))
 
 
 class Factors(NamedTuple):
@@ -461,18 +462,18 @@ def _encode_uint8(x: jax.Array, bits: jax.Array, window: uint8) -> jax.Array:
 
     def on_bits(inside: jax.Array, noise: jax.Array) -> jax.Array:
         whole = lax.bitcast_convert_type(inside, jnp.uint32)
-        coarse = ((whole + (noise << 1)) >> 22) - jnp.where(below, _LOW, _HIGH)
+        coarse = ((whole + (noise << 2)) >> 23) - jnp.where(below, _LOW, _HIGH)
         code = jnp.where(below | above, coarse, ((whole + noise) >> 21) - _FINE)
         return jnp.where(x == 0, 0, code).astype(jnp.uint8)
 
     def in_floats(inside: jax.Array, noise: jax.Array) -> jax.Array:
         power = power_below(inside)
-        parts = jnp.where(below | above, 2.0, 4.0)
+        parts = jnp.where(below | above, 1.0, 4.0)
         whole = jnp.floor(inside / power * parts + noise.astype(jnp.float32) * 2.0**-21)
         # A power of two has an integer logarithm, whatever the accuracy of the function.
         exponent = jnp.round(jnp.log2(power))
         # The leading one of `whole` counts as `parts`.
-        first = jnp.where(below, 118.0, jnp.where(above, 198.0, 196.0))
+        first = jnp.where(below, 80.0, jnp.where(above, 200.0, 197.0))
         return jnp.where(x == 0, 0.0, parts * exponent + whole + first).astype(jnp.uint8)
 
     return lax.platform_dependent(inside, noise, cpu=on_bits, default=in_floats)

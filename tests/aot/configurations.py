@@ -28,14 +28,10 @@ class Configuration:
         return 1 + ('storage=' in self.name) + self.is_split(target)
 
     def is_split(self, target: str) -> bool:
-        """Whether a TPU's compiler writes the direction out, as in some long chains: 8 bytes a
+        """Whether a TPU's compiler writes the direction out, as in the longest chain: 8 bytes a
         parameter more, and a leaf of temporary memory."""
-        long = (
-            ('storage=uint8', 'centered=True', 'nesterov=True'),
-            ('storage=bfloat16', 'centered=True', 'momentum=0.9', 'bias_correction=True'),
-        )
-        found = any(all(part in self.name for part in parts) for parts in long)
-        return found and target.startswith('tpu')
+        longest = ('storage=uint8', 'centered=True', 'nesterov=True')
+        return target.startswith('tpu') and all(part in self.name for part in longest)
 
 
 # What formats other than float32 are combined with: the rest does not touch the moments.
