@@ -23,7 +23,7 @@ TRUNK = [
     'recipes',
 ]
 # What nothing in the trunk imports.
-BRANCHES = {'_command', '_reset', 'aot', 'demo', 'identify', 'interchange', 'plots'}
+BRANCHES = {'_command', '_reset', 'aot', 'demo', 'identify', 'interchange', 'plots', 'sharding'}
 
 
 def sources() -> dict[str, list[pathlib.Path]]:

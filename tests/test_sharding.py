@@ -1,0 +1,209 @@
+"""Where state lives: shardings derived, and results that do not depend on them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from cases import CASES
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import rmsprop_jax
+from rmsprop_jax import dialects, sharding, storage
+from rmsprop_jax.aot._program import Program
+
+each_case = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+FORMATS = {
+    'float32': None,
+    'bfloat16': storage.large_leaves(storage.bfloat16(), 1, 0),
+    'uint8': storage.per_statistic(nu=storage.large_leaves(storage.uint8(), 1, 0)),
+    'factored': storage.per_statistic(nu=storage.large_leaves(storage.factored(), 1)),
+}
+SPECS = {'kernel': P('data', 'model'), 'bias': P('model'), 'scale': P()}
+
+
+def parameters(dtype=jnp.float32):
+    return {
+        'kernel': jnp.linspace(-2, 3, 96, dtype=dtype).reshape(8, 12),
+        'bias': jnp.linspace(-1, 1, 12, dtype=dtype),
+        'scale': jnp.array(2.0, dtype),
+    }
+
+
+def mesh_of(shape=(4, 2), names=('data', 'model'), kind=AUTO):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def placed(params, specs, mesh, memory=None):
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec, memory_kind=memory)),
+        params,
+        specs,
+    )
+
+
+def assert_placed(state, expected):
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.sharding, wanted)
+        assert leaf.sharding.memory_kind == wanted.memory_kind
+
+
+@each_case
+@pytest.mark.parametrize(
+    ('kind', 'memory'),
+    [(AUTO, 'device'), (AUTO, 'pinned_host'), (EXPLICIT, 'pinned_host')],
+    ids=str,
+)
+def test_derived_shardings_are_those_that_init_gives(case, kind, memory):
+    """The compiler and the rules agree, leaf by leaf; it may leave scalars anywhere."""
+    tx = case.make()
+    params = placed(parameters(), SPECS, mesh_of(kind=kind), memory)
+    derived = sharding.state_shardings(tx, params)
+    made = jax.jit(tx.init)(params)
+    assert jax.tree.structure(derived) == jax.tree.structure(made)
+    pairs = zip(jax.tree.leaves(made), jax.tree.leaves(derived), strict=True)
+    for leaf, wanted in pairs:
+        if leaf.ndim:
+            assert_placed(leaf, wanted)
+
+
+def wrapped(where, kind):
+    """One of our optimizers inside Optax's wrappers."""
+    inner = rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=where)
+    labels = {'kernel': 'ours', 'bias': 'ours', 'scale': 'theirs'}
+    mask = {'kernel': True, 'bias': True, 'scale': False}
+    return {
+        'chain': lambda: optax.chain(optax.clip_by_global_norm(1.0), inner),
+        'partition': lambda: optax.partition({'ours': inner, 'theirs': optax.sgd(0.1)}, labels),
+        'masked': lambda: optax.masked(inner, mask),
+        'MultiSteps': lambda: optax.MultiSteps(inner, 2),
+        'inject_hyperparams': lambda: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
+            0.1, storage=where
+        ),
+        'apply_if_finite': lambda: optax.chain(optax.apply_if_finite(optax.masked(inner, mask), 3)),
+        'keras': lambda: dialects.keras(use_ema=True, gradient_accumulation_steps=2, storage=where),
+    }[kind]()
+
+
+WRAPPERS = ('chain', 'partition', 'masked', 'MultiSteps', 'inject_hyperparams', 'apply_if_finite')
+
+
+@pytest.mark.parametrize('kind', [*WRAPPERS, 'keras'])
+@pytest.mark.parametrize('name', FORMATS)
+def test_through_wrappers_and_formats(name, kind):
+    where = FORMATS[name]
+    if name == 'factored':
+        where = storage.per_statistic(nu=storage.large_leaves(storage.factored(), 1, 2))
+    tx = wrapped(where, kind)
+    params = placed(parameters(), SPECS, mesh_of())
+    derived = sharding.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=derived)(params)
+    assert_placed(state, derived)
+    by_shape = {(8, 12): {P('data', 'model')}, (12,): {P('model')}, (8,): {P('data')}, (): {P()}}
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(derived), strict=True):
+        assert place.spec in by_shape[leaf.shape]
+        assert max(s.data.size for s in leaf.addressable_shards) <= max(1, leaf.size // 2)
+    # A step keeps them where they are.
+    after = jax.jit(tx.update, out_shardings=(None, derived))(params, state, params)[1]
+    assert_placed(after, derived)
+    specs = sharding.state_shardings(tx, params, SPECS)
+    assert jax.tree.leaves(specs) == [place.spec for place in jax.tree.leaves(derived)]
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_no_device_ever_holds_a_full_copy(name):
+    """Neither state made by init nor anything in the compiled programs is as large as a leaf."""
+    tx = rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=FORMATS[name])
+    mesh = mesh_of()
+    place = NamedSharding(mesh, P('data', 'model'))
+    params = jax.device_put(jnp.ones((256, 256)), place)
+    init = jax.jit(tx.init).lower(params).compile()
+    state = init(params)
+    derived = sharding.state_shardings(tx, params)
+    assert_placed(state, derived)
+    update = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    for program in (init, update):
+        largest = max(a.size for a in arrays_of(program))
+        assert largest <= 256 * 256 // 8, program.as_text()
+        memory = program.memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes <= 2 * params.size
+
+
+def arrays_of(program):
+    """The type of every array in a compiled program, which is that of one device."""
+    computations = Program(program.as_text()).computations.values()
+    return [a for computation in computations for i in computation.values() for a in i.arrays]
+
+
+def test_abstract_state_is_restored_into(tmp_path):
+    ocp = pytest.importorskip('orbax.checkpoint')
+    tx = wrapped(FORMATS['bfloat16'], 'partition')
+    params = placed(parameters(), SPECS, mesh_of())
+    _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+    other = mesh_of((2, 2))
+    abstract = sharding.abstract_state(
+        tx, params, jax.tree.map(lambda spec: NamedSharding(other, spec), SPECS)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / 'state', state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / 'state', abstract)
+    chex.assert_trees_all_equal(restored, state)
+    assert_placed(restored, jax.tree.map(lambda x: x.sharding, abstract))
+    assert {s.mesh for s in (x.sharding for x in jax.tree.leaves(restored))} == {other}
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_flax_nnx(name):
+    """Partition metadata in, shardings of the state out, in the structure that NNX keeps it in."""
+    nnx = pytest.importorskip('flax.nnx')
+    mesh = mesh_of()
+    tx = rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=FORMATS[name])
+
+    def make():
+        start = nnx.with_partitioning(nnx.initializers.lecun_normal(), ('data', 'model'))
+        return nnx.Linear(16, 8, kernel_init=start, rngs=nnx.Rngs(0))
+
+    with jax.set_mesh(mesh):
+        model = make()
+        params = nnx.state(model, nnx.Param)
+        derived = sharding.state_shardings(tx, params, nnx.get_named_sharding(params, mesh))
+        state = jax.jit(tx.init, out_shardings=derived)(params)
+        assert_placed(state, derived)
+        kernel = jax.tree.leaves(state[0].nu['kernel'])[0]
+        assert kernel.sharding.spec == (P('data') if name == 'factored' else P('data', 'model'))
+        if name == 'factored':
+            # NNX puts the metadata of a parameter on what stands in its place: pure arrays have
+            # none.
+            init = tx.init
+            tx = optax.GradientTransformation(lambda p: init(nnx.as_pure(p)), tx.update)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        pure = nnx.as_pure(optimizer.opt_state)
+        for leaf, wanted in zip(jax.tree.leaves(pure), jax.tree.leaves(derived), strict=True):
+            if leaf.ndim:
+                assert_placed(leaf, wanted)
+        if name != 'factored':
+            named = nnx.get_named_sharding(nnx.state(optimizer), mesh)
+            for x, y in zip(
+                jax.tree.leaves(named['opt_state']), jax.tree.leaves(derived), strict=True
+            ):
+                assert x == y
+
+
+def test_parameters_without_a_sharding_are_named():
+    params = {'w': jax.ShapeDtypeStruct((4,), jnp.float32)}
+    with pytest.raises(ValueError, match=r"params\['w'\] has no sharding"):
+        sharding.state_shardings(rmsprop_jax.scale_by_rms(), params)
+
+
+def test_one_device_and_one_sharding_for_all():
+    params = jax.device_put(parameters(), jax.devices()[1])
+    tx = rmsprop_jax.rmsprop(0.1, storage=FORMATS['factored'].nu)
+    state = jax.jit(tx.init, out_shardings=sharding.state_shardings(tx, {'w': params['kernel']}))
+    assert {d for x in jax.tree.leaves(state({'w': params['kernel']})) for d in x.devices()} == {
+        jax.devices()[1]
+    }
+    assert sharding.state_shardings(rmsprop_jax.trace(0.9), params, P()).trace['bias'] == P()
