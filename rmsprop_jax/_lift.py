@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
@@ -75,6 +76,7 @@ def map_leaves(
     count: ArrayLike,
     units: tuple[Any, Any] = (None, None),
     params: Any = None,
+    specs: Any = None,
 ) -> tuple[Any, ...]:
     """Applies `step` to each leaf of `updates` with its statistics; returns a tree of each result.
 
@@ -88,6 +90,8 @@ def map_leaves(
       units: What rounded magnitudes are multiples of before and after this step.
       params: The parameters, where the caller has them: a complex gradient of a real one is
         refused.
+      specs: Under `jax.shard_map`, how the parameters are partitioned: a tree of `PartitionSpec`s,
+        which may have more leaves than `updates`.
 
     Raises:
       ValueError: If a statistic's structure, or the shape or format of one of its leaves, is not
@@ -107,7 +111,8 @@ def map_leaves(
     if _is_staged():
         # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
         # this would compile anew at every update, because `step` is a new function each time.
-        leaf_step = jax.jit(leaf_step, static_argnums=0)
+        leaf_step = jax.jit(leaf_step, static_argnums=(0, 1))
+    partition = dict(tree_flatten_with_path(specs)[0])
     results = []
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
         name = f'updates{keystr(path)}'
@@ -115,11 +120,12 @@ def map_leaves(
         formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf)
+            _check_shard(name, g, kept, partition.get(path))
         keys = [
             kept.key(f'{statistic.name}{keystr(path)}')
             for kept, statistic in zip(formats, statistics, strict=True)
         ]
-        results.append(leaf_step(tuple(formats), g, stored, keys))
+        results.append(leaf_step(tuple(formats), partition.get(path), g, stored, keys))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
 
@@ -129,6 +135,7 @@ def _leaf_step(
     units: tuple[Sequence[Any], Sequence[Any]],
     count: ArrayLike,
     formats: tuple[Format, ...],
+    spec: PartitionSpec | None,
     g: jax.Array,
     stored: Sequence[Any],
     keys: Sequence[Any],
@@ -141,7 +148,7 @@ def _leaf_step(
     wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
     update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
     encoded = [
-        kept.encode(x, kept.bits(key, count, x.shape), unit)
+        kept.encode(x, kept.bits(key, count, x.shape, spec), unit)
         for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
     ]
     return update.astype(jnp.result_type(g)), *encoded
@@ -230,6 +237,12 @@ def _check_stored(name: str, g: Any, statistic: Statistic, kept: Format, stored:
         )
     if not statistic.real:
         _check_kind(name, g, [stored])
+
+
+def _check_shard(name: str, g: Any, kept: Format, spec: PartitionSpec | None) -> None:
+    fault = kept.shard_fault(spec, jnp.ndim(g))
+    if fault is not None:
+        raise ValueError(f'{name}: {fault}')
 
 
 def _check_kind(name: str, g: Any, kindred: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from rmsprop_jax.storage._formats import Format
 
 def trace(
     decay: ScalarOrSchedule, nesterov: bool = False, *, storage: Storage | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replaces updates by a decaying sum of them: `optax.trace`, with schedules and a float32
     accumulator.
 
@@ -32,11 +32,12 @@ def trace(
       decay: The momentum, in [0, 1): a Python float, a scalar array, or a schedule of the 0-based
         step count.
       nesterov: Whether to look one step ahead.
-      storage: How the sum is kept in memory, as for `scale_by_rms`.
+      storage: How the sum is kept in memory, as for `scale_by_rms`, which also says what
+        `update` may be given under `jax.shard_map`.
 
     Returns:
-      An `optax.GradientTransformation` whose state is a `TraceState`. Updates have the dtype of the
-      incoming ones.
+      An `optax.GradientTransformationExtraArgs` whose state is a `TraceState`. Updates have the
+      dtype of the incoming ones.
 
     Raises:
       ValueError: For a concrete decay outside [0, 1), or updates that do not fit the state.
@@ -65,7 +66,12 @@ def trace(
         return TraceState(count=jnp.zeros([], jnp.int32), trace=kept.init(params, 0.0))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        partition_specs: Any = None,
+        **_: Any,
     ) -> tuple[optax.Updates, Any]:
         del params
         if not isinstance(state, TraceState):
@@ -75,14 +81,17 @@ def trace(
         decay = decay_.at(state.count)
 
         def step(
-            g: jax.Array, velocity: jax.Array, _: tuple[Format, ...]
+            g: jax.Array, velocity: jax.Array, formats: tuple[Format, ...]
         ) -> tuple[jax.Array, jax.Array]:
+            del formats
             d = cast(decay, g.real.dtype)
             velocity = g + componentwise(operator.mul, velocity, d)
             ahead = g + componentwise(operator.mul, velocity, d) if nesterov else velocity
             return ahead, velocity
 
-        new_updates, new_trace = map_leaves(step, updates, [(kept, state.trace)], count=state.count)
+        new_updates, new_trace = map_leaves(
+            step, updates, [(kept, state.trace)], count=state.count, specs=partition_specs
+        )
         return new_updates, TraceState(count=optax.safe_increment(state.count), trace=new_trace)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -34,7 +34,7 @@ def scale_by_rms(
     *,
     centered: bool = False,
     storage: Storage | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by the root of a running average of their squares.
 
     In float32 or wider, whatever the dtype of parameters and gradients::
@@ -79,9 +79,14 @@ def scale_by_rms(
     `decay` and `eps` may be Python floats, scalar arrays (traced ones too) or schedules of the
     0-based step count.
 
+    Under `jax.shard_map`, where a leaf is one device's share of an array, give `update` the
+    argument `partition_specs`, a tree of `PartitionSpec`s like the parameters: formats that round
+    then draw the bits that the whole array would get. Without one they draw the same for each
+    share.
+
     Returns:
-      An `optax.GradientTransformation` whose state is an `RmsState`. Updates have the dtype of the
-      gradients.
+      An `optax.GradientTransformationExtraArgs` whose state is an `RmsState`. Updates have the
+      dtype of the gradients.
 
     Raises:
       ValueError: For a concrete hyperparameter out of range, or gradients that do not fit the
@@ -133,7 +138,12 @@ def scale_by_rms(
         )
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        partition_specs: Any = None,
+        **_: Any,
     ) -> tuple[optax.Updates, Any]:
         _check_state(state, centered, bias_correction, has_unit)
         decay, eps = decay_.at(state.count), eps_.at(state.count)
@@ -189,6 +199,7 @@ def scale_by_rms(
             count=state.count,
             units=(state.unit, unit),
             params=params,
+            specs=partition_specs,
         )
         return new_updates, RmsState(
             count=optax.safe_increment(state.count),
@@ -199,7 +210,7 @@ def scale_by_rms(
             unit=unit,
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_stddev(
@@ -210,7 +221,7 @@ def scale_by_stddev(
     bias_correction: bool = False,
     *,
     storage: Storage | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`scale_by_rms(..., centered=True)`, under the name Optax gives it.
 
     Example:

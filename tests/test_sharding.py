@@ -1,8 +1,11 @@
 """Where state lives: shardings derived, and results that do not depend on them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from cases import CASES
@@ -207,3 +210,138 @@ def test_one_device_and_one_sharding_for_all():
         jax.devices()[1]
     }
     assert sharding.state_shardings(rmsprop_jax.trace(0.9), params, P()).trace['bias'] == P()
+
+
+# Results
+
+
+EXAMPLES = 16
+# One divides among devices, the other does not.
+SHAPES = {'kernel': (8, 16), 'odd': (3, 5)}
+
+
+def targets():
+    """What each example pulls the parameters to."""
+    generator = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(generator.normal(size=(EXAMPLES, *shape)), jnp.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def pull(params, targets):
+    """A mean over examples of gradients that are multiples of 2^-8.
+
+    Float32 holds every sum of them exactly, so that no order of reduction changes it.
+    """
+
+    def leaf(p, target):
+        each = jnp.clip(p - target, -8, 8)
+        return jnp.mean(jnp.round(each * 256) / 256, axis=0)
+
+    return jax.tree.map(leaf, params, targets)
+
+
+def training(optimizers):
+    """Trains with each optimizer for 200 steps, all in one program."""
+
+    def train(params, targets):
+        def step(carry, _):
+            def one(tx, params, state):
+                updates, state = tx.update(pull(params, targets), state, params)
+                return optax.apply_updates(params, updates), state
+
+            return {name: one(tx, *carry[name]) for name, tx in optimizers.items()}, None
+
+        start = {name: (params, tx.init(params)) for name, tx in optimizers.items()}
+        return jax.lax.scan(step, start, None, length=200)[0]
+
+    # Optimized, different programs round a product and a sum once or twice.
+    return jax.jit(train, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def start():
+    return {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+
+
+OPTIMIZERS = {case.name: case.make() for case in CASES if case.descends}
+# Means over rows and columns are summed up in another order, and XLA itself rewrites the longest
+# chain in more than one way.
+NEARLY = ('torch-factored', 'rmsprop-everything')
+
+
+@functools.cache
+def alone():
+    """The results of one device."""
+    return training(OPTIMIZERS)(start(), targets())
+
+
+def assert_results_are_those_of_one_device(got):
+    for name, (params, state) in got.items():
+        if name in NEARLY:
+            chex.assert_trees_all_close(params, alone()[name][0], rtol=0, atol=1e-6)
+        else:
+            chex.assert_trees_all_equal((params, state), alone()[name])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'spec'), [((2,), P()), ((8,), P('data')), ((4, 2), P(None, 'model'))], ids=str
+)
+def test_results_do_not_depend_on_the_mesh(shape, spec):
+    mesh = mesh_of(shape, ('data', 'model')[: len(shape)])
+    params = placed(start(), {'kernel': spec, 'odd': P()}, mesh)
+    data = jax.device_put(targets(), NamedSharding(mesh, P('data')))
+    assert_results_are_those_of_one_device(training(OPTIMIZERS)(params, data))
+
+
+ROUNDED = {
+    'bfloat16': FORMATS['bfloat16'],
+    'uint8': storage.per_statistic(var=storage.large_leaves(storage.uint8(), 1, 0)),
+}
+SPLIT = {'a': P('model', 'data'), 'b': P(None, ('data', 'model')), 'c': P()}
+
+
+@pytest.mark.parametrize('name', ROUNDED)
+def test_rounding_under_shard_map_is_that_of_the_whole_array(name):
+    """Through a chain and a mask, on a mesh whose axes split an axis of the array each, or both."""
+    mesh = mesh_of()
+    inner = rmsprop_jax.rmsprop(0.1, momentum=0.9, centered=True, storage=ROUNDED[name])
+    tx = optax.masked(inner, {'a': True, 'b': True, 'c': False})
+    params = {'a': jnp.zeros((4, 8)), 'b': jnp.zeros((3, 16)), 'c': jnp.zeros(())}
+    generator = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(generator.normal(size=p.shape), p.dtype), params)
+
+    def run(grads, state, **extra):
+        for _ in range(3):
+            updates, state = tx.update(grads, state, **extra)
+        return updates, state
+
+    of_state = sharding.state_shardings(tx, params, SPLIT)
+
+    def sharded(specs):
+        return jax.jit(
+            jax.shard_map(
+                functools.partial(run, partition_specs=specs),
+                mesh=mesh,
+                in_specs=(SPLIT, of_state),
+                out_specs=(SPLIT, of_state),
+            )
+        )(grads, tx.init(params))
+
+    expected = jax.jit(run)(grads, tx.init(params))
+    chex.assert_trees_all_equal(sharded(SPLIT), expected)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(sharded(None), expected)
+
+
+def test_means_over_split_axes_are_refused_under_shard_map():
+    tx = rmsprop_jax.scale_by_rms(storage=FORMATS['factored'].nu)
+    params, specs = {'w': jnp.ones((8, 8, 8))}, {'w': P(None, 'data')}
+    of_state = sharding.state_shardings(tx, params, specs)
+    with pytest.raises(ValueError, match=r"updates\['w'\]: storage.factored takes means over axes"):
+        jax.shard_map(
+            functools.partial(tx.update, partition_specs=specs),
+            mesh=mesh_of(),
+            in_specs=(specs, of_state),
+            out_specs=(specs, of_state),
+        )(params, tx.init(params))

@@ -17,6 +17,7 @@ from rmsprop_jax.storage._place import full_like, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
     leaf_key,
+    manual_axes,
     power_below,
     random_bits,
     salt,
@@ -90,10 +91,18 @@ class Format(abc.ABC):
         return None
 
     def bits(
-        self, key: ArrayLike | None, count: ArrayLike, shape: tuple[int, ...]
+        self,
+        key: ArrayLike | None,
+        count: ArrayLike,
+        shape: tuple[int, ...],
+        spec: PartitionSpec | None = None,
     ) -> jax.Array | None:
-        """32 random bits for each entry of a leaf at a step; None where its key is."""
-        return None if key is None else random_bits(shape, salt(key, count))
+        """32 random bits for each entry of a leaf at a step; None where its key is.
+
+        `spec` says how the leaf is partitioned under `jax.shard_map`, where `shape` is that of one
+        device's share.
+        """
+        return None if key is None else random_bits(shape, salt(key, count), spec)
 
     @abc.abstractmethod
     def decode(self, stored: Any, unit: Any = None) -> jax.Array:
@@ -102,6 +111,11 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
         """What `stored` is instead of this format's form of an array of that shape, or None."""
+
+    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
+        """Why one device's share of a leaf cannot be kept by itself, or None if it can."""
+        del spec, ndim
+        return None
 
     def spec(self, spec: PartitionSpec, ndim: int) -> Any:
         """The partition of the stored form, for a parameter of `ndim` axes partitioned so."""
@@ -398,6 +412,14 @@ class factored(Format):
         ):
             return f'has factors of shapes {jnp.shape(stored.row)} and {jnp.shape(stored.col)}'
         return None
+
+    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
+        if not any(manual_axes(spec, axis) for axis in (ndim - 2, ndim - 1)):
+            return None
+        return (
+            f'storage.factored takes means over axes that {spec} splits under jax.shard_map. '
+            'Update it outside of shard_map, where the compiler adds up what devices have.'
+        )
 
     def spec(self, spec: PartitionSpec, ndim: int) -> Factors:
         return Factors(row=without_axis(spec, -1, ndim), col=without_axis(spec, -2, ndim))

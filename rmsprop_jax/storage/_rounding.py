@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax._types import Scalar, cast
@@ -29,17 +30,38 @@ def salt(key: ArrayLike, count: ArrayLike) -> jax.Array:
     return _hashed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + key)
 
 
-def random_bits(shape: tuple[int, ...], salt: jax.Array) -> jax.Array:
+def random_bits(
+    shape: tuple[int, ...], salt: jax.Array, spec: PartitionSpec | None = None
+) -> jax.Array:
     """32 bits for every entry, a function of the salt and of the entry's index alone.
 
     A counter hash costs a ninth of Threefry. The sequence of bits that an entry gets must not be
     equidistributed in time: rounding to 8 bits with such a sequence is biased by up to 20 %.
+
+    Args:
+      shape: Of the array, or of one device's share of it under `jax.shard_map`.
+      salt: What `salt` returned.
+      spec: How the array is partitioned under `jax.shard_map`; None means not at all. Entries are
+        then counted in the whole array.
     """
+    names = [manual_axes(spec, axis) for axis in range(len(shape))]
+    whole = [n * math.prod(map(lax.axis_size, own)) for n, own in zip(shape, names, strict=True)]
     index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    for axis, own in enumerate(names):
+        stride = np.uint32(math.prod(whole[axis + 1 :]) % 2**32)
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if own:
+            place += lax.axis_index(own).astype(jnp.uint32) * np.uint32(shape[axis])
+        index += place * stride
     return _hashed(index ^ salt)
+
+
+def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
+    """The mesh axes that an axis of an array is split over by `jax.shard_map`."""
+    entry = spec[axis] if spec is not None and axis < len(spec) else None
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in names if name in manual)
 
 
 def _hashed(x: jax.Array) -> jax.Array:
