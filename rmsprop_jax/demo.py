@@ -190,12 +190,21 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """The network, the digits and an optimizer, as pure functions of a key and a state."""
+    """The network, the digits and an optimizer, as pure functions of a key and a state.
+
+    Attributes:
+      digits: The images.
+      optimizer: The optimizer to train under.
+      epochs: Passes over the training images, over which the learning rate is scheduled.
+      batch_size: Images per step.
+      sharding: How the images of a batch are spread over devices; None leaves it to the compiler.
+    """
 
     digits: Digits
     optimizer: Optimizer
     epochs: int
     batch_size: int
+    sharding: jax.sharding.Sharding | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -237,8 +246,10 @@ class Experiment:
             params, opt_state = carry
             indices, step_key = batch
             images, labels = digits.train_images[indices], digits.train_labels[indices]
-            measure = jax.value_and_grad(loss, has_aux=True)
-            measured, grads = measure(params, shift(step_key, images), labels)
+            shown = shift(step_key, images), labels
+            if self.sharding is not None:
+                shown = jax.lax.with_sharding_constraint(shown, self.sharding)
+            measured, grads = jax.value_and_grad(loss, has_aux=True)(params, *shown)
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), measured
 
@@ -262,14 +273,21 @@ def open_checkpoints(folder: Path) -> Any:
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def restore(checkpoints: Any, init: Callable[[], TrainState]) -> TrainState | None:
-    """The last complete state, shaped as `init` would make it; None where there is none."""
+def restore(
+    checkpoints: Any,
+    init: Callable[[], TrainState],
+    sharding: jax.sharding.Sharding | None = None,
+) -> TrainState | None:
+    """The last complete state, shaped as `init` would make it; None where there is none.
+
+    It comes on the devices of `sharding`, or on one, wherever it was when it was saved.
+    """
     import orbax.checkpoint as ocp
 
     latest = checkpoints.latest_step()
     if latest is None:
         return None
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(init))
     with contextlib.redirect_stderr(io.StringIO()):
         try:
