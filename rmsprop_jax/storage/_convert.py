@@ -138,10 +138,14 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
 
 
 def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
-    """What must be known to decode a state, for `json`, to be kept beside its checkpoint.
+    """What a state is made of, for `json`, to be kept beside its checkpoint.
+
+    That is the dtype and shape of every leaf, and the format of each statistic, without which it
+    cannot be decoded.
 
     Args:
-      state: The state, or its shapes alone: `jax.eval_shape(tx.init, params)`.
+      state: The state, or its shapes alone: `jax.eval_shape(tx.init, params)`. It may be part of a
+        tree that holds other arrays too, such as the parameters.
       storage: What the transformation was given.
 
     Example:
@@ -150,24 +154,37 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
       >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
       >>> state = tx.init({'kernel': jnp.ones((64, 64)), 'bias': jnp.ones(64)})
       >>> leaves = storage.describe(state, storage.uint8())['leaves']
+      >>> leaves['.count']
+      {'dtype': 'int32', 'shape': []}
       >>> leaves[".nu['bias']"]
-      {'format': 'float32'}
-      >>> leaves[".nu['kernel']"]
-      {'format': 'uint8', 'seed': 0, 'scale': 1.0, 'version': 1}
+      {'dtype': 'float32', 'shape': [64], 'format': 'float32'}
+      >>> kernel = leaves[".nu['kernel']"]
+      >>> kernel['format'], kernel['scale'], kernel['version']
+      ('uint8', 1.0, 1)
     """
-    leaves: dict[str, Any] = {}
-    _map_statistics(
-        lambda leaf: leaves.update({leaf.name: leaf.format.description()}), state, storage
-    )
+    leaves = {
+        keystr(path): {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
+        for path, leaf in tree_flatten_with_path(jax.eval_shape(lambda x: x, state))[0]
+    }
+
+    def add(leaf: '_Leaf') -> None:
+        for part, _ in tree_flatten_with_path(leaf.stored)[0]:
+            leaves[leaf.name + keystr(part)].update(leaf.format.description())
+
+    _map_statistics(add, state, storage)
     return {'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
 
 
 def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -> None:
     """Refuses a checkpoint whose description is not that of the state it is to be restored into.
 
+    So are those of other parameters, of another optimizer and in another format, which libraries
+    that restore checkpoints may cast without a word. Optimizers whose states are made of the same
+    leaves are not told apart.
+
     Args:
       description: What `describe` returned when the checkpoint was made.
-      state: The state to restore into, or its shapes alone.
+      state: The state to restore into, or its shapes alone, described in the same way.
       storage: What the transformation is given now.
 
     Raises:
@@ -187,12 +204,20 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
         )
     here = describe(state, storage)['leaves']
     lines = [
-        f'  {path}: {there.get(path, "absent")} in the checkpoint, {here.get(path, "absent")} here'
+        f'  {path}: {_differing(there.get(path), here.get(path))} in the checkpoint, '
+        f'{_differing(here.get(path), there.get(path))} here'
         for path in sorted(here.keys() | there.keys())
         if here.get(path) != there.get(path)
     ]
     if lines:
-        raise ValueError('\n'.join(['the checkpoint is stored in another way:', *lines]))
+        raise ValueError('\n'.join(['the checkpoint is of another state:', *lines]))
+
+
+def _differing(leaf: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Any:
+    """What a leaf's description says that the other's does not."""
+    if leaf is None or other is None:
+        return 'absent' if leaf is None else leaf
+    return {name: x for name, x in leaf.items() if other.get(name) != x} or 'none of this'
 
 
 class _Leaf(NamedTuple):
