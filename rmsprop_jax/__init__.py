@@ -4,6 +4,8 @@ from rmsprop_jax import dialects as dialects
 from rmsprop_jax import recipes as recipes
 from rmsprop_jax import storage as storage
 from rmsprop_jax._momentum import trace as trace
+from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries
+from rmsprop_jax._nonfinite import skip_nonfinite as skip_nonfinite
 from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams
 from rmsprop_jax._optimizer import rmsprop as rmsprop
 from rmsprop_jax._precondition import scale_by_rms as scale_by_rms

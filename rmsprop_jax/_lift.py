@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
@@ -181,10 +182,65 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
+def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
+    """A tree like `state`: the leaf of `tree` at each parameter for all that `state` keeps in that
+    parameter's place, and `elsewhere` for the rest."""
+
+    def leaf(moments: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), tree, moments)
+
+    return optax.tree.map_params(
+        tx,
+        leaf,
+        state,
+        tree,
+        transform_non_params=lambda _: elsewhere,
+        # Whole trees are handed over, so that what wrappers have masked out can be skipped.
+        is_leaf=lambda _: True,
+    )
+
+
+def select(mark: Any, new: Any, old: Any) -> Any:
+    """`new` where `mark` is true, else `old`: a bool, or a boolean array of shape () or that of the
+    parameter whose statistic the other two are.
+
+    Raises:
+      ValueError: If a mark of the parameter's shape does not tell which entries of the statistic
+        are meant.
+    """
+    if isinstance(mark, bool):
+        return new if mark else old
+    if jnp.ndim(mark) and jnp.shape(mark) != jnp.shape(new):
+        # Statistics of complex numbers as pairs of reals have one more axis, of two.
+        if jnp.shape(new) != (*jnp.shape(mark), 2):
+            raise ValueError(
+                f'a statistic of shape {jnp.shape(new)} has no entry for each of a parameter of '
+                f'shape {jnp.shape(mark)}, as factored ones have none: it can be selected as a '
+                'whole only.'
+            )
+        mark = jnp.expand_dims(mark, -1)
+    return jnp.where(mark, new, old)
+
+
 def rms_states(state: Any) -> list[RmsState]:
     """The `RmsState`s anywhere in an optimizer's state."""
-    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, RmsState))
-    return [part for part in parts if isinstance(part, RmsState)]
+    parts = jax.tree.leaves(state, is_leaf=_is_rms_state)
+    return [part for part in parts if _is_rms_state(part)]
+
+
+def map_rms_states(function: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """`state` with `function` of each of its `RmsState`s, and of the same ones of `others`, in its
+    place."""
+    nodes = zip(*map(rms_states, (state, *others)), strict=True)
+    return jax.tree.map(
+        lambda node: function(*next(nodes)) if _is_rms_state(node) else node,
+        state,
+        is_leaf=_is_rms_state,
+    )
+
+
+def _is_rms_state(node: Any) -> bool:
+    return isinstance(node, RmsState)
 
 
 def _inexact_dtype(name: str, leaf: Any) -> np.dtype:

@@ -1,17 +1,20 @@
-"""`reset`: fresh statistics for parameters that have been initialised anew."""
+"""`reset`: fresh statistics for parameters that have been initialised anew, or have broken ones."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
-from rmsprop_jax._lift import rms_states, widen
+from rmsprop_jax._lift import map_rms_states, placed, rms_states, select, widen
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState
 from rmsprop_jax.storage._choice import Storage
-from rmsprop_jax.storage._convert import convert, read
+from rmsprop_jax.storage._convert import check_storage_is_given, convert, read
 
 
 def reset(
@@ -37,7 +40,8 @@ def reset(
       params: The parameters, after they have been initialised anew: an average of parameters, which
         `dialects.keras(use_ema=True)` keeps, starts from them.
       mask: What starts again: a tree of booleans like the parameters, a prefix of one, or a
-        function from the parameters to one.
+        function from the parameters to one. In the place of a boolean there may be an array of
+        them, traced or not, of shape () or that of the parameter, which selects single entries.
       storage: What `tx` was given, where its statistics are kept in formats that round.
 
     Returns:
@@ -49,8 +53,8 @@ def reset(
 
     Raises:
       TypeError: For a mask with leaves that are not booleans.
-      ValueError: For a mask that is no prefix of the parameters, a state that is not of `tx`, or a
-        missing `storage`.
+      ValueError: For a mask that is no prefix of the parameters, a state that is not of `tx`, a
+        missing `storage`, or single entries of what is `factored`.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -70,54 +74,41 @@ def reset(
             f'  tx.init(params): {jax.tree.structure(start)}\n  state: {jax.tree.structure(state)}'
         )
     start = _in_units_of(state, start, params, storage)
-    marks = optax.tree.map_params(
-        tx,
-        _marked,
-        state,
-        chosen,
-        transform_non_params=lambda _: False,
-        # Whole trees are handed over, so that what wrappers have masked out can be skipped.
-        is_leaf=lambda _: True,
-    )
-    marks = jax.tree.map(_with_weight, marks, is_leaf=lambda node: isinstance(node, RmsState))
-    return jax.tree.map(lambda mark, new, old: new if mark else old, marks, start, state)
+    marks = map_rms_states(_with_weight, placed(tx, state, chosen, False))
+    return jax.tree.map(select, marks, start, state)
 
 
 def _chosen(params: Any, mask: Any) -> Any:
     selected = jax.tree.broadcast(mask(params) if callable(mask) else mask, params)
 
-    def leaf(path: tuple[Any, ...], value: Any) -> bool:
-        if not isinstance(value, bool | np.bool_):
-            raise TypeError(f'mask{keystr(path)} must be True or False, got {value!r}.')
-        return bool(value)
+    def leaf(path: tuple[Any, ...], value: Any, param: Any) -> Any:
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
+        shapes = ((), jnp.shape(param))
+        if not hasattr(value, 'dtype') or value.dtype.kind != 'b' or value.shape not in shapes:
+            raise TypeError(
+                f'mask{keystr(path)} must be True or False, or a boolean array of shape '
+                f'{shapes[1]}, got {value!r}.'
+            )
+        return value
 
-    return tree_map_with_path(leaf, selected)
+    return tree_map_with_path(leaf, selected, params)
 
 
-def _marked(moments: Any, chosen: Any) -> Any:
-    """The choice of each parameter for all that stands in its place among the moments."""
-    return jax.tree.map(lambda mark, part: jax.tree.map(lambda _: mark, part), chosen, moments)
-
-
-def _with_weight(node: Any) -> Any:
-    if not isinstance(node, RmsState) or node.weight is None:
+def _with_weight(node: RmsState) -> RmsState:
+    if node.weight is None:
         return node
-    return node._replace(weight=all(jax.tree.leaves((node.nu, node.mu, node.var))))
+    marks = [mark if isinstance(mark, bool) else mark.all() for mark in jax.tree.leaves(node[1:4])]
+    return node._replace(weight=functools.reduce(operator.and_, marks, True))
 
 
 def _in_units_of(state: Any, start: Any, params: Any, storage: Storage | None) -> Any:
     """`start`, with its statistics as multiples of the units that those of `state` have by now."""
     if all(node.unit is None for node in rms_states(state)):
         return start
-    if storage is None:
-        raise ValueError(
-            'give the storage that tx was given: the state is kept in compact formats.'
-        )
-    units = iter(rms_states(state))
-    decoded = jax.tree.map(
-        lambda node: node._replace(unit=next(units).unit) if isinstance(node, RmsState) else node,
-        read(start, storage),
-        is_leaf=lambda node: isinstance(node, RmsState),
+    check_storage_is_given(state, storage)
+    decoded = map_rms_states(
+        lambda node, running: node._replace(unit=running.unit), read(start, storage), state
     )
     return convert(decoded, params, None, storage)
 

@@ -54,6 +54,7 @@ def _decay(count: ArrayLike) -> jax.Array:
 
 
 CENTERED = ('mu', 'var')
+_EVERY_BYTE = storage.per_leaf(lambda path, shape: storage.uint8())
 CASES = (
     Case('scale_by_rms', rmsprop_jax.scale_by_rms, ('nu',), descends=False),
     Case(
@@ -198,9 +199,7 @@ CASES = (
     ),
     Case(
         'inject_hyperparams-uint8',
-        lambda: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
-            0.02, storage=storage.per_leaf(lambda path, shape: storage.uint8())
-        ),
+        lambda: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(0.02, storage=_EVERY_BYTE),
         ('nu',),
         elementwise=False,
         compact=True,
@@ -208,6 +207,31 @@ CASES = (
     Case(
         'torch-factored',
         lambda: dialects.torch(0.02, storage=storage.large_leaves(storage.factored(), min_size=1)),
+        ('nu',),
+        elementwise=False,
+        compact=True,
+    ),
+    Case(
+        'skip_nonfinite-coordinate',
+        lambda: rmsprop_jax.skip_nonfinite(
+            rmsprop_jax.rmsprop(
+                _halved,
+                _decay,
+                initial_scale=1.0,
+                centered=True,
+                momentum=0.5,
+                bias_correction=True,
+            )
+        ),
+        (*CENTERED, 'trace'),
+        # Its count is of the shard.
+        elementwise=False,
+    ),
+    Case(
+        'skip_nonfinite-leaf-uint8',
+        lambda: rmsprop_jax.skip_nonfinite(
+            rmsprop_jax.rmsprop(0.02, storage=_EVERY_BYTE), 'leaf', storage=_EVERY_BYTE
+        ),
         ('nu',),
         elementwise=False,
         compact=True,

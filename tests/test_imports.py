@@ -23,7 +23,17 @@ TRUNK = [
     'recipes',
 ]
 # What nothing in the trunk imports.
-BRANCHES = {'_command', '_reset', 'aot', 'demo', 'identify', 'interchange', 'plots', 'sharding'}
+BRANCHES = {
+    '_command',
+    '_nonfinite',
+    '_reset',
+    'aot',
+    'demo',
+    'identify',
+    'interchange',
+    'plots',
+    'sharding',
+}
 
 
 def sources() -> dict[str, list[pathlib.Path]]:

@@ -1,5 +1,6 @@
 """What can be done with statistics outside of a step: read, convert, describe, look at the ends."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
+from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import RmsState, TraceState, real_dtype, wide_dtype
 from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
 from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
@@ -98,6 +100,45 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
 
     check_storage(to)
     return _map_statistics(leaf, state, from_, unit)
+
+
+def check_storage_is_given(state: Any, storage: Storage | None) -> None:
+    """Refuses a state with units where it is not known what is kept in them."""
+
+    def node(part: Any) -> None:
+        if isinstance(part, RmsState) and part.unit is not None and storage is None:
+            raise ValueError(
+                'give the storage that the transformation was given: the state is kept in compact '
+                'formats.'
+            )
+
+    jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, RmsState))
+
+
+def carried(old: RmsState, new: RmsState, storage: Storage | None) -> RmsState:
+    """The averages of `old`, kept as those of `new` are: with its sum of weights, in its unit.
+
+    Args:
+      old: A state before a step.
+      new: The same state after it. Its rounding bits are those of the step.
+      storage: What the transformation was given.
+    """
+    if old.weight is None and old.unit is None:
+        return old
+    factor = None
+    if old.weight is not None and new.weight is not None:
+        started = old.weight != 0
+        factor = jnp.where(started, new.weight / jnp.where(started, old.weight, 1), 1)
+
+    def leaf(leaf: '_Leaf') -> Any:
+        x = leaf.decoded()
+        if factor is not None:
+            x = componentwise(operator.mul, x, factor.astype(real_dtype(x.dtype)))
+        key = leaf.format.key(f'{leaf.statistic}{keystr(leaf.path)}')
+        unit = None if leaf.unit is None else new.unit
+        return leaf.format.encode(x, leaf.format.bits(key, old.count, x.shape), unit)
+
+    return _map_statistics(leaf, old, storage)
 
 
 def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:

@@ -1,0 +1,181 @@
+"""What to do about gradients and statistics that are infinite or NaN."""
+
+import functools
+import operator
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from rmsprop_jax._lift import map_rms_states, placed, select
+from rmsprop_jax._transforms import AccumulateState
+from rmsprop_jax.storage._choice import Storage, check_storage
+from rmsprop_jax.storage._convert import carried, check_storage_is_given, read
+
+Unit = Literal['step', 'leaf', 'coordinate']
+_MOST = np.iinfo(np.int32).max
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`, with the names of `optax.ApplyIfFiniteState`.
+
+    Attributes:
+      total_notfinite: Leaves or coordinates skipped so far, all steps together, int32 of shape (),
+        staying at its largest value rather than wrapping.
+      inner_state: The state of what is wrapped.
+    """
+
+    total_notfinite: ArrayLike
+    inner_state: Any
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation,
+    per: Unit = 'coordinate',
+    *,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves gradients that are infinite or NaN out of a step.
+
+    Without it they pass through as in Optax: a NaN stays in the second moment of its coordinate for
+    good, and an infinite one makes all later steps of its coordinate zero.
+
+    What is skipped, has an update of zero: it neither decays nor coasts. Everything that `inner`
+    keeps in its place stays as it is, as if the step had not been, with two exceptions. Step
+    counts, and thus schedules, go on. So does the sum of weights of a bias-corrected average, which
+    all parameters share: what stays is the average itself, the quotient of the two; before the
+    first finite gradient there is none, so that the first step is up to `1 / sqrt(1 - decay)`
+    learning rates long. The rest of the tree takes its step as if the gradient were zero at what is
+    skipped, which only matters where leaves or entries are coupled: so does a norm that is clipped
+    within `inner`.
+
+    Put what couples parameters, as `optax.clip_by_global_norm` does, inside: before this wrapper it
+    would spread a NaN over all of them. Accumulation of gradients belongs outside, around it.
+
+    Args:
+      inner: What takes the steps.
+      per: What is left out: the 'coordinate' that is not finite, the 'leaf' that it is in, or the
+        whole 'step', counts included, which is `optax.apply_if_finite` without an end.
+      storage: What `inner` was given, where its statistics are kept in formats that round.
+        Coordinates of `factored` ones cannot be skipped, but leaves can.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`, with a `SkipNonfiniteState`, or an
+      `optax.ApplyIfFiniteState` for whole steps: `optax.tree.get(state, 'total_notfinite')` is the
+      count of what has been skipped. Within `shard_map` leaf and count are those of the shard.
+
+    Raises:
+      TypeError: For another `per`, or a `storage` that is none.
+      ValueError: For an `inner` that accumulates gradients, a missing `storage`, or coordinates of
+        a factored moment.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rmsprop_jax
+      >>> tx = rmsprop_jax.skip_nonfinite(rmsprop_jax.rmsprop(0.1, eps=0.0))
+      >>> params = jnp.zeros(3)
+      >>> updates, state = tx.update(jnp.array([1.0, jnp.nan, jnp.inf]), tx.init(params))
+      >>> print(updates.round(4), optax.tree.get(state, 'total_notfinite'))
+      [-0.3162  0.      0.    ] 2
+    """
+    if per not in get_args(Unit):
+        raise TypeError(f'per must be one of {", ".join(map(repr, get_args(Unit)))}, got {per!r}.')
+    check_storage(storage)
+    inner_ = optax.with_extra_args_support(inner)
+    if per == 'step':
+        whole = optax.apply_if_finite(inner_, max_consecutive_errors=_MOST)
+        return optax.with_extra_args_support(whole)
+
+    def is_bad(g: Any) -> jax.Array:
+        bad = ~jnp.isfinite(g)
+        return bad.any() if per == 'leaf' else bad
+
+    def init(params: optax.Params) -> Any:
+        state = inner_.init(params)
+        _check_takes_every_step(state)
+        return SkipNonfiniteState(jnp.zeros([], jnp.int32), state)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not isinstance(state, SkipNonfiniteState):
+            raise TypeError(
+                f'state must be the SkipNonfiniteState made by init, got {type(state).__name__}.'
+            )
+        before = state.inner_state
+        check_storage_is_given(before, storage)
+        bad = jax.tree.map(is_bad, updates)
+        new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
+        standing = map_rms_states(functools.partial(carried, storage=storage), before, after)
+        after = jax.tree.map(select, placed(inner_, before, bad, False), standing, after)
+        total = functools.reduce(_saturating_add, jax.tree.leaves(bad), state.total_notfinite)
+        return _zeroed(bad, new), SkipNonfiniteState(total, after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def nonfinite_entries(
+    tx: optax.GradientTransformation, state: Any, params: Any, storage: Storage | None = None
+) -> Any:
+    """Which entries have a statistic that is infinite or NaN: the mask with which `reset` mends
+    them.
+
+    A square that overflowed once makes a second moment infinite, and every later step of its
+    coordinate zero. That is so wherever an average of squares is kept.
+
+    Args:
+      tx: The transformation that `state` belongs to.
+      state: Its state.
+      params: The parameters.
+      storage: What `tx` was given, where its statistics are kept in other formats than float32.
+
+    Returns:
+      A tree like the parameters, of boolean arrays of their shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> tx = rmsprop_jax.rmsprop(0.1, eps=0.0)
+      >>> params = jnp.zeros(2)
+      >>> _, state = tx.update(jnp.array([1.0, 1e30]), tx.init(params))
+      >>> updates, _ = tx.update(jnp.ones(2), state)
+      >>> print(updates.round(3))  # the second one stands still
+      [-0.229 -0.   ]
+      >>> broken = rmsprop_jax.nonfinite_entries(tx, state, params)
+      >>> updates, _ = tx.update(jnp.ones(2), rmsprop_jax.reset(tx, state, params, broken))
+      >>> print(updates.round(3))
+      [-0.229 -0.316]
+    """
+    none = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), bool), params)
+    found = [none]
+
+    def leaf(p: Any, part: Any) -> jax.Array:
+        bad = [~jnp.isfinite(x) for x in jax.tree.leaves(part)]
+        # Statistics of complex numbers as pairs of reals have one more axis.
+        whole = [x.any(-1) if x.ndim > jnp.ndim(p) else x for x in bad]
+        return functools.reduce(operator.or_, whole, jnp.zeros(jnp.shape(p), bool))
+
+    def collect(moments: Any, params: Any) -> Any:
+        found.append(jax.tree.map(leaf, params, moments))
+        return moments
+
+    optax.tree.map_params(tx, collect, read(state, storage), params, is_leaf=lambda _: True)
+    return jax.tree.map(lambda *marks: functools.reduce(operator.or_, marks), *found)
+
+
+def _zeroed(bad: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda b, x: jnp.where(b, 0, x), bad, tree)
+
+
+def _saturating_add(total: Any, bad: jax.Array) -> jax.Array:
+    more = jnp.sum(bad, dtype=jnp.int32)
+    return jnp.where(total > _MOST - more, _MOST, total + more)
+
+
+def _check_takes_every_step(state: Any) -> None:
+    accumulating = (AccumulateState, optax.MultiStepsState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, accumulating))
+    if any(isinstance(node, accumulating) for node in nodes):
+        raise ValueError(
+            'inner accumulates gradients, and a sum that stands still would be taken twice: wrap '
+            'what takes the steps, and accumulate around skip_nonfinite.'
+        )
