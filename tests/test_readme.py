@@ -23,7 +23,7 @@ def test_python_blocks_run():
     assert printed.getvalue().count('0.01') == 2
 
 
-@pytest.mark.parametrize('page', ['backends', 'storage'])
+@pytest.mark.parametrize('page', ['backends', 'faults', 'storage'])
 def test_python_blocks_of_the_documentation_run(page):
     text = (README.parent / 'docs' / f'{page}.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)

@@ -523,6 +523,9 @@ def test_description_tells_formats_apart():
         storage.check(description, smaller, None)
     with pytest.raises(ValueError, match='not one that storage.describe made'):
         storage.check({'leaves': {}}, state, MIXED)
+    later = {**description, 'rmsprop_jax': '9.9', 'rmsprop_jax.storage': 9}
+    with pytest.raises(ValueError, match=r'rmsprop_jax 9\.9 with version 9 .* reads version 1'):
+        storage.check(later, state, MIXED)
 
 
 def test_saturation_counts_entries_at_the_ends():

@@ -213,7 +213,7 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
             leaves[leaf.name + keystr(part)].update(leaf.format.description())
 
     _map_statistics(add, state, storage)
-    return {'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
+    return {'rmsprop_jax': _release(), 'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
 
 
 def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -> None:
@@ -229,7 +229,8 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
       storage: What the transformation is given now.
 
     Raises:
-      ValueError: If they differ; the message lists the differences by path.
+      ValueError: If they differ, or if the description has a version this release cannot read; the
+        message lists the differences by path, or names the releases.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -238,10 +239,13 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
       >>> storage.check(storage.describe(state, None), state, storage.float32())
     """
     version, there = description.get('rmsprop_jax.storage'), description.get('leaves')
-    if version != _VERSION or not isinstance(there, Mapping):
+    if not isinstance(version, int) or not isinstance(there, Mapping):
+        raise ValueError(f'the description is not one that storage.describe made: {description!r}')
+    if version != _VERSION:
         raise ValueError(
-            f'the description is not one that storage.describe made (version {_VERSION}): '
-            f'{description!r}'
+            f'the checkpoint was written by rmsprop_jax {description.get("rmsprop_jax")} with '
+            f'version {version} of the storage formats, and this is rmsprop_jax {_release()}, '
+            f'which reads version {_VERSION}.'
         )
     here = describe(state, storage)['leaves']
     lines = [
@@ -259,6 +263,12 @@ def _differing(leaf: Mapping[str, Any] | None, other: Mapping[str, Any] | None) 
     if leaf is None or other is None:
         return 'absent' if leaf is None else leaf
     return {name: x for name, x in leaf.items() if other.get(name) != x} or 'none of this'
+
+
+def _release() -> str:
+    from rmsprop_jax import __version__
+
+    return __version__
 
 
 class _Leaf(NamedTuple):
