@@ -1,0 +1,131 @@
+"""What the pages in docs/ state as tables is what the functions do; the site's own parts."""
+
+import functools
+import inspect
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rmsprop_jax
+from rmsprop_jax import dialects
+
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+DECAYS, EPSILONS = ('alpha', 'rho', 'decay', 'gamma1'), ('eps', 'epsilon')
+RATES = ('lr', 'learning_rate')
+
+
+def rows_of_the_table() -> list[list[str]]:
+    """The rows of 'The dialects', each a list of its cells."""
+    section = (DOCS / 'which-rmsprop.md').read_text().split('## The dialects')[1]
+    lines = re.findall(r'^\| (`.*) \|$', section, re.MULTILINE)
+    assert len(lines) > 10
+    return [[cell.strip() for cell in line.split('|')] for line in lines]
+
+
+def argument(names, function):
+    """The name of an argument that frameworks call by one of these, or None."""
+    return next((n for n in names if n in inspect.signature(function).parameters), None)
+
+
+def made(title):
+    """The factory that a row is about, with the options its title names."""
+    name = re.findall(r'`([\w.]+)`', title)[0].removeprefix('rmsprop_jax.')
+    function = getattr(rmsprop_jax if name == 'rmsprop' else dialects, name)
+    options = {'centered': True} if ', centered' in title else {}
+    moves = 'no momentum' not in title
+    key = argument(('momentum', 'gamma2'), function)
+    return function, functools.partial(function, **options, **({key: 0.5} if key and moves else {}))
+
+
+@pytest.mark.parametrize('row', rows_of_the_table(), ids=lambda row: row[0])
+def test_the_table_of_dialects(row):
+    title, place, start, rate_place, weight_decay, decay, eps, rate = row
+    function, factory = made(title)
+    parameters = inspect.signature(function).parameters
+    rate_name = argument(RATES, function)
+    for names, stated in ((DECAYS, decay), (EPSILONS, eps), (RATES, rate)):
+        name = argument(names, function)
+        default = inspect.Parameter.empty if name is None else parameters[name].default
+        assert (default is inspect.Parameter.empty) == (stated == '')
+        assert stated == '' or float(stated) == default
+    assert _place_of_epsilon(function, factory) == place
+    assert _start(factory(0.1)) == float(start)
+    assert _place_of_rate(factory, rate_name) == rate_place
+    assert _weight_decay(function, factory) == weight_decay
+
+
+def moment(state):
+    """The second moment or variance in a state, a number."""
+    found = optax.tree.get(state, 'nu', None)
+    return float(optax.tree.get(state, 'var') if found is None else found)
+
+
+def _start(tx):
+    return moment(tx.init(jnp.zeros(())))
+
+
+def _place_of_epsilon(function, factory):
+    name = argument(EPSILONS, function)
+    if name is None:
+        return 'none'
+    tx = factory(1.0, **{name: 0.5})
+    update, state = tx.update(jnp.ones(()), tx.init(jnp.zeros(())), jnp.zeros(()))
+    after = moment(state)
+    expected = {'inside': 1 / np.sqrt(after + 0.5), 'outside': 1 / (np.sqrt(after) + 0.5)}
+    (place,) = [k for k, length in expected.items() if abs(-float(update) - length) < 1e-5]
+    return place
+
+
+def _place_of_rate(factory, rate_name):
+    tx = factory(**{rate_name: lambda count: jnp.where(count == 0, 1.0, 0.0)})
+    state = tx.init(jnp.zeros(()))
+    if optax.tree.get(state, 'trace', None) is None:
+        return 'no momentum'
+    _, state = tx.update(jnp.ones(()), state, jnp.zeros(()))
+    update, _ = tx.update(jnp.zeros(()), state, jnp.zeros(()))
+    return 'before momentum' if update != 0 else 'after momentum'
+
+
+def _weight_decay(function, factory):
+    name = argument(('weight_decay', 'wd'), function)
+    if name is None:
+        return 'none'
+    tx = factory(0.1, **{name: 0.5})
+
+    def after_a_step(param):
+        param = jnp.asarray(param)
+        return tx.update(jnp.zeros(()), tx.init(param), param)
+
+    (still, untouched), (update, state) = after_a_step(0.0), after_a_step(1.0)
+    assert still == 0
+    assert update < 0
+    return 'decoupled' if moment(state) == moment(untouched) else 'coupled'
+
+
+def test_every_dialect_is_in_the_table():
+    stated = {re.findall(r'`([\w.]+)`', row[0])[0] for row in rows_of_the_table()}
+    chains = {
+        name
+        for name, function in vars(dialects).items()
+        if inspect.isfunction(function)
+        and function.__module__ == dialects.__name__
+        and not name.startswith('_')
+        and 'clip' not in name
+    }
+    assert chains <= stated
+
+
+@pytest.mark.parametrize('page', sorted(path.name for path in DOCS.glob('*.md')))
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r'```.*?```', '', (DOCS / page).read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r'\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)', text):
+        path = (DOCS / (target or page)).resolve()
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r'^#+ (.*)$', path.read_text(), re.MULTILINE)
+            slugs = {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
+            assert anchor in slugs, anchor
