@@ -9,6 +9,8 @@ EXTRAS := demo test notebooks dev bench
 # The compilers for TPU and GPU are kept apart: they slow down every import of jax.
 AOT_VENV := .venv/aot-$(notdir $(PYTHON))
 
+DOCS_VENV := .venv/docs-$(notdir $(PYTHON))
+
 # The frameworks that the dialects are compared with, each with its own environment.
 FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
 FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
@@ -27,7 +29,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test slow bench storage-study aot check format notebooks golden parity fused clean
+.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -63,6 +65,14 @@ notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run
 	  $(BIN)/jupytext --quiet --output "build/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
 	done
 	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
+	@touch build/notebooks/.executed
+
+build/notebooks/.executed: $(wildcard notebooks/*.py)
+	$(MAKE) notebooks
+
+# The variable silences the theme's advertisement of its successor.
+docs: $(DOCS_VENV)/.installed build/notebooks/.executed  ## Build the documentation into build/site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --config-file docs/site/mkdocs.yml
 
 golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces in tests/ anew
 	$(foreach name,$(FRAMEWORKS),$(call record_trace,$(name),golden/$(name).npz))
@@ -123,6 +133,11 @@ $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 $(AOT_VENV)/.installed: pyproject.toml
 	test -x $(AOT_VENV)/bin/python || $(PYTHON) -m venv $(AOT_VENV)
 	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot]'
+	@touch $@
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # Their requirements are complete, so that pip need not resolve and brings nothing along.
