@@ -29,6 +29,7 @@ BRANCHES = {
     '_reset',
     'aot',
     'demo',
+    'diagnostics',
     'identify',
     'interchange',
     'plots',

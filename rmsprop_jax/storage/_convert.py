@@ -77,7 +77,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     """
     known = dict(tree_flatten_with_path(params)[0])
 
-    def leaf(leaf: '_Leaf') -> Any:
+    def leaf(leaf: Leaf) -> Any:
         if leaf.path not in known:
             raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
         wide = wide_dtype(jnp.result_type(known[leaf.path]))
@@ -130,7 +130,7 @@ def carried(old: RmsState, new: RmsState, storage: Storage | None) -> RmsState:
         started = old.weight != 0
         factor = jnp.where(started, new.weight / jnp.where(started, old.weight, 1), 1)
 
-    def leaf(leaf: '_Leaf') -> Any:
+    def leaf(leaf: Leaf) -> Any:
         x = leaf.decoded()
         if factor is not None:
             x = componentwise(operator.mul, x, factor.astype(real_dtype(x.dtype)))
@@ -165,16 +165,10 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
       .nu['kernel'] 1.0 0.0
     """
     found: dict[str, Saturation] = {}
-
-    def leaf(leaf: '_Leaf') -> Any:
+    for leaf in stored_leaves(state, storage):
         if leaf.format.smallest > 0:
-            size = jnp.abs(leaf.format.decode(leaf.stored))
-            found[leaf.name] = Saturation(
-                low=jnp.mean(size == leaf.format.smallest),
-                high=jnp.mean(size == leaf.format.largest),
-            )
-
-    _map_statistics(leaf, state, storage)
+            low, high = leaf.ends()
+            found[leaf.name] = Saturation(low=jnp.mean(low), high=jnp.mean(high))
     return found
 
 
@@ -207,12 +201,9 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
         keystr(path): {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
         for path, leaf in tree_flatten_with_path(jax.eval_shape(lambda x: x, state))[0]
     }
-
-    def add(leaf: '_Leaf') -> None:
+    for leaf in stored_leaves(state, storage):
         for part, _ in tree_flatten_with_path(leaf.stored)[0]:
             leaves[leaf.name + keystr(part)].update(leaf.format.description())
-
-    _map_statistics(add, state, storage)
     return {'rmsprop_jax': _release(), 'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
 
 
@@ -271,7 +262,7 @@ def _release() -> str:
     return __version__
 
 
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """A stored leaf.
 
     Attributes:
@@ -294,9 +285,21 @@ class _Leaf(NamedTuple):
         """Its numbers."""
         return self.format.decode(self.stored, self.unit)
 
+    def ends(self) -> tuple[jax.Array, jax.Array]:
+        """Which entries are at the smallest and at the largest number its format can hold."""
+        size = jnp.abs(self.format.decode(self.stored))
+        return size == self.format.smallest, size == self.format.largest
+
+
+def stored_leaves(state: Any, storage: Storage | None) -> list[Leaf]:
+    """Every leaf of every statistic in an optimizer's state, in the order of the state."""
+    found: list[Leaf] = []
+    _map_statistics(found.append, state, storage)
+    return found
+
 
 def _map_statistics(
-    function: Callable[[_Leaf], Any],
+    function: Callable[[Leaf], Any],
     state: Any,
     storage: Storage | None,
     new_unit: Callable[[RmsState], Any] = lambda node: node.unit,
@@ -327,7 +330,7 @@ def _map_statistics(
             name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
             if fault is not None:
                 raise ValueError(f'state{name} {fault}.')
-            return function(_Leaf(name, statistic, path, stored, kept, unit))
+            return function(Leaf(name, statistic, path, stored, kept, unit))
 
         moments = getattr(part, statistic)
         return tree_map_with_path(leaf, moments, is_leaf=lambda x: isinstance(x, Factors))
