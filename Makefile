@@ -61,6 +61,7 @@ format: $(VENV)/.dev  ## Format the sources and mend what lint can mend
 
 notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run them
 	rm -rf build/notebooks && mkdir -p build/notebooks
+	cp -R notebooks/data build/notebooks/
 	for source in notebooks/*.py; do \
 	  $(BIN)/jupytext --quiet --output "build/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
 	done
