@@ -54,6 +54,10 @@ def test_what_is_told(now, text, untold_lines):
 
 def test_the_record_holds_what_everybody_uses():
     names = {line.partition('(')[0] for line in public_api.listing()}
-    assert {'rmsprop_jax.rmsprop', 'rmsprop_jax.dialects.torch', 'rmsprop_jax.storage.uint8'} <= names
+    assert {
+        'rmsprop_jax.rmsprop',
+        'rmsprop_jax.dialects.torch',
+        'rmsprop_jax.storage.uint8',
+    } <= names
     assert 'rmsprop_jax.storage.Format.encode' in names
     assert not [name for name in names if re.search(r'\._', name)]
