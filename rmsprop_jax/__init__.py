@@ -12,7 +12,7 @@ from rmsprop_jax._precondition import scale_by_rms as scale_by_rms
 from rmsprop_jax._precondition import scale_by_stddev as scale_by_stddev
 from rmsprop_jax._reset import reset as reset
 from rmsprop_jax._types import RmsState as RmsState
+from rmsprop_jax._types import TraceState as TraceState
 from rmsprop_jax.identify import identify_dialect as identify_dialect
 
 __version__ = '0.1.0'
-from rmsprop_jax._types import TraceState as TraceState

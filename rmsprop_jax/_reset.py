@@ -58,11 +58,10 @@ def reset(
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
-      >>> from rmsprop_jax._reset import reset
       >>> tx = rmsprop_jax.rmsprop(0.1, initial_scale=1.0)
       >>> params = {'body': jnp.ones(2), 'head': jnp.ones(2)}
       >>> _, state = tx.update(params, tx.init(params))
-      >>> state = reset(tx, state, params, {'body': False, 'head': True})
+      >>> state = rmsprop_jax.reset(tx, state, params, {'body': False, 'head': True})
       >>> state[0].nu['head'], state[0].count
       (Array([1., 1.], dtype=float32), Array(1, dtype=int32))
     """

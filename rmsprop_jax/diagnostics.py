@@ -213,7 +213,7 @@ def saturated_shares(
       >>> from rmsprop_jax import diagnostics, storage
       >>> tx = rmsprop_jax.scale_by_rms(storage=storage.uint8())
       >>> params = {'kernel': jnp.ones((64, 64))}
-      >>> _, state = tx.update({'kernel': 1e-10 * params['kernel']}, tx.init(params))
+      >>> _, state = tx.update({'kernel': 1e-13 * params['kernel']}, tx.init(params))
       >>> low, high = diagnostics.saturated_shares(state, params, storage.uint8())
       >>> print(low['kernel'], high['kernel'])
       1.0 0.0

@@ -141,7 +141,7 @@ def test_epsilon_shares(centered, corrected, inside):
 
 
 def test_compact_shares():
-    grads = [jax.tree.map(lambda x: x * 1e-9, g) for g in gradients()]
+    grads = [jax.tree.map(lambda x: x * 1e-11, g) for g in gradients()]
     inner = rmsprop_jax.rmsprop(0.1, 0.99, storage=BYTES)
     tx = diagnostics.measured(inner, storage=BYTES, labels=diagnostics.by_depth(1))
     _, before, _ = run(tx, params(), grads[:-1])
