@@ -4,14 +4,19 @@ JAX's own SPMD engine does the work. Here is what it cannot know: which array of
 which parameter, and along which axes. See docs/scaling.md.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import keystr, tree_map_with_path
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax.storage._formats import Factors, factored
+
+KeyPath = tuple[Any, ...]
 
 
 def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
@@ -47,19 +52,8 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
       >>> specs.count
       P()
     """
-    shardings = _of_params(params, shardings)
     state = jax.eval_shape(tx.init, params)
-    elsewhere = _replicated(shardings)
-    return optax.tree.map_params(
-        tx,
-        lambda moments, params, shardings: _like_params(moments, params, shardings, elsewhere),
-        state,
-        params,
-        shardings,
-        transform_non_params=lambda _: elsewhere,
-        # Whole trees are handed over, so that a leaf may be kept as several, or masked out.
-        is_leaf=lambda _: True,
-    )
+    return _of_state(tx, state, params, _of_params(params, shardings))
 
 
 def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
@@ -92,18 +86,211 @@ def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
     )
 
 
+def zero1_shardings(
+    params: Any, shardings: Any = None, axis: str | tuple[str, ...] = 'data'
+) -> Any:
+    """The shardings of parameters, split over the data axis too.
+
+    The first axis of an array that is whole so far, and whose length the number of devices on the
+    data axis divides, is split; where there is none, the first of which each device's part can be
+    divided once more. An array that has neither stays as it is, and so does one that is split over
+    the data axis already.
+
+    Args:
+      params: As for `state_shardings`.
+      shardings: As for `state_shardings`; of `NamedSharding`s.
+      axis: The mesh axis, or axes, over which a batch is split.
+
+    Returns:
+      A tree of `NamedSharding`s like `params`, in device memory wherever parameters are.
+
+    Raises:
+      ValueError: For an axis that the mesh does not have, or parameters without a sharding.
+      TypeError: For shardings that have no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from rmsprop_jax import sharding
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'model'))
+      >>> place = jax.sharding.NamedSharding(mesh, P(None, 'model'))
+      >>> params = {'a': jnp.zeros((64, 64)), 'b': jnp.zeros((501, 64)), 'c': jnp.zeros((3, 2))}
+      >>> for name, split in sharding.zero1_shardings(params, place).items():
+      ...     print(name, split.spec)
+      a P('data', 'model')
+      b P(None, ('model', 'data'))
+      c P(None, 'model')
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+
+    def leaf(path: KeyPath, param: Any, sharding: Any) -> NamedSharding:
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f'params{keystr(path)} has sharding {sharding!r}, but a NamedSharding is needed.'
+            )
+        unknown = [name for name in names if name not in sharding.mesh.shape]
+        if unknown:
+            raise ValueError(f'axis {unknown[0]!r} is not one of {sharding.mesh.axis_names}.')
+        return NamedSharding(sharding.mesh, _split(jnp.shape(param), sharding, names))
+
+    return tree_map_with_path(leaf, params, _of_params(params, shardings))
+
+
+def zero1(
+    tx: Any, params: Any, shardings: Any = None, axis: str | tuple[str, ...] = 'data'
+) -> optax.GradientTransformationExtraArgs:
+    """Splits the state of an optimizer over the data axis: ZeRO, stage 1.
+
+    Each device keeps and steps its share of the state, with its share of the gradients and
+    parameters, and the updates are gathered. Numbers are those of `tx`: only where they are made
+    changes. It is made of sharding constraints, which the compiler turns into communication: on
+    GPUs a reduce-scatter of gradients and an all-gather of updates. TPUs want `reduce_scatter`
+    beside it; see docs/scaling.md. It works under `jit` on meshes of `Auto` and of `Explicit` axes,
+    and may stand anywhere among other transformations.
+
+    Args:
+      tx: The optimizer: any gradient transformation.
+      params: The parameters, or their shapes: arrays or `jax.ShapeDtypeStruct`s.
+      shardings: Their shardings, if `params` have none: a tree of `NamedSharding`s like `params`
+        or a prefix of it. Updates come back so.
+      axis: The mesh axis, or axes, over which a batch is split and now state too.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state of `tx`, whose shardings are
+      `state_shardings(tx, params, zero1_shardings(params, shardings, axis))`.
+
+    Raises:
+      ValueError: For an axis that the mesh does not have, parameters without a sharding, or (in
+        `init` and `update`) leaves that are not among `params`.
+      TypeError: For shardings that have no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rmsprop_jax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from rmsprop_jax import sharding
+      >>> mesh = jax.make_mesh((1,), ('data',))
+      >>> params = jax.device_put({'kernel': jnp.ones((8, 8))}, NamedSharding(mesh, P()))
+      >>> tx = sharding.zero1(rmsprop_jax.rmsprop(1e-3), params)
+      >>> state = jax.jit(tx.init)(params)
+      >>> state[0].nu['kernel'].sharding.spec
+      P('data',)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+
+    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
+    Models, arXiv:1910.02054, section 5.1; Xu et al., Automatic Cross-Replica Sharding of Weight
+    Update in Data-Parallel Training, arXiv:2004.13336.
+    """
+    whole = _by_path(_of_params(params, shardings))
+    split = _by_path(zero1_shardings(params, shardings, axis))
+    inner = optax.with_extra_args_support(tx)
+
+    def found(tree: Any, shardings: dict[KeyPath, NamedSharding]) -> Any:
+        def leaf(path: KeyPath, _: Any) -> NamedSharding:
+            if path not in shardings:
+                raise ValueError(f'zero1 was not told of params{keystr(path)}.')
+            return shardings[path]
+
+        return tree_map_with_path(leaf, tree)
+
+    def place(tree: Any, shardings: dict[KeyPath, NamedSharding]) -> Any:
+        return jax.tree.map(_constrained, tree, found(tree, shardings))
+
+    def place_state(state: Any, params: Any) -> Any:
+        wanted = _of_state(tx, state, params, found(params, split))
+        return jax.tree.map(_constrained, state, wanted)
+
+    def init(params: optax.Params) -> Any:
+        return place_state(inner.init(place(params, split)), params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        share, own = place(updates, split), place_state(state, updates)
+        if params is not None:
+            params = place(params, split)
+        new, after = inner.update(share, own, params, **extra_args)
+        return place(new, whole), place_state(after, updates)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] = 'data') -> Any:
+    """Sums gradients over the data axis and leaves each device its share, under `jax.shard_map`.
+
+    It goes over one mesh axis after another. Where each of them is one axis of a TPU's torus, the
+    compiler then makes a reduce-scatter, which it does not for a group of devices that lies along
+    several; see docs/scaling.md.
+
+    Args:
+      gradients: Those of one device's share of the batch.
+      shardings: What `zero1_shardings` returned, or the `PartitionSpec`s of it. Leaves that are not
+        split over a data axis are summed only.
+      axis: As for `zero1_shardings`.
+
+    Returns:
+      A tree like `gradients`, to be given back with `out_specs` from those shardings.
+
+    Raises:
+      ValueError: If `jax.grad` has summed a gradient already, which it does under shard_map where
+        parameters are the same on every device. Give shard_map `check_vma=False`, or `jax.grad` the
+        parameters through `jax.lax.pcast(params, axis, to='varying')`.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from rmsprop_jax import sharding
+      >>> mesh = jax.make_mesh((1,), ('data',))
+      >>> split = functools.partial(sharding.reduce_scatter, shardings={'w': P('data')})
+      >>> mapped = jax.shard_map(
+      ...     split, mesh=mesh, in_specs=P(), out_specs={'w': P('data')}, check_vma=False
+      ... )
+      >>> print(mapped({'w': jnp.ones(4)})['w'])
+      [1. 1. 1. 1.]
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+
+    def leaf(path: KeyPath, g: jax.Array, sharding: Any) -> jax.Array:
+        for name in names:
+            if name in _varies(lax.axis_index(name)) - _varies(g):
+                raise ValueError(
+                    f'gradients{keystr(path)} is summed over {name!r} already: give jax.shard_map '
+                    'check_vma=False, or parameters to jax.grad through jax.lax.pcast.'
+                )
+        entries = enumerate(map(_names, _spec(sharding)))
+        owners = [(name, dim) for dim, entry in entries for name in entry if name in names]
+        for name, dim in owners:
+            g = lax.psum_scatter(g, name, scatter_dimension=dim, tiled=True)
+        rest = tuple(name for name in names if name not in dict(owners))
+        return lax.psum(g, rest) if rest else g
+
+    return tree_map_with_path(leaf, gradients, jax.tree.broadcast(shardings, gradients))
+
+
 def _of_params(params: Any, shardings: Any) -> Any:
     """The sharding of each parameter."""
     if shardings is not None:
         return jax.tree.broadcast(shardings, params)
 
-    def leaf(path: tuple[Any, ...], param: Any) -> Any:
+    def leaf(path: KeyPath, param: Any) -> Any:
         found = getattr(param, 'sharding', None)
         if found is None:
             raise ValueError(f'params{keystr(path)} has no sharding: give shardings.')
         return found
 
     return tree_map_with_path(leaf, params)
+
+
+def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
+    """The shardings of a state, of which only the shapes are looked at."""
+    elsewhere = _replicated(shardings)
+    return optax.tree.map_params(
+        tx,
+        lambda moments, params, shardings: _like_params(moments, params, shardings, elsewhere),
+        state,
+        params,
+        shardings,
+        transform_non_params=lambda _: elsewhere,
+        # Whole trees are handed over, so that a leaf may be kept as several, or masked out.
+        is_leaf=lambda _: True,
+    )
 
 
 def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> Any:
@@ -138,6 +325,49 @@ def _with_spec(sharding: Any, spec: PartitionSpec) -> Any:
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return spec if isinstance(sharding, PartitionSpec) else sharding
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _split(shape: tuple[int, ...], sharding: NamedSharding, names: tuple[str, ...]) -> Any:
+    """A partition over further mesh axes, or the one there is if it has them or none fits."""
+    sizes, spec = sharding.mesh.shape, sharding.spec
+    entries = [_names(spec[dim]) if dim < len(spec) else () for dim in range(len(shape))]
+    if set(names) & {name for entry in entries for name in entry}:
+        return spec
+    parts = math.prod(sizes[name] for name in names)
+    # Axes that are whole come first.
+    for dim in sorted(range(len(shape)), key=lambda dim: bool(entries[dim])):
+        own = math.prod(sizes[name] for name in entries[dim])
+        if shape[dim] and shape[dim] % (own * parts) == 0:
+            entries[dim] += names
+            return PartitionSpec(
+                *[tuple(e) if len(e) > 1 else next(iter(e), None) for e in entries]
+            )
+    return spec
+
+
+def _by_path(tree: Any) -> dict[KeyPath, Any]:
+    return dict(tree_flatten_with_path(tree)[0])
+
+
+def _constrained(x: Any, sharding: Any) -> Any:
+    """`x` in that place; abstract parameters only say where they would be."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
+    if not isinstance(sharding, NamedSharding):
+        return x
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return reshard(x, sharding)
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def _varies(x: Any) -> frozenset[str]:
+    """The mesh axes along which devices differ in `x`, as far as shard_map keeps track of it."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def _replicated(shardings: Any) -> Any:

@@ -301,6 +301,18 @@ ROUNDED = {
 SPLIT = {'a': P('model', 'data'), 'b': P(None, ('data', 'model')), 'c': P()}
 
 
+SOME = ('keras', 'rmsprop-bfloat16', 'inject_hyperparams-uint8')
+
+
+@pytest.mark.parametrize(('shape', 'spec'), [((8,), P()), ((4, 2), P(None, 'model'))], ids=str)
+def test_results_of_zero1_are_those_of_one_device(shape, spec):
+    mesh = mesh_of(shape, ('data', 'model')[: len(shape)])
+    params = placed(start(), {'kernel': spec, 'odd': P()}, mesh)
+    data = jax.device_put(targets(), NamedSharding(mesh, P('data')))
+    split = {name: sharding.zero1(OPTIMIZERS[name], params) for name in SOME}
+    assert_results_are_those_of_one_device(training(split)(params, data))
+
+
 @pytest.mark.parametrize('name', ROUNDED)
 def test_rounding_under_shard_map_is_that_of_the_whole_array(name):
     """Through a chain and a mask, on a mesh whose axes split an axis of the array each, or both."""
@@ -345,3 +357,109 @@ def test_means_over_split_axes_are_refused_under_shard_map():
             in_specs=(specs, of_state),
             out_specs=(specs, of_state),
         )(params, tx.init(params))
+
+
+# ZeRO-1
+
+SPLIT_OVER_DATA = {
+    'kernel': P('data', 'model'),
+    'bias': P(('model', 'data')),
+    'odd': P(None, 'data'),
+    'pair': P(),
+}
+REPLICATED = {'kernel': P(None, 'model'), 'bias': P('model'), 'odd': P(), 'pair': P()}
+
+
+def uneven(mesh):
+    params = {
+        'kernel': jnp.linspace(-2, 3, 128).reshape(8, 16),
+        'bias': jnp.linspace(-1, 1, 16),
+        'odd': jnp.linspace(-2, 1, 24).reshape(3, 8),
+        'pair': jnp.array([1.0, -2.0]),
+    }
+    return placed(params, REPLICATED, mesh)
+
+
+@pytest.mark.parametrize('kind', [AUTO, EXPLICIT], ids=['auto', 'explicit'])
+@pytest.mark.parametrize('name', FORMATS)
+def test_zero1_splits_state_and_changes_no_number(name, kind):
+    mesh = mesh_of(kind=kind)
+    params = uneven(mesh)
+    mask = {'kernel': True, 'bias': False, 'odd': True, 'pair': False}
+    ours = rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=FORMATS[name])
+    # Factored moments need two axes.
+    inner = optax.masked(ours, mask) if name == 'factored' else ours
+    inner = optax.chain(optax.clip_by_global_norm(1.0), inner)
+    tx = optax.chain(sharding.zero1(inner, params), optax.scale(0.5))
+    split = sharding.zero1_shardings(params)
+    assert {leaf: place.spec for leaf, place in split.items()} == SPLIT_OVER_DATA
+    wanted = (sharding.state_shardings(inner, params, split), optax.EmptyState())
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+            assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    got, expected = (params, state), (params, optax.chain(inner, optax.scale(0.5)).init(params))
+
+    def steps(tx):
+        def step(params, state):
+            grads = jax.tree.map(lambda p: jnp.round(64 * p) / 64, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.jit(step)
+
+    for _ in range(3):
+        got = steps(tx)(*got)
+        expected = steps(optax.chain(inner, optax.scale(0.5)))(*expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
+    for leaf in got[0]:
+        assert got[0][leaf].sharding.is_equivalent_to(params[leaf].sharding, params[leaf].ndim)
+    for leaf, place in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted), strict=True):
+        assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_zero1_shardings_name_what_is_wrong():
+    mesh = mesh_of()
+    params = {'w': jnp.ones((8, 8))}
+    with pytest.raises(ValueError, match="axis 'fsdp' is not one of"):
+        sharding.zero1_shardings(params, NamedSharding(mesh, P()), 'fsdp')
+    with pytest.raises(TypeError, match=r"params\['w'\] has sharding P\('data',\), but"):
+        sharding.zero1_shardings(params, P('data'))
+    tx = sharding.zero1(rmsprop_jax.rmsprop(0.1), params, NamedSharding(mesh, P()))
+    with pytest.raises(ValueError, match=r"zero1 was not told of params\['v'\]"):
+        tx.init({'v': jnp.ones((8, 8))})
+
+
+@pytest.mark.parametrize('varying', [False, True], ids=['unchecked', 'varying'])
+def test_reduce_scatter_is_the_sum_over_devices(varying):
+    """Over both axes of a mesh, along one axis of the array or two, or along none."""
+    mesh = mesh_of(names=('x', 'y'))
+    axis = ('x', 'y')
+    specs = {'both': P(None, ('y', 'x')), 'each': P('x', 'y'), 'one': P('y'), 'none': P()}
+    params = {name: jnp.linspace(1, 2, 64).reshape(8, 8) for name in specs}
+    data = jnp.arange(16.0).reshape(16, 1, 1)
+
+    def loss(params, data):
+        return sum(jnp.sum(p * data * (i + 1)) for i, p in enumerate(params.values()))
+
+    def mapped(params, data):
+        if varying:
+            params = jax.lax.pcast(params, axis, to='varying')
+        return sharding.reduce_scatter(jax.grad(loss)(params, data), specs, axis)
+
+    split = jax.shard_map(
+        mapped, mesh=mesh, in_specs=(P(), P(axis)), out_specs=specs, check_vma=varying
+    )
+    chex.assert_trees_all_equal(jax.jit(split)(params, data), jax.grad(loss)(params, data))
+
+
+def test_gradients_that_are_summed_already_are_refused():
+    def mapped(w, x):
+        gradient = jax.grad(lambda w: jnp.sum(w * x))(w)
+        return sharding.reduce_scatter(gradient, P('data'))
+
+    split = jax.shard_map(
+        mapped, mesh=mesh_of((8,), ('data',)), in_specs=(P(), P('data')), out_specs=P('data')
+    )
+    with pytest.raises(ValueError, match="gradients is summed over 'data' already"):
+        jax.eval_shape(split, jnp.ones(8), jnp.ones(8))

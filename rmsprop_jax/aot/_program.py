@@ -43,8 +43,14 @@ _COLLECTIVES = frozenset(
         'reduce-scatter',
     }
 )
+_REDUCE_SCATTER = 'all-reduce-scatter'
+# Kernels in which a collective may be written several times.
+_PARTS = ('async_collective_fusion', 'fused_computation')
+_CHANNEL = re.compile(r'channel_id=\d+')
 # Their results begin with their operands.
-_STARTS_WITH_OPERANDS = frozenset({'all-gather-start', 'collective-permute-start', 'slice-start'})
+_STARTS_WITH_OPERANDS = frozenset(
+    {'all-gather-start', 'collective-permute-start', 'reduce-scatter-start', 'slice-start'}
+)
 _SLICES = frozenset({'dynamic-slice', 'slice', 'slice-start'})
 _COPIES = frozenset({'copy', 'copy-start', *_SLICES})
 # Slices that were brought to fast memory apart, taken for one array from there on.
@@ -152,17 +158,26 @@ class Program:
         return sum(_bytes(i.arrays) for i in (*read, root))
 
     def collectives(self) -> tuple[Collective, ...]:
-        """All communication, also that which is part of a kernel, by kind."""
-        found: dict[str, list[int]] = {}
-        for computation, instruction in self._all():
-            kind = instruction.opcode.removesuffix('-start')
-            if kind in _COLLECTIVES:
-                inside = _bytes(self._operands(computation, instruction))
-                outside = _bytes(instruction.arrays)
-                if instruction.opcode in _STARTS_WITH_OPERANDS:
+        """All communication, also that which is part of a kernel, by kind.
+
+        A TPU's compiler writes a reduce-scatter as a kernel of an all-reduce and a slice, and one
+        all-gather into each of the kernels that it runs beside.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for name, computation in self.computations.items():
+            for i in computation.values():
+                kind = i.opcode.removesuffix('-start')
+                if kind not in _COLLECTIVES:
+                    continue
+                inside, outside = _bytes(self._operands(computation, i)), _bytes(i.arrays)
+                if i.opcode in _STARTS_WITH_OPERANDS:
                     outside -= inside
-                found.setdefault(kind, []).append(max(inside, outside))
-        return tuple(Collective(k, len(v), sum(v)) for k, v in sorted(found.items()))
+                if name.startswith(_REDUCE_SCATTER):
+                    kind = 'reduce-scatter'
+                channel = _CHANNEL.search(i.attributes) if name.startswith(_PARTS) else None
+                key = channel[0] if channel else f'{name} {i.name}'
+                found.setdefault(kind, {})[key] = max(inside, outside)
+        return tuple(Collective(k, len(v), sum(v.values())) for k, v in sorted(found.items()))
 
     def dtypes(self) -> frozenset[str]:
         """The dtypes that occur, as XLA writes them."""
