@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmsprop_jax import rmsprop
+from rmsprop_jax import diagnostics, rmsprop
 from rmsprop_jax._command import OneLineParser
 
 EXTRAS = ('flax.nnx', 'matplotlib', 'orbax.checkpoint', 'sklearn.datasets', 'tqdm')
@@ -40,7 +40,12 @@ COMPARISON_SEEDS = 5
 # What a run writes, and all that --overwrite removes.
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'
 METRICS, COMPARISON = 'metrics.jsonl', 'comparison.jsonl'
-FIGURES = ('training.png', 'comparison.png')
+FIGURES = ('training.png', 'comparison.png', 'diagnostics.png')
+
+
+EPS = 1e-8
+# What is measured, is measured of each layer of the network.
+LAYERS = diagnostics.by_depth(2)
 
 
 class DemoError(Exception):
@@ -108,6 +113,10 @@ class Config:
     decay: float = option(0.9, number(float, 0, 1), 'decay of the mean squared gradient')
     comparison_epochs: int = option(
         20, number(int, 1, 100_000), 'passes over the training images per compared optimizer'
+    )
+    diagnose: bool = dataclasses.field(
+        default=False,
+        metadata={'action': 'store_true', 'help': 'measure the last step of each epoch'},
     )
 
 
@@ -309,7 +318,10 @@ def train(config: Config, digits: Digits, output: Path, every: int) -> list[dict
     from tqdm import tqdm
 
     def build(rate: optax.Schedule) -> optax.GradientTransformation:
-        return rmsprop(rate, config.decay, momentum=config.momentum)
+        tx = rmsprop(rate, config.decay, EPS, momentum=config.momentum)
+        steps = len(digits.train_labels) // config.batch_size
+        measured = diagnostics.measured(tx, labels=LAYERS, eps=EPS, every=steps)
+        return measured if config.diagnose else tx
 
     optimizer = Optimizer('RMSProp', config.learning_rate, build)
     experiment = Experiment(digits, optimizer, config.epochs, config.batch_size)
@@ -326,7 +338,8 @@ def train(config: Config, digits: Digits, output: Path, every: int) -> list[dict
                 if not math.isfinite(metrics['loss']):
                     raise DemoError(f'training diverged in epoch {done}: lower --learning-rate')
                 step = done * experiment.steps_per_epoch
-                records.append({'epoch': done, 'step': step, **metrics})
+                found = diagnosis(state) if config.diagnose else {}
+                records.append({'epoch': done, 'step': step, **metrics, **found})
                 with path.open('a') as file:
                     file.write(json.dumps(records[-1]) + '\n')
                 if done % every == 0 or done == config.epochs:
@@ -334,6 +347,12 @@ def train(config: Config, digits: Digits, output: Path, every: int) -> list[dict
                 bar.set_postfix({name: f'{x:.4f}' for name, x in metrics.items()}, refresh=False)
                 bar.update()
     return records
+
+
+def diagnosis(state: TrainState) -> dict[str, Any]:
+    """What the optimizer has measured of the last step, for JSON."""
+    found = diagnostics.read(state.opt_state, state.params, LAYERS)
+    return {name: x.tolist() for name, x in jax.device_get(found).items()}
 
 
 def rewind(path: Path, epoch: int) -> list[dict[str, Any]]:
@@ -446,8 +465,8 @@ def parser() -> OneLineParser:
     existing.add_argument('--overwrite', **flag, help='replace the run in the output folder')
     for field in dataclasses.fields(Config):
         name = f'--{field.name.replace("_", "-")}'
-        metavar = 'N' if field.type is int else 'X'
-        made.add_argument(name, metavar=metavar, default=field.default, **field.metadata)
+        typed = {'metavar': 'N' if field.type is int else 'X'} if 'type' in field.metadata else {}
+        made.add_argument(name, default=field.default, **typed, **field.metadata)
     made.add_argument(
         '--checkpoint-every',
         metavar='N',
@@ -470,7 +489,7 @@ def check_extras() -> None:
 
 def run(config: Config, output: Path, every: int, comparison: bool) -> str:
     """Does the whole job in a prepared folder and sums it up."""
-    from rmsprop_jax.plots import comparison_figure, training_figure
+    from rmsprop_jax.plots import comparison_figure, diagnostics_figure, training_figure
 
     started = time.perf_counter()
     digits = load_digits()
@@ -478,6 +497,9 @@ def run(config: Config, output: Path, every: int, comparison: bool) -> str:
     trained = time.perf_counter() - started
     title = 'RMSProp with momentum on handwritten digits'
     training_figure(records, title).savefig(output / FIGURES[0])
+    if config.diagnose:
+        title = 'The last step of each epoch, by layer (band: middle half)'
+        diagnostics_figure(records, title).savefig(output / FIGURES[2])
     if comparison:
         results = compare(config, digits, output)
         title = 'Handwritten digits: the same network under seven optimizers'

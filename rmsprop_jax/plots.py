@@ -34,7 +34,6 @@ def training_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
         values = columns[f'{name}_accuracy']
         label = f'{name} (last: {values[-1]:.1%})'
         accuracy_axes.plot(columns['step'], values, ls=dash, color=colour, label=label, **STYLE)
-    accuracy_axes.set_ylabel('accuracy')
     accuracy_axes.legend(loc='lower right', frameon=False)
     return figure
 
@@ -85,17 +84,107 @@ def comparison_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
+# What `diagnostics.read` names, in words; shares and ratios on axes that fit them.
+MEASURES = {
+    'step_size': ('step size (unit of the parameter)', 'log'),
+    'update_ratio': ('update / parameter', 'log'),
+    'epsilon_share': ('epsilon dominates', 'share'),
+    'saturated_low': ('at the lower end of the format', 'share'),
+    'saturated_high': ('at the upper end of the format', 'share'),
+    'stalled': ('stalled', 'share'),
+    'nonfinite_gradients': ('non-finite gradient entries', 'count'),
+    'nonfinite_updates': ('non-finite update entries', 'count'),
+}
+
+
+def diagnostics_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Measurements of an optimizer over its steps: a panel for each kind, a line for each group.
+
+    Step sizes are drawn as their median, with a band between the quantiles on either side of it, by
+    default the middle half of the entries. Counts of non-finite entries get a panel only where
+    there were any.
+
+    Args:
+      records: One dictionary per measurement, with `step` and what `diagnostics.read` returned.
+        Other entries are left alone.
+      title: The figure's title.
+
+    Raises:
+      ValueError: If there is nothing to draw.
+
+    Example:
+      >>> record = {'step': 1, 'step_size/w': [0.1, 0.2, 0.3], 'nonfinite_updates/w': 0}
+      >>> figure = diagnostics_figure([record, record | {'step': 2}], 'Two steps')
+      >>> [axes.get_ylabel() for axes in figure.axes]
+      ['step size (unit of the parameter)']
+    """
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    for key in records[0]:
+        measure, _, group = key.partition('/')
+        values = np.asarray([record[key] for record in records])
+        if measure in MEASURES and (values.any() or not measure.startswith('nonfinite')):
+            columns.setdefault(measure, {})[group] = values
+    drawn = [measure for measure in MEASURES if measure in columns]
+    if not drawn:
+        raise ValueError('records hold nothing that diagnostics.read returns.')
+    figure = Figure(figsize=(5 * len(drawn), 4.6), dpi=150, layout='constrained')
+    figure.suptitle(title, fontsize=13)
+    steps = [record['step'] for record in records]
+    for axes, measure in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        _draw_measure(axes, measure, steps, columns[measure])
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc='outside lower center',
+        ncols=max(1, 2 * len(drawn)),
+        frameon=False,
+        handlelength=3.2,
+    )
+    return figure
+
+
+def _draw_measure(
+    axes: Axes, measure: str, steps: Sequence[int], columns: dict[str, np.ndarray]
+) -> None:
+    label, scale = MEASURES[measure]
+    _style(axes, label)
+    axes.set_yscale('log' if scale == 'log' else 'linear')
+    for i, (group, values) in enumerate(columns.items()):
+        look = {'color': COLOURS[i % 7], 'ls': DASHES[(i + i // 7) % 7], **STYLE}
+        if measure == 'step_size':
+            middle, last = values.shape[1] // 2, values.shape[1] - 1
+            low, high = values[:, max(middle - 1, 0)], values[:, min(middle + 1, last)]
+            axes.fill_between(steps, low, high, color=look['color'], alpha=0.12, linewidth=0)
+            values = values[:, middle]
+        axes.plot(steps, values, label=group or 'all', marker='' if steps[1:] else 'o', **look)
+    if measure == 'step_size':
+        lines = np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines])
+        # Entries that hardly move would squeeze the others.
+        axes.set_ylim(bottom=lines[lines > 0].min(initial=1) / 10)
+    if scale == 'share':
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if scale == 'count':
+        # Of leaves, where the others are of groups.
+        axes.legend(frameon=False, handlelength=3.2)
+
+
 def _two_panels(title: str, height: float) -> tuple[Figure, Axes, Axes]:
     figure = Figure(figsize=(10, height), dpi=150, layout='constrained')
     figure.suptitle(title, fontsize=13)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    loss_axes.set_ylabel('training loss')
+    _style(loss_axes, 'training loss')
+    _style(accuracy_axes, 'accuracy')
     loss_axes.set_yscale('log')
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    for axes in (loss_axes, accuracy_axes):
-        axes.set_xlabel('step')
-        axes.set_xmargin(0.02)
-        axes.grid(color='0.9', linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
     return figure, loss_axes, accuracy_axes
+
+
+def _style(axes: Axes, label: str) -> None:
+    axes.set_xlabel('step')
+    axes.set_ylabel(label)
+    axes.set_xmargin(0.02)
+    axes.grid(color='0.9', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
