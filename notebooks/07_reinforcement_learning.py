@@ -259,24 +259,24 @@ def curve(ax, name, values):
 
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.9), sharey=True)
+axes[0].set_ylabel('return (steps upright)')
 for ax, suffix, rate in zip(axes, ('', ', 2e-3'), ('7e-4', '2e-3'), strict=True):
     for name in ('PyTorch', 'TensorFlow-like'):
         curve(ax, name + suffix, returns[name + suffix])
     ax.axhline(475, color=GREY, linewidth=0.8)
     ax.set(xlabel='update', title=f'learning rate {rate}')
     ax.legend(loc='lower right')
-axes[0].set_ylabel('return (steps upright)')
 
 # %% [markdown]
 # A mean hides what single runs do. Here they are, all ten of each rule at $7 \times 10^{-4}$.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True)
+axes[0].set_ylabel('return (steps upright)')
 for ax, (name, (color, _)) in zip(axes, STYLES.items(), strict=True):
     ax.plot(updates, returns[name].T, color=color, linewidth=0.7, alpha=0.8)
     ax.set(xlabel='update', title=name)
     ax.set_xticks([0, 5000, 10_000])
-axes[0].set_ylabel('return (steps upright)')
 
 # %% [markdown]
 # Two numbers describe a run:
