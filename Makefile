@@ -120,7 +120,7 @@ fused: $(FUSED)/.installed  ## Build, test and time the compiled step for CPUs
 	$(FUSED)/bin/python -P fused_cpu/benchmark.py
 
 clean:  ## Remove environments, caches and built files
-	rm -rf .venv build dist demo-output .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo-output .hypothesis .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
