@@ -271,7 +271,9 @@ def keras(
 
 
 def _at_last_call(schedule: Any, every: int, count: ArrayLike) -> ArrayLike:
-    return schedule(count * every + (every - 1))
+    # Calls saturate where steps do not yet.
+    last = (jnp.iinfo(jnp.int32).max - (every - 1)) // every
+    return schedule(jnp.minimum(count, last) * every + (every - 1))
 
 
 @_refuses(name=_NAME, lr='use learning_rate')
