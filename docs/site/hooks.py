@@ -161,8 +161,10 @@ def public_modules() -> dict[str, str]:
 
 
 def reference(name: str, module: ast.Module) -> str:
-    """What mkdocstrings is to show of a module: of a package what it hands on."""
-    handed_on = [
+    """What mkdocstrings is to show of a module: what it defines and what it hands on."""
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    members = [node.name for node in module.body if isinstance(node, definitions)]
+    members += [
         alias.name
         for node in module.body
         if isinstance(node, ast.ImportFrom) and node.module != PACKAGE.name
@@ -170,10 +172,12 @@ def reference(name: str, module: ast.Module) -> str:
         if alias.name == alias.asname and not is_module(f'{node.module}.{alias.name}')
     ]
     # What a package is named after comes first, and classes come last.
-    handed_on.sort(key=lambda member: (member not in name, member[0].isupper()))
-    options: dict[str, Any] = {'show_root_heading': False, 'show_root_toc_entry': False}
-    if handed_on:
-        options['members'] = handed_on
+    members.sort(key=lambda member: (member not in name, member[0].isupper()))
+    options = {
+        'members': [member for member in members if not member.startswith('_')],
+        'show_root_heading': False,
+        'show_root_toc_entry': False,
+    }
     return f'::: {name}\n    options: {json.dumps(options)}\n'
 
 
