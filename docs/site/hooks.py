@@ -87,7 +87,11 @@ def on_page_content(content: str, **_: Any) -> str:
         formula = maths.convert_with_local_state(html.unescape(match[2]), displaystyle=block)
         return f'<div class="formula">{formula}</div>' if block else formula
 
-    return re.sub('<td>(?=[^<]{60})', '<td class="long">', MATHS.sub(rendered, content))
+    def marked(match: re.Match[str]) -> str:
+        words = re.sub('<[^>]*>', '', match[1])
+        return f'<td class="long">{match[1]}</td>' if len(words) > 60 else match[0]
+
+    return re.sub('<td>(.*?)</td>', marked, MATHS.sub(rendered, content), flags=re.DOTALL)
 
 
 def leaves(nav: Any) -> Iterator[str]:
