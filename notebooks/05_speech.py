@@ -292,10 +292,10 @@ for row, gain in enumerate(GAINS):
         )
 
 # %% [markdown]
-# At gain 1 the three do equally well, and no better than the linear classifier on the mean frame:
-# this task needs little memory. Graves's own rate was chosen for his rule. At gain 4 none of them
-# comes near. The means put RMSProp first, but the ranges of the five seeds overlap, and its best
-# rate is the largest we tried.
+# At gain 1 the three do equally well, and no better than the linear classifier on the mean frame
+# (which was given all 270 utterances): this task needs little memory. Graves's own rate was chosen
+# for his rule. At gain 4 none of them comes near. The means put RMSProp first, but the ranges of
+# the five seeds overlap, and its best rate is the largest we tried.
 #
 # ## Gradients and steps
 #
@@ -355,8 +355,8 @@ assert min(ratio, key=ratio.get) == 'RMSProp (Graves)'
 #   RMSProp, at Graves's small rate, the slowest.
 # - **Gain 4, SGD.** Exploding gradients make exploding steps. In the first epoch the mean step is
 #   6 in the median and above 30 in one seed, where all weights together have a norm of 24. Such
-#   steps do not correct the initial weights, they replace them. (Momentum spreads a spike over ten
-#   steps or so, which is why the power is below 1.)
+#   steps do not correct the initial weights, they replace them. (Momentum spreads a spike over
+#   ten steps or so, which lowers the power.)
 # - **AdaGrad** has large steps at first as well: wherever the gradient is large, its first step is
 #   the learning rate. Each spike stays in the sum of squares for good, and all later steps are the
 #   shorter for it.
@@ -392,15 +392,17 @@ for (name, row), curves in faded.items():
     assert row == 0 or curves[:, -1].max() < untrained[:, -1].min()
 
 # %% [markdown]
-# At gain 1 the gradient vanishes after training as it did before, whatever the rule. This had to be
-# so: an optimizer sees one gradient for each weight, in which all frames have been summed. It can
-# scale that sum, but no scaling gives the early frames the share in it that they have lost.
+# At gain 1 the gradient vanishes after training as it did before, whatever the rule. None of the
+# rules acts on it: an optimizer sees one gradient for each weight, in which all frames have been
+# summed. It can scale that sum, but no scaling gives the early frames the share in it that they
+# have lost.
 #
-# At gain 4 no gradient explodes any more, under any of the rules. But training did not bring it to
-# the even keel of gain 2: with SGD and, at this large rate, with RMSProp, units have saturated, and
-# the explosion has turned into the opposite.
+# At gain 4 the typical gradient no longer explodes, under any of the rules, though single ones
+# still do: see the peaks above. But training did not bring it to the even keel of gain 2. With SGD
+# and, at this large rate, with RMSProp, units have saturated, and the explosion has turned into its
+# opposite.
 #
-# What to take home: normalised steps make training survive gradients of any size, which is what
-# RMSProp was made for. They do not mend the flow of gradients through time. That takes the
-# architecture and its initial weights (here the gain; gated units such as the LSTM in Graves's
-# paper, which also clips derivatives inside the network).
+# What to take home: RMSProp keeps the length of its steps in hand, whatever the gradient does, and
+# forgets a spike. It does not mend the flow of gradients through time. That takes the architecture
+# and its initial weights: here the gain; in Graves's paper an LSTM, whose derivatives he clips
+# inside the network besides.
