@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._types import RmsState, real_dtype, wide_dtype
+from rmsprop_jax._types import RmsState, leaf_dtype, real_dtype, wide_dtype
 from rmsprop_jax.storage._choice import Storage, format_of
 from rmsprop_jax.storage._formats import Format
 
@@ -244,10 +244,7 @@ def _is_rms_state(node: Any) -> bool:
 
 
 def _inexact_dtype(name: str, leaf: Any) -> np.dtype:
-    try:
-        dtype = leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
-    except (TypeError, ValueError):
-        raise TypeError(f'{name} is a {type(leaf).__name__}, not an array.') from None
+    dtype = leaf_dtype(name, leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f'{name} has dtype {dtype}, but RMSProp needs floating or complex leaves. Leave it out '

@@ -15,7 +15,14 @@ from rmsprop_jax._lift import cast_like, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, decay_rate, is_absent
+from rmsprop_jax._types import (
+    Hyperparameter,
+    ScalarOrSchedule,
+    cast,
+    checked_mask,
+    decay_rate,
+    is_absent,
+)
 from rmsprop_jax.storage._choice import Storage
 
 
@@ -117,10 +124,8 @@ def rmsprop(
     return in_accumulator_precision(optax.chain(*steps))
 
 
-def scale_by_learning_rate(learning_rate: ScalarOrSchedule | None) -> optax.GradientTransformation:
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate`, in the updates' precision whatever an array's dtype."""
-    if learning_rate is None:
-        return optax.identity()
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     if callable(learning_rate):
         return optax.scale_by_schedule(lambda count: -rate.at(count))
@@ -167,6 +172,7 @@ def subtract_decayed_weights(
         return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))
 
     decay = optax.GradientTransformation(init, update)
+    mask = checked_mask('mask', mask)
     return decay if mask is None else optax.masked(decay, mask)
 
 
@@ -221,6 +227,9 @@ def inject_hyperparams(
       static_args: Further arguments that are functions but not schedules.
       hyperparam_dtype: The dtype of the injected numbers, if another one is wanted.
 
+    Raises:
+      TypeError: For a factory that is no function, or a dtype that is not floating.
+
     Returns:
       A factory with the arguments of `inner_factory`. The state of what it builds has a dictionary
       `hyperparams`.
@@ -235,6 +244,10 @@ def inject_hyperparams(
       >>> state.hyperparams['learning_rate'], state.hyperparams['decay']
       (Array(0.1, dtype=float32), Array(0.99, dtype=float32))
     """
+    if not callable(inner_factory):
+        raise TypeError(f'inner_factory must be a function, got {inner_factory!r}.')
+    if hyperparam_dtype is not None:
+        _check_floating('hyperparam_dtype', hyperparam_dtype)
     names = set(inspect.signature(inner_factory).parameters)
     static = {static_args} if isinstance(static_args, str) else set(static_args)
     static |= _NEVER_HYPERPARAMETERS & names
@@ -247,3 +260,12 @@ def inject_hyperparams(
         return optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
 
     return wrapped
+
+
+def _check_floating(name: str, dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f'{name} must be a floating dtype, got {dtype!r}.')

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._lift import map_rms_states, placed, rms_states, select, widen
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState
-from rmsprop_jax.storage._choice import Storage
+from rmsprop_jax._types import RmsState, broadcast_prefix, checked_flag, checked_transformation
+from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import check_storage_is_given, convert, read
 
 
@@ -52,7 +52,7 @@ def reset(
     uncorrected start: the first step is up to `1 / sqrt(1 - decay)` learning rates long.
 
     Raises:
-      TypeError: For a mask with leaves that are not booleans.
+      TypeError: For a mask with leaves that are not booleans, or a `tx` that is none.
       ValueError: For a mask that is no prefix of the parameters, a state that is not of `tx`, a
         missing `storage`, or single entries of what is `factored`.
 
@@ -65,6 +65,8 @@ def reset(
       >>> state[0].nu['head'], state[0].count
       (Array([1., 1.], dtype=float32), Array(1, dtype=int32))
     """
+    checked_transformation('tx', tx)
+    check_storage(storage)
     chosen = _chosen(params, mask)
     start = _with_average(tx.init(params), params)
     if jax.tree.structure(start) != jax.tree.structure(state):
@@ -72,26 +74,34 @@ def reset(
             'state does not belong to tx and params:\n'
             f'  tx.init(params): {jax.tree.structure(start)}\n  state: {jax.tree.structure(state)}'
         )
+    for (path, new), old in zip(
+        tree_flatten_with_path(start)[0], jax.tree.leaves(state), strict=True
+    ):
+        if jnp.shape(new) != jnp.shape(old):
+            raise ValueError(
+                f'state{keystr(path)} has shape {jnp.shape(old)}, but tx.init(params) makes '
+                f'{jnp.shape(new)} there.'
+            )
     start = _in_units_of(state, start, params, storage)
     marks = map_rms_states(_with_weight, placed(tx, state, chosen, False))
     return jax.tree.map(select, marks, start, state)
 
 
 def _chosen(params: Any, mask: Any) -> Any:
-    selected = jax.tree.broadcast(mask(params) if callable(mask) else mask, params)
+    given = mask(params) if callable(mask) else mask
+    for path, value in tree_flatten_with_path(given)[0]:
+        if not hasattr(value, 'dtype') or value.dtype.kind != 'b':
+            checked_flag(f'mask{keystr(path)}', value)
 
     def leaf(path: tuple[Any, ...], value: Any, param: Any) -> Any:
-        if isinstance(value, bool | np.bool_):
-            return bool(value)
-        shapes = ((), jnp.shape(param))
-        if not hasattr(value, 'dtype') or value.dtype.kind != 'b' or value.shape not in shapes:
-            raise TypeError(
-                f'mask{keystr(path)} must be True or False, or a boolean array of shape '
-                f'{shapes[1]}, got {value!r}.'
+        if jnp.shape(value) not in ((), jnp.shape(param)):
+            raise ValueError(
+                f'mask{keystr(path)} has shape {jnp.shape(value)}, but its parameter '
+                f'{jnp.shape(param)}.'
             )
-        return value
+        return bool(value) if isinstance(value, bool | np.bool_) else value
 
-    return tree_map_with_path(leaf, selected, params)
+    return tree_map_with_path(leaf, broadcast_prefix('mask', given, params), params)
 
 
 def _with_weight(node: RmsState) -> RmsState:

@@ -14,9 +14,12 @@ from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
+    checked_mask,
     checked_steps,
     constant,
     decay_rate,
+    is_absent,
+    whole_mask,
 )
 from rmsprop_jax.storage._formats import Factors
 
@@ -142,10 +145,10 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         parameters (or gradients) to one.
     """
     inner_ = optax.with_extra_args_support(inner)
+    mask = checked_mask('sparse', mask)
 
     def untouched(updates: Any) -> Any:
-        chosen = mask(updates) if callable(mask) else mask
-        chosen = jax.tree.broadcast(chosen, updates)
+        chosen = whole_mask('sparse', mask, updates)
 
         def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
             if not is_sparse:
@@ -272,6 +275,8 @@ def rescale(name: str, factor: ArrayLike) -> Step:
 def unscale(name: str, factor: ArrayLike) -> Step:
     """`g <- g / factor`."""
     number = constant(name, factor)
+    if is_absent(number):
+        raise ValueError(f'{name} must not be zero.')
 
     def divide(g: jax.Array) -> jax.Array:
         return componentwise(operator.truediv, g, cast(number, g.real.dtype))

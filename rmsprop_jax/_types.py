@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array
@@ -23,7 +24,10 @@ def is_absent(value: Any) -> bool:
     """
     if value is None:
         return True
-    return not callable(value) and not isinstance(value, jax.Array) and float(value) == 0.0
+    if callable(value) or isinstance(value, jax.Array | str | bytes):
+        return False
+    number = np.asarray(value)
+    return not number.shape and bool(number == 0)
 
 
 def checked_flag(name: str, value: Any) -> bool:
@@ -43,6 +47,50 @@ def checked_steps(name: str, value: Any, least: int) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
     return int(value)
+
+
+def checked_transformation(name: str, value: Any) -> Any:
+    """Returns `value`, refusing what has no `init` and `update`."""
+    if not (callable(getattr(value, 'init', None)) and callable(getattr(value, 'update', None))):
+        raise TypeError(f'{name} must be a gradient transformation, got {value!r}.')
+    return value
+
+
+def checked_mask(name: str, mask: Any) -> Any:
+    """Returns `mask`, which may be None, a tree of booleans or a function to one.
+
+    What a function returns is checked when it is called.
+    """
+    if mask is None:
+        return None
+    if callable(mask):
+        return lambda tree: checked_mask(name, mask(tree))
+    for path, value in tree_flatten_with_path(mask)[0]:
+        checked_flag(f'{name}{keystr(path)}', value)
+    return mask
+
+
+def whole_mask(name: str, mask: Any, tree: Any) -> Any:
+    """A boolean for each leaf of `tree`, of a mask that may be a prefix of it or a function."""
+    checked = checked_mask(name, mask)
+    chosen = checked(tree) if callable(checked) else checked
+    return broadcast_prefix(name, chosen, tree)
+
+
+def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
+    """`prefix` in the structure of `tree`, which is that of the parameters."""
+    try:
+        return jax.tree.broadcast(prefix, tree)
+    except ValueError as error:
+        raise ValueError(f'{name} is neither like params nor a prefix of them: {error}') from None
+
+
+def leaf_dtype(name: str, leaf: Any) -> np.dtype:
+    """The dtype of an array, or of what JAX takes for one."""
+    try:
+        return leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        raise TypeError(f'{name} is a {type(leaf).__name__}, not an array.') from None
 
 
 class RmsState(NamedTuple):

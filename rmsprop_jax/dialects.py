@@ -16,6 +16,7 @@ from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -48,6 +49,8 @@ from rmsprop_jax._types import (
     Hyperparameter,
     ScalarOrSchedule,
     cast,
+    checked_flag,
+    checked_mask,
     checked_steps,
     constant,
     decay_rate,
@@ -130,7 +133,7 @@ def torch(
     """
     return as_pairs_of_reals(
         _chain(
-            optax.scale(-1.0) if maximize else None,
+            optax.scale(-1.0) if checked_flag('maximize', maximize) else None,
             _coupled_decay(weight_decay, mask),
             scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage),
             _momentum(momentum, storage),
@@ -157,6 +160,8 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
     Source: PyTorch 2.13, torch/nn/utils/clip_grad.py.
     """
     limit = constant('max_norm', max_norm)
+    if not isinstance(norm_type, int | float | np.number) or isinstance(norm_type, bool):
+        raise TypeError(f'norm_type must be a number, got {norm_type!r}.')
     if not norm_type > 0:
         raise ValueError(f'norm_type must be positive, got {norm_type!r}.')
 
@@ -265,7 +270,7 @@ def keras(
         None if loss_scale_factor is None else unscale('loss_scale_factor', loss_scale_factor),
         step if gradient_accumulation_steps is None else accumulate(step, every),
     )
-    if not use_ema:
+    if not checked_flag('use_ema', use_ema):
         return step
     return optax.chain(step, average_parameters(ema_momentum, ema_overwrite_frequency, every))
 
@@ -375,7 +380,7 @@ def tensorflow(
         epsilon,
         initial_scale=1.0,
         centered=centered,
-        momentum=momentum,
+        momentum=decay_rate('momentum', momentum).value,
         storage=storage,
     )
     return dense if sparse is False else skip_zero_rows(dense, sparse)
@@ -430,11 +435,13 @@ def timm(
 
     Source: timm 1.0.31, timm/optim/rmsprop_tf.py; caution: arXiv:2411.16085.
     """
+    decoupled_decay = checked_flag('decoupled_decay', decoupled_decay)
+    corrected_weight_decay = checked_flag('corrected_weight_decay', corrected_weight_decay)
     pace, velocity = scale_by_learning_rate(lr), _momentum(momentum, storage)
-    order = (pace, velocity) if lr_in_momentum else (velocity, pace)
+    order = (pace, velocity) if checked_flag('lr_in_momentum', lr_in_momentum) else (velocity, pace)
     root = scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage)
     step = _chain(root, *order)
-    if caution and velocity is not None:
+    if checked_flag('caution', caution) and velocity is not None:
         step = cautious(step)
     if not decoupled_decay:
         return _chain(_coupled_decay(weight_decay, mask), step)
@@ -648,7 +655,8 @@ def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | Non
 def _coupled_decay(weight_decay: ScalarOrSchedule, mask: Any) -> Step | None:
     if is_absent(weight_decay):
         return None
-    return optax.add_decayed_weights(Hyperparameter('weight_decay', weight_decay).value, mask)
+    strength = Hyperparameter('weight_decay', weight_decay).value
+    return optax.add_decayed_weights(strength, checked_mask('mask', mask))
 
 
 def _clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
@@ -675,6 +683,10 @@ def _decoupled_decay(
         return None
     if callable(peak):
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
+    if peak is not None:
+        peak = constant('max_lr', peak)
+        if is_absent(peak):
+            raise ValueError('max_lr must not be zero.')
     rate = Hyperparameter('lr', lr, lower=-math.inf)
     decay = Hyperparameter('weight_decay', weight_decay)
 

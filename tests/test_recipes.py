@@ -614,7 +614,7 @@ def test_describe_mask_takes_what_an_optimizer_takes():
         'c    ()      not decayed',
     ]
     assert decayed(params, None) == {'a/w', 'a/b', 'c'}
-    with pytest.raises(TypeError, match=r'mask must be True or False for a/b, got 1'):
+    with pytest.raises(TypeError, match=r"mask\['a'\] must be True or False, got 1"):
         recipes.describe_mask(params, {'a': 1, 'c': False})
 
 

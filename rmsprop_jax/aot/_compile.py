@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from rmsprop_jax._types import checked_transformation
 from rmsprop_jax.aot._program import Collective, Program
 from rmsprop_jax.aot._targets import devices
 
@@ -159,6 +160,7 @@ def compile_update(
       20.0
     """
     placed = _place(params, target, topology)
+    checked_transformation('tx', tx)
     if state is None:
         state = _initial_state(tx, placed)
     return compile_step(

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
+import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,30 +84,41 @@ def read_trace(source: Trace | Mapping[str, Any] | str | Path) -> Trace:
         return source
     if isinstance(source, Mapping):
         return _from_mapping(source)
-    try:
-        # Opened here, since numpy leaves the file open where the archive is broken.
-        with open(source, 'rb') as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError(f'{source} is no .npz file.')
-            file.seek(0)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f'trace must be a Trace, a mapping or a path, got {source!r}.')
+    # Opened here, since numpy leaves the file open where the archive is broken.
+    with open(source, 'rb') as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f'{source} is no .npz file.')
+        file.seek(0)
+        try:
             with np.load(file, allow_pickle=False) as archive:
-                return _from_mapping({name: archive[name] for name in archive.files})
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f'{source} is damaged: {error}.') from None
+                arrays = {name: archive[name] for name in archive.files}
+        # Of what a stranger's file may hold, numpy, zipfile and the decompressors complain with
+        # errors of ten kinds, among them MemoryError for a header that promises too much.
+        except Exception as error:
+            raise ValueError(
+                f'{source} is damaged, or holds more than plain arrays: {error!r}.'
+            ) from None
+    return _from_mapping(arrays)
 
 
 def _from_mapping(arrays: Mapping[str, Any]) -> Trace:
     """Takes `params/<name>` apart, and leaves trees under `params` as they are."""
     fields: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
     names = [field.name for field in dataclasses.fields(Trace)]
     for key, value in arrays.items():
-        name, slash, leaf = key.partition('/')
+        name, slash, leaf = str(key).partition('/')
         if name not in names or (slash and name not in ('params', 'gradients')):
             raise ValueError(f'a trace has no entry {key!r}; it has {", ".join(names)}.')
         if slash:
-            fields.setdefault(name, {})[leaf] = value
+            parts.setdefault(name, {})[leaf] = value
         else:
             fields[name] = value
+    for name in fields.keys() & parts.keys():
+        raise ValueError(f'the trace has {name} twice, as a whole and in parts.')
+    fields |= parts
     for name in ('params', 'gradients'):
         if name not in fields:
             raise ValueError(f'the trace has no {name}.')

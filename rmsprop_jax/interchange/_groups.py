@@ -1,6 +1,7 @@
 """PyTorch's parameter groups: who is in them, and the transformation they describe."""
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,13 @@ import numpy as np
 import optax
 
 from rmsprop_jax import dialects
-from rmsprop_jax.interchange._mapping import Pair, Problems, paired, path_name
+from rmsprop_jax.interchange._mapping import (
+    Pair,
+    Problems,
+    checked_names,
+    paired,
+    path_name,
+)
 
 _NUMBERS = ('lr', 'alpha', 'eps', 'weight_decay', 'momentum')
 _FLAGS = ('centered', 'maximize')
@@ -60,7 +67,7 @@ def torch_optimizer(
       [-1. -1.]
     """
     problems = Problems('the parameter groups cannot be converted')
-    groups = state_dict['param_groups']
+    groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
     pairs, leaves = paired(mapping, params, problems)
     by_name = {pair.theirs: path for path, pair in pairs.items()}
     labels = dict.fromkeys(leaves, _FROZEN)
@@ -81,17 +88,20 @@ def _dialect(
     label: str, group: Mapping[str, Any], problems: Problems
 ) -> optax.GradientTransformation:
     known = {*_NUMBERS, *_FLAGS}
-    for key in sorted(group.keys() - known - _IMMATERIAL):
+    for key in sorted(group.keys() - known - _IMMATERIAL, key=str):
         problems.add(f'{label}: {key!r} is no setting of torch.optim.RMSprop')
     # `maximize` is missing from state dictionaries of PyTorch before 1.12.
     for key in sorted(known - group.keys() - {'maximize'}):
         problems.add(f'{label}: {key!r} is missing')
     settings = {key: group[key] for key in known & group.keys()}
-    for key in settings.keys() & _NUMBERS:
-        if not callable(settings[key]):
-            settings[key] = float(np.asarray(settings[key]))
-    for key in settings.keys() & _FLAGS:
-        settings[key] = bool(settings[key])
+    for key in settings:
+        if callable(settings[key]):
+            continue
+        number = as_number(settings[key])
+        if number is None:
+            problems.add(f'{label}: {key} is {reprlib.repr(settings[key])}, which is no number')
+            return optax.identity()
+        settings[key] = bool(number) if key in _FLAGS else number
     try:
         return dialects.torch(**settings)
     except (TypeError, ValueError) as error:
@@ -99,10 +109,51 @@ def _dialect(
         return optax.identity()
 
 
+def as_number(value: Any) -> float | None:
+    """A real number or flag of a checkpoint, as PyTorch may hold it, or None if it is none."""
+    try:
+        number = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return None if number.shape or number.dtype.kind not in 'biuf' else float(number)
+
+
+def checked_groups(groups: Any, problems: Problems) -> Sequence[Mapping[str, Any]]:
+    """The parameter groups of a state dictionary.
+
+    Raises:
+      InterchangeError: Listing those that are none.
+    """
+    if not isinstance(groups, Sequence):
+        problems.add("'param_groups' is missing or no list")
+        groups = ()
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            problems.add(f'group {i} is a {type(group).__name__}, not a dictionary')
+            continue
+        numbers, names = group.get('params'), group.get('param_names', ())
+        if not _is_list_of(int | str | np.integer, numbers):
+            problems.add(f"group {i}: 'params' is missing or no list of numbers")
+        if not _is_list_of(str, names):
+            problems.add(f"group {i}: 'param_names' is no list of names")
+    problems.raise_if_any()
+    return groups
+
+
+def _is_list_of(kind: Any, value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(x, kind) for x in value)
+    )
+
+
 def numbered(
     groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, problems: Problems
 ) -> dict[Any, tuple[str, int]]:
     """The name and the place in `groups` of every parameter, by its number."""
+    if names is not None and not _is_list_of(str, names):
+        raise TypeError(f'names must be a list of names, got {names!r}.')
     numbers = [number for group in groups for number in group['params']]
     if names is None:
         lists = [group.get('param_names', [None] * len(group['params'])) for group in groups]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from rmsprop_jax._types import checked_steps
 
 
 class InterchangeError(ValueError):
@@ -66,6 +69,7 @@ class Layout:
         Raises:
           ValueError: If the array has not the axes that the layout speaks of.
         """
+        array = np.asarray(array)
         if not self.split:
             return array.transpose(self._order(array.ndim))
         outputs, features = self._matrix(array, 0, 1)
@@ -78,6 +82,7 @@ class Layout:
         Raises:
           ValueError: As `to_ours`.
         """
+        array = np.asarray(array)
         if not self.split:
             return array.transpose(np.argsort(self._order(array.ndim)))
         outputs, features = self._matrix(array, 1, 0)
@@ -121,7 +126,8 @@ def flattened(channels: int, *window: int) -> Layout:
       >>> flattened(2, 3).to_ours(np.arange(6).reshape(1, 6)).ravel()
       array([0, 3, 1, 4, 2, 5])
     """
-    return Layout((..., 1, 0), split=(channels, *window))
+    split = (channels, *window)
+    return Layout((..., 1, 0), split=tuple(checked_steps('channels, window', n, 1) for n in split))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +151,17 @@ class Pair:
     layout: Layout = AS_IS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.theirs, str):
+            raise TypeError(f'theirs must be a name, got {self.theirs!r}.')
+        if not isinstance(self.layout, Layout):
+            raise TypeError(f'layout must be a Layout, got {self.layout!r}.')
         object.__setattr__(self, 'ours', joined(self.ours))
 
 
 def joined(path: str | Sequence[Any]) -> str:
     """A path as one string."""
+    if not isinstance(path, str | Sequence):
+        raise TypeError(f'ours must be a path, a string or a sequence of keys, got {path!r}.')
     return path if isinstance(path, str) else '/'.join(map(str, path))
 
 
@@ -169,7 +181,7 @@ def paired(
     mapping: Iterable[Pair], params: Any, problems: Problems
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
     """The pairs by their `ours`, and the parameters by path, with the mapping's faults noted."""
-    pairs, leaves = list(mapping), named_leaves(params)
+    pairs, leaves = _checked_pairs(mapping), named_leaves(params)
     for name, values in (
         ('theirs', [p.theirs for p in pairs]),
         ('ours', [str(p.ours) for p in pairs]),
@@ -180,6 +192,46 @@ def paired(
         if pair.ours not in leaves:
             problems.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
     return {str(pair.ours): pair for pair in pairs}, leaves
+
+
+def _checked_pairs(mapping: Any) -> list[Pair]:
+    pairs = list(mapping) if isinstance(mapping, Iterable) else [mapping]
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            raise TypeError(f'mapping must hold pairs (interchange.Pair), got {pair!r}.')
+    return pairs
+
+
+def checked_names(name: str, value: Any) -> Mapping[str, Any]:
+    """Returns `value`, refusing what is no mapping with names as keys."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f'{name} must be a mapping from names, got {type(value).__name__}.')
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f'the keys of {name} must be names, got {key!r}.')
+    return value
+
+
+def checked_count(count: Any) -> int:
+    """A number of steps that the caller gives, as an int."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        raise TypeError(f'count must be an integer, got {count!r}.') from None
+    if number < 0:
+        raise ValueError(f'count must not be negative, got {number}.')
+    return number
+
+
+def as_count(value: Any, kinds: str = 'iu') -> int | None:
+    """A number of steps that a checkpoint gives, or None if it is none."""
+    try:
+        number = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if number.shape or number.dtype.kind not in kinds or not 0 <= number < np.inf or number % 1:
+        return None
+    return int(number)
 
 
 def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:
@@ -230,6 +282,7 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
       (2, 3)
     """
     problems = Problems('parameters cannot be converted')
+    checked_names('theirs', theirs)
     pairs, leaves = paired(mapping, like, problems)
     for name in sorted(theirs.keys() - {pair.theirs for pair in pairs.values()}):
         problems.add(f'{name!r} is in no pair')
@@ -278,6 +331,9 @@ def parameters_to(params: Any, mapping: Iterable[Pair]) -> dict[str, np.ndarray]
 
 def placed(name: str, array: np.ndarray, like: Any, problems: Problems) -> Any:
     """`array` with the dtype, sharding and memory of `like`, or None with the fault noted."""
+    if not (hasattr(like, 'shape') and hasattr(like, 'dtype')):
+        problems.add(f'{name} has no place: ours is a {type(like).__name__}, not an array')
+        return None
     if array.shape != like.shape:
         problems.add(f'{name} has shape {array.shape} where ours is {like.shape}')
         return None

@@ -11,18 +11,22 @@ Keras names a slot after the path of its variable, `sequential/dense/kernel`, wi
 variables, which starts with the optimizer's own name, is understood too.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import optax
 
+from rmsprop_jax._types import checked_steps, checked_transformation, constant
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
     Layout,
     Pair,
     Problems,
     as_array,
+    as_count,
+    checked_names,
     joined,
     laid_out,
     paired,
@@ -111,6 +115,9 @@ def from_keras(
     Source: Keras 3.15, keras/src/optimizers/base_optimizer.py and rmsprop.py.
     """
     problems = Problems('the Keras variables cannot be converted')
+    checked_transformation('tx', tx)
+    checked_names('variables', variables)
+    checked_steps('gradient_accumulation_steps', gradient_accumulation_steps, least=1)
     pairs, _ = paired(mapping, params, problems)
     entries = {name.rpartition('/')[2]: value for name, value in variables.items()}
     if len(entries) < len(variables):
@@ -129,7 +136,7 @@ def from_keras(
             if moment != _ACCUMULATOR:
                 flip = moment == 'trace'
                 collect(columns, moment, pair, repr(label), value, problems, negated=flip)
-            elif np.asarray(value).any():
+            elif (held := as_array(repr(label), value, problems)) is not None and held.any():
                 problems.add(f'{label!r} holds gradients: convert at the end of an accumulation')
     for name in sorted(entries):
         problems.add(f'{name!r} belongs to no pair')
@@ -148,16 +155,16 @@ def _slot(pair: Pair, slot: str) -> str:
 
 
 def _iteration(entries: dict[str, Any], every: int, problems: Problems) -> int:
-    value = entries.pop('iteration', entries.pop('iterations', None))
-    if value is None or np.asarray(value).dtype.kind not in 'iu' or np.asarray(value) < 0:
+    count = as_count(entries.pop('iteration', entries.pop('iterations', None)))
+    if count is None:
         problems.add("'iteration' is missing or no step count")
         return 0
-    if int(value) % every:
+    if count % every:
         problems.add(
-            f"'iteration' is {int(value)}, in the middle of an accumulation of {every}: convert at "
+            f"'iteration' is {count}, in the middle of an accumulation of {every}: convert at "
             'its end'
         )
-    return int(value)
+    return count
 
 
 def to_keras(
@@ -183,6 +190,7 @@ def to_keras(
       InterchangeError: Listing every moment without a pair or a counterpart in Keras.
     """
     problems = Problems('the state cannot be written for Keras')
+    checked_steps('gradient_accumulation_steps', gradient_accumulation_steps, least=1)
     pairs, _ = paired(mapping, params, problems)
     moments = read(state, problems)
     if len(moments.counts) != 1:
@@ -194,6 +202,7 @@ def to_keras(
     if learning_rate is None:
         learning_rate = next(iter(injected(state, 'learning_rate').values()), None)
     if learning_rate is not None:
+        constant('learning_rate', learning_rate, lower=-math.inf)
         variables['learning_rate'] = np.asarray(learning_rate)
     for moment, slot in _SLOTS.items():
         for path, array in moments.columns[moment].items():

@@ -8,7 +8,8 @@ from typing import Any
 
 import optax
 
-from rmsprop_jax.interchange._mapping import Problems
+from rmsprop_jax._types import checked_transformation, decay_rate
+from rmsprop_jax.interchange._mapping import Problems, checked_count
 from rmsprop_jax.interchange._state import Moments, read
 from rmsprop_jax.interchange._write import Writer
 
@@ -53,6 +54,9 @@ def from_optax(
     Source: Optax 0.2.8, optax/_src/transform.py.
     """
     problems = Problems('the Optax state cannot be converted')
+    checked_transformation('tx', tx)
+    count = None if count is None else checked_count(count)
+    decay = None if decay is None else float(decay_rate('decay', decay).value)
     moments = read(theirs, problems)
     if count is None:
         if len(moments.counts) != 1:
@@ -75,7 +79,7 @@ def from_optax(
 
 
 def _weight(decay: float | None, steps: int) -> float:
-    return 1.0 if decay is None else 1.0 - float(decay) ** steps
+    return 1.0 if decay is None else 1.0 - decay**steps
 
 
 def to_optax(
@@ -102,6 +106,8 @@ def to_optax(
         that Optax could not find again.
     """
     problems = Problems('the state cannot be written for Optax')
+    checked_transformation('tx', tx)
+    decay = None if decay is None else float(decay_rate('decay', decay).value)
     moments = read(state, problems)
     if len(moments.counts) != 1:
         problems.add(f'the state has step counts {sorted(moments.counts)}: not one')

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax.interchange._mapping import Pair, Problems, laid_out, paired
+from rmsprop_jax._types import checked_transformation
+from rmsprop_jax.interchange._mapping import (
+    Pair,
+    Problems,
+    as_count,
+    checked_count,
+    checked_names,
+    laid_out,
+    paired,
+)
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
@@ -69,6 +78,9 @@ def from_tensorflow(
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and slot_creator.py.
     """
     problems = Problems('the TensorFlow slots cannot be converted')
+    checked_transformation('tx', tx)
+    checked_names('variables', variables)
+    count = None if count is None else checked_count(count)
     pairs, _ = paired(mapping, params, problems)
     slots = {
         _slot(pair.theirs, moment, centered, name): (moment, pair)
@@ -86,11 +98,9 @@ def from_tensorflow(
         flip = moment == 'trace'
         collect(columns, moment, pair, repr(entry), value, problems, negated=flip)
     if count is None:
-        step = np.asarray(variables.get(_STEP, np.nan))
-        if step.dtype.kind not in 'iu' or step < 0:
+        count = as_count(variables.get(_STEP))
+        if count is None:
             problems.add(f'{_STEP!r} is missing or no step count: pass count')
-        else:
-            count = int(step)
 
     def describe(moment: str, path: str) -> str:
         if path not in pairs or (moment == 'mu' and not centered):

@@ -8,14 +8,14 @@ Two sources PyTorch keeps apart must be told apart here too: a group's numbers (
 belong to the transformation, and arrays and `step` to its state.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
 
-from rmsprop_jax.interchange._groups import numbered
+from rmsprop_jax._types import checked_transformation
+from rmsprop_jax.interchange._groups import as_number, checked_groups, numbered
 from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
@@ -23,6 +23,9 @@ from rmsprop_jax.interchange._mapping import (
     Layout,
     Pair,
     Problems,
+    as_count,
+    checked_count,
+    checked_names,
     joined,
     laid_out,
     paired,
@@ -123,21 +126,27 @@ def from_torch(
     Source: PyTorch 2.13, torch/optim/rmsprop.py and optimizer.py.
     """
     problems = Problems('the PyTorch state cannot be converted')
+    checked_transformation('tx', tx)
+    groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
+    held = _checked_state(state_dict.get('state'), problems)
+    if isinstance(fresh, str) or not isinstance(fresh, Collection):
+        raise TypeError(f'fresh must be a collection of names, got {fresh!r}.')
+    count = None if count is None else checked_count(count)
     pairs, _ = paired(mapping, params, problems)
     by_name = {pair.theirs: pair for pair in pairs.values()}
     columns: Columns = {name: {} for name in (*_SLOTS, 'ema')}
-    parameters = numbered(state_dict['param_groups'], names, problems)
+    parameters = numbered(groups, names, problems)
     steps: dict[int, list[str]] = {}
-    for number in state_dict['state'].keys() - parameters.keys():
+    for number in sorted(held.keys() - parameters.keys(), key=str):
         problems.add(f'state {number!r} belongs to no parameter of the groups')
     for number, (name, _) in parameters.items():
         if name not in by_name:
             problems.add(f'{name!r} is in no pair')
-        elif number in state_dict['state']:
-            entry = state_dict['state'][number]
+        elif number in held:
+            entry = held[number]
             _read_entry(entry, by_name[name], lr_in_momentum, columns, problems)
             steps.setdefault(_step(name, entry, problems), []).append(name)
-    for name in sorted(set(fresh) - by_name.keys()):
+    for name in sorted(set(fresh) - by_name.keys(), key=str):
         problems.add(f'{name!r}, said to be fresh, is in no pair')
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
@@ -160,7 +169,7 @@ def _read_entry(
     problems: Problems,
 ) -> None:
     """One parameter's arrays with our axes and signs, into `columns`."""
-    for key in sorted(entry.keys() - {*_SLOTS.values(), 'step'}):
+    for key in sorted(entry.keys() - {*_SLOTS.values(), 'step'}, key=str):
         problems.add(f'{key} of {pair.theirs!r} is nothing that RMSProp keeps')
     for moment, slot in _SLOTS.items():
         if slot in entry:
@@ -169,14 +178,22 @@ def _read_entry(
 
 
 def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
-    try:
-        step = float(np.asarray(entry['step']))
-    except (KeyError, TypeError, ValueError):
-        step = math.nan
-    if not math.isfinite(step) or step < 0 or step % 1:
+    step = as_count(entry.get('step'), 'iuf')
+    if step is None:
         problems.add(f'step of {name!r} is missing or no step count')
-        return 0
-    return int(step)
+    return step or 0
+
+
+def _checked_state(state: Any, problems: Problems) -> Mapping[Any, Mapping[str, Any]]:
+    """What a state dictionary holds for each parameter."""
+    if not isinstance(state, Mapping):
+        problems.add("'state' is missing or no dictionary")
+        state = {}
+    for number, entry in state.items():
+        if not isinstance(entry, Mapping):
+            problems.add(f'state {number!r} is a {type(entry).__name__}, not a dictionary')
+    problems.raise_if_any()
+    return state
 
 
 def to_torch(
@@ -212,6 +229,7 @@ def to_torch(
         group whose `momentum` or `centered` does not go with our moments.
     """
     problems = Problems('the state cannot be written for PyTorch')
+    checked_groups(param_groups, problems)
     pairs, leaves = paired(mapping, params, problems)
     by_name = {pair.theirs: path for path, pair in pairs.items()}
     moments = read(state, problems)
@@ -250,8 +268,10 @@ def _check_group(
         problems.add(f'the state has no second moment for {name!r}')
         return
     for moment, key in (('trace', 'momentum'), ('mu', 'centered')):
-        wanted = group.get(key)
-        if wanted is not None and bool(np.asarray(wanted) != 0) != (moment in held):
+        wanted = as_number(group.get(key, 0))
+        if key in group and wanted is None:
+            problems.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
+        elif key in group and bool(wanted) != (moment in held):
             has = 'has' if moment in held else 'has no'
             problems.add(f'{name!r} has {key}={wanted} in its group, but the state {has} {moment}')
 

@@ -10,7 +10,15 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import KeyPath
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import Hyperparameter, Scalar, cast, complement, decay_rate, wide_dtype
+from rmsprop_jax._types import (
+    Hyperparameter,
+    Scalar,
+    cast,
+    complement,
+    decay_rate,
+    leaf_dtype,
+    wide_dtype,
+)
 
 
 def ema_init(values: Any) -> Any:
@@ -19,12 +27,12 @@ def ema_init(values: Any) -> Any:
     Floating and complex leaves are held in float32 or wider.
     """
 
-    def leaf(value: Any) -> jax.Array:
-        dtype = jnp.result_type(value)
+    def leaf(path: KeyPath, value: Any) -> jax.Array:
+        dtype = leaf_dtype(f'values{keystr(path)}', value)
         wide = wide_dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else dtype
         return jnp.array(value, wide)
 
-    return jax.tree.map(leaf, values)
+    return tree_map_with_path(leaf, values)
 
 
 def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayLike) -> Any:
@@ -68,6 +76,9 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
     timm/utils/model_ema.py, ModelEmaV2 and V3.
     """
     rest = _share(count, decay)
+    here, there = jax.tree.structure(values), jax.tree.structure(average)
+    if here != there:
+        raise ValueError(f'values and average differ in structure:\n  {here}\n  {there}')
 
     def leaf(path: KeyPath, a: Any, v: Any) -> Any:
         if jnp.shape(a) != jnp.shape(v):

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
+from rmsprop_jax._types import whole_mask
+
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
 
@@ -33,7 +35,8 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
       >>> recipes.tensorflow_decay_mask(params)
       {'bn1': {'scale': False}, 'dense': {'bias': True}}
     """
-    return tree_map_with_path(lambda path, _: not _matches(batch_norm, path), params)
+    pattern = _pattern('batch_norm', batch_norm)
+    return tree_map_with_path(lambda path, _: not _matches(pattern, path), params)
 
 
 def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
@@ -43,8 +46,10 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
     searched as in `tensorflow_decay_mask`. Name the depthwise layers so, or pass their names.
     """
 
+    pattern = _pattern('depthwise', depthwise)
+
     def decays(path: Any, leaf: Any) -> bool:
-        return np.ndim(leaf) >= 2 and not _matches(depthwise, path)
+        return np.ndim(leaf) >= 2 and not _matches(pattern, path)
 
     return tree_map_with_path(decays, params)
 
@@ -75,23 +80,27 @@ def describe_mask(params: Any, mask: Any) -> str:
       conv/bias    (8,)          not decayed
       conv/kernel  (3, 3, 1, 8)  decayed
     """
-    chosen = mask(params) if callable(mask) else mask
     leaves = tree_flatten_with_path(params)[0]
-    flags = [True] * len(leaves)
-    if chosen is not None:
-        flags = jax.tree.leaves(jax.tree.broadcast(chosen, params))
+    flags = jax.tree.leaves(whole_mask('mask', True if mask is None else mask, params))
     rows = []
     for (path, leaf), decays in zip(leaves, flags, strict=True):
         name = '/'.join(_parts(path))
-        if not isinstance(decays, bool):
-            raise TypeError(f'mask must be True or False for {name}, got {decays!r}.')
         rows.append((name, str(np.shape(leaf)), 'decayed' if decays else 'not decayed'))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return '\n'.join(f'{a:{widths[0]}}  {b:{widths[1]}}  {c}' for a, b, c in rows)
 
 
-def _matches(pattern: str, path: Any) -> bool:
-    return any(re.search(pattern, part, re.IGNORECASE) for part in _parts(path))
+def _pattern(name: str, pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f'{name} must be a regular expression, got {pattern!r}.')
+    try:
+        return re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise ValueError(f'{name} is no regular expression: {error}.') from None
+
+
+def _matches(pattern: re.Pattern[str], path: Any) -> bool:
+    return any(pattern.search(part) for part in _parts(path))
 
 
 def _parts(path: Any) -> list[str]:

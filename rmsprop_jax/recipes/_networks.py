@@ -5,11 +5,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
+from rmsprop_jax._lift import KeyPath, Statistic
 from rmsprop_jax._optimizer import in_accumulator_precision
 from rmsprop_jax._transforms import clip_parameters
-from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax._types import ScalarOrSchedule, checked_mask
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._masks import slim_decay_mask, tensorflow_decay_mask, timm_decay_mask
 from rmsprop_jax.recipes._records import Recipe
@@ -231,7 +233,13 @@ def wgan(*, network: Literal['critic', 'generator']) -> Optimizer:
 def wgan_clamp(params: Any) -> Any:
     """The critic's parameters within 0.01 of zero, as before its first step."""
     limit = _records.WGAN.clamp
-    return jax.tree.map(lambda p: jnp.clip(p, -limit, limit), params)
+    kind = Statistic('params')
+
+    def leaf(path: KeyPath, p: Any) -> jax.Array:
+        kind.dtype(f'params{keystr(path)}', p)
+        return jnp.clip(p, -limit, limit)
+
+    return tree_map_with_path(leaf, params)
 
 
 def _tensorflow(r: Recipe, steps_per_epoch: Any, batch_size: Any, mask: Any) -> Optimizer:
@@ -249,5 +257,5 @@ def _timm(r: Recipe, peak: float, steps_per_epoch: Any, warmup_epochs: Any, mask
 def _decayed(r: Recipe, step: optax.GradientTransformation, mask: Any) -> Optimizer:
     """`step` on gradients of a loss with its L2 term."""
     return in_accumulator_precision(
-        optax.chain(optax.add_decayed_weights(r.weight_decay, mask), step)
+        optax.chain(optax.add_decayed_weights(r.weight_decay, checked_mask('mask', mask)), step)
     )

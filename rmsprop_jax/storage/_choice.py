@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from rmsprop_jax._types import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
 
 
@@ -72,7 +73,9 @@ def large_leaves(format: Format, min_size: int = 4096, min_ndim: int = 2) -> Lar
     """
     if not isinstance(format, Format):
         raise TypeError(f'format must be a storage format, got {format!r}.')
-    return LargeLeaves(format, min_size, min_ndim)
+    return LargeLeaves(
+        format, checked_steps('min_size', min_size, 0), checked_steps('min_ndim', min_ndim, 0)
+    )
 
 
 def per_leaf(function: Callable[[str, tuple[int, ...]], Format]) -> PerLeaf:

@@ -1,6 +1,7 @@
 """What can be done with statistics outside of a step: read, convert, describe, look at the ends."""
 
 import operator
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import RmsState, TraceState, real_dtype, wide_dtype
+from rmsprop_jax._types import RmsState, TraceState, leaf_dtype, real_dtype, wide_dtype
 from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
 from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
 
@@ -80,7 +81,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     def leaf(leaf: Leaf) -> Any:
         if leaf.path not in known:
             raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
-        wide = wide_dtype(jnp.result_type(known[leaf.path]))
+        wide = wide_dtype(leaf_dtype(f'params{keystr(leaf.path)}', known[leaf.path]))
         decoded = leaf.decoded()
         kept = format_of(
             to,
@@ -222,6 +223,7 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
     Raises:
       ValueError: If they differ, or if the description has a version this release cannot read; the
         message lists the differences by path, or names the releases.
+      TypeError: If the description is no mapping.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -229,9 +231,15 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
       >>> state = rmsprop_jax.scale_by_rms().init({'kernel': jnp.ones((64, 64))})
       >>> storage.check(storage.describe(state, None), state, storage.float32())
     """
+    if not isinstance(description, Mapping):
+        raise TypeError(
+            f'description must be what storage.describe made, got {reprlib.repr(description)}.'
+        )
     version, there = description.get('rmsprop_jax.storage'), description.get('leaves')
-    if not isinstance(version, int) or not isinstance(there, Mapping):
-        raise ValueError(f'the description is not one that storage.describe made: {description!r}')
+    if type(version) is not int or not isinstance(there, Mapping):
+        raise ValueError(
+            f'the description is not one that storage.describe made: {reprlib.repr(description)}'
+        )
     if version != _VERSION:
         raise ValueError(
             f'the checkpoint was written by rmsprop_jax {description.get("rmsprop_jax")} with '
@@ -242,18 +250,43 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
     lines = [
         f'  {path}: {_differing(there.get(path), here.get(path))} in the checkpoint, '
         f'{_differing(here.get(path), there.get(path))} here'
-        for path in sorted(here.keys() | there.keys())
-        if here.get(path) != there.get(path)
+        for path in sorted(here.keys() | there.keys(), key=str)
+        if not _same(here.get(path), there.get(path))
     ]
     if lines:
         raise ValueError('\n'.join(['the checkpoint is of another state:', *lines]))
 
 
-def _differing(leaf: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Any:
+def _differing(leaf: Any, other: Any) -> Any:
     """What a leaf's description says that the other's does not."""
     if leaf is None or other is None:
-        return 'absent' if leaf is None else leaf
-    return {name: x for name, x in leaf.items() if other.get(name) != x} or 'none of this'
+        return 'absent' if leaf is None else _told(leaf)
+    if not (isinstance(leaf, Mapping) and isinstance(other, Mapping)):
+        return _told(leaf)
+    found = {name: x for name, x in leaf.items() if not _same(other.get(name), x)}
+    return _told(found) if found else 'none of this'
+
+
+def _told(x: Any) -> str:
+    """What a checkpoint says may be anything, arrays and deep nests too."""
+    return str(x) if _is_plain(x) else reprlib.repr(x)
+
+
+def _same(x: Any, y: Any) -> bool:
+    return _is_plain(x) and _is_plain(y) and x == y
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether something is as `describe` makes it, which can be compared and shown."""
+    if isinstance(x, Mapping):
+        return all(isinstance(name, str) and _is_value(value) for name, value in x.items())
+    return _is_value(x)
+
+
+def _is_value(x: Any) -> bool:
+    if type(x) is list:
+        return all(type(item) is int for item in x)
+    return x is None or type(x) in (str, int, float)
 
 
 def _release() -> str:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax._types import real_dtype
+from rmsprop_jax._types import constant, real_dtype
 from rmsprop_jax.storage._place import full_like, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
@@ -306,7 +306,7 @@ class uint8(_Rounded):
         super().__post_init__()
         if isinstance(self.scale, jax.Array) or callable(self.scale):
             raise TypeError('scale must be a Python number: it decides how bytes are read.')
-        object.__setattr__(self, 'scale', float(self.scale))
+        object.__setattr__(self, 'scale', constant('scale', self.scale))
         fraction, exponent = math.frexp(self.scale)
         # At the lower end the smallest byte is the smallest normal number.
         if fraction != 0.5 or not -46 < exponent <= 61:
