@@ -1,0 +1,310 @@
+"""Ways to break the mathematics, each with the tests of the fast suite that must notice.
+
+A mutant is a file, what stands there once, what is put in its place, and names of `SELECTIONS`.
+"""
+
+_OPTAX, _STABLE = 'tests/test_optax_equality.py', 'tests/test_stability.py'
+_STORAGE, _CONTRACT = 'tests/test_storage.py', 'tests/test_contract.py'
+_DIALECTS, _ERRORS = 'tests/test_dialects.py', 'tests/test_errors.py'
+
+
+def _golden(*names: str) -> list[str]:
+    return [f'tests/test_golden.py::test_float64[{name}]' for name in names]
+
+
+# Tests by node, the cheapest that are enough.
+SELECTIONS: dict[str, list[str]] = {
+    'plain': [f'{_OPTAX}::test_rmsprop[True-False-1.0-True-nesterov-schedule]'],
+    'outside': [f'{_OPTAX}::test_rmsprop[False-False-0.0-False-momentum-float]'],
+    'centered': [f'{_OPTAX}::test_rmsprop[True-True-1.0-False-none-array]'],
+    'corrected': [f'{_OPTAX}::test_rmsprop[False-True-0.0-True-none-float]'],
+    'schedules': [f'{_OPTAX}::test_schedules_of_decay_eps_and_momentum[True-2.0-True]'],
+    'complex': [f'{_OPTAX}::test_complex_gradients_share_one_magnitude[True-True]'],
+    'decay': [f'{_OPTAX}::test_weight_decay_is_decoupled_and_follows_the_schedule'],
+    'complement': [f'{_OPTAX}::test_python_decay_is_complemented_in_double_precision'],
+    'zero': [f'{_STABLE}::test_zero_gradient_gives_zero_update_and_finite_derivative'],
+    'finite': [f'{_STABLE}::test_updates_are_finite_and_within_the_formula'],
+    'formulas': ['tests/test_formulas.py'],
+    'moments': ['tests/test_moments.py'],
+    'narrow': [f'{_STABLE}::test_narrow_parameters_keep_float32_accumulators'],
+    'counts': [
+        f'{_CONTRACT}::test_count_saturates',
+        f'{_CONTRACT}::test_schedules_see_the_zero_based_count',
+    ],
+    'dtypes': [f'{_CONTRACT}::test_dtypes', f'{_CONTRACT}::test_float64_and_strict_promotion'],
+    'injected': [
+        f'{_CONTRACT}::test_injected_hyperparameters_can_be_changed_between_steps',
+        f'{_CONTRACT}::test_inject_hyperparams_needs_no_params_unless_weights_decay',
+        f'{_ERRORS}::test_optax_injection_into_bfloat16_parameters',
+    ],
+    'errors': [_ERRORS],
+    'equations': [f'{_DIALECTS}::test_equations'],
+    'arguments': [f'{_DIALECTS}::test_every_argument_matters'],
+    'rows': [
+        f'{_DIALECTS}::test_rows_without_gradient_keep_all_their_statistics',
+        *_golden('tensorflow: sparse'),
+    ],
+    'accumulation': [
+        f'{_DIALECTS}::test_accumulation_takes_a_mean_and_its_schedule_the_calls',
+        f'{_DIALECTS}::test_accumulation_keeps_every_dtype',
+    ],
+    'infinite norm': [f'{_DIALECTS}::test_an_infinite_norm_makes_all_gradients_nan'],
+    'torch': _golden('torch: defaults', 'torch: schedule', 'torch: maximize'),
+    'torch complex': _golden('torch: complex'),
+    'torch clip': _golden(
+        'torch: clip max_norm 1.0 normal', 'torch: clip max_norm 1000000.0 normal'
+    ),
+    'keras clips': _golden('keras: clipnorm', 'keras: global_clipnorm', 'keras: loss scale'),
+    'keras averages': _golden('keras: ema', 'keras: ema overwriting'),
+    'legacy': _golden(
+        'keras_legacy: eps 0.01 plain',
+        'keras_legacy: eps 0',
+        'keras_legacy: decay',
+        'keras_legacy: clipvalue and clipnorm',
+    ),
+    'tensorflow': _golden('tensorflow: defaults'),
+    'timm': _golden('timm: schedule', 'timm: lr outside', 'timm: corrected'),
+    'cautious': _golden('timm: caution', 'timm: caution outside'),
+    'sb3': _golden('stable_baselines3: schedule'),
+    'rounding': [
+        f'{_STORAGE}::test_every_platform_rounds_alike',
+        f'{_STORAGE}::test_ends',
+        f'{_STORAGE}::test_what_is_on_the_grid_stays',
+        f'{_STORAGE}::test_bfloat16_keeps_signs',
+        f'{_STORAGE}::test_rounding_goes_to_a_neighbour_and_is_right_on_average',
+    ],
+    'bits': [
+        f'{_STORAGE}::test_random_bits_look_random',
+        f'{_STORAGE}::test_bits_come_from_paths_not_from_positions',
+    ],
+    'average': [f'{_STORAGE}::test_the_average_neither_stalls_nor_drifts'],
+    'silent': [f'{_STORAGE}::test_a_silent_entry_is_not_rounded'],
+    'guard': [f'{_STORAGE}::test_the_guard_at_the_upper_end_matters'],
+    'small variance': [
+        f'{_STORAGE}::test_a_centered_step_divides_by_no_variance_that_the_format_made_small'
+    ],
+    'factored': [f'{_STORAGE}::test_factored_is_exact_for_products'],
+    'large': [f'{_STORAGE}::test_small_leaves_stay_float32_by_a_rule_that_can_be_changed'],
+    'converted': [
+        f'{_STORAGE}::test_convert_goes_on_in_another_format',
+        f'{_STORAGE}::test_saturation_counts_entries_at_the_ends',
+    ],
+}
+
+MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
+    '_types': [
+        ('return 1 - decay', 'return 1 - jnp.float32(decay)', ('complement',)),
+        ('jnp.finfo(dtype).bits < 32 else', 'jnp.finfo(dtype).bits < 16 else', ('narrow',)),
+        ('below=1.0, exact=True)', 'below=1.0)', ('errors',)),
+        ('callable(self.value) else self.value', 'False else self.value', ('schedules',)),
+    ],
+    '_moments': [
+        ('decay * nu + complement', 'decay * nu - complement', ('equations',)),
+        ('complement * squared_magnitude(g)', 'decay * squared_magnitude(g)', ('equations',)),
+        ('decay * weight + complement', 'decay * weight + decay', ('plain',)),
+        (
+            'mu + componentwise(operator.mul, g - mu',
+            'mu + componentwise(operator.mul, g',
+            ('centered',),
+        ),
+        ('return decay * var + _real_product', 'return var + _real_product', ('centered',)),
+        ('operator.truediv, mu, jnp.where', 'operator.mul, mu, jnp.where', ('corrected',)),
+        ('jnp.where(weight == 0, 1, weight)', 'weight', ('moments',)),
+        ('deviation = g - centre', 'deviation = g + centre', ('centered',)),
+        ('share), deviation)', 'share), g)', ('centered',)),
+        ('return 1 / x if x else 0.0', 'return 1 / x if x else 1.0', ('moments',)),
+        ('jnp.where(vanishes, 0, 1 / jnp', 'jnp.where(vanishes, 1, 1 / jnp', ('moments',)),
+        (
+            'root = jnp.sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps\n        #',
+            'root = jnp.sqrt(moment) + eps if eps_in_sqrt else _sqrt(moment + eps)\n        #',
+            ('equations',),
+        ),
+        (
+            'root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps\n    vanishes',
+            'root = _sqrt(moment) + eps if eps_in_sqrt else _sqrt(moment + eps)\n    vanishes',
+            ('schedules', 'moments'),
+        ),
+        ('return jnp.where(vanishes, 0, quotient)', 'return quotient', ('moments',)),
+        ('x.real * y.real + x.imag', 'x.real * y.real - x.imag', ('complex',)),
+        ('return _real_product(x, x)', 'return jnp.abs(x)', ('equations',)),
+        ('op(x.real, real), op(x.imag, real)', 'op(x.real, real), x.imag', ('complex',)),
+        (
+            'return jnp.where(vanishes, 0, jnp.sqrt(jnp.where(vanishes, 1, x)))',
+            'return jnp.sqrt(x)',
+            ('zero',),
+        ),
+    ],
+    '_precondition': [
+        ('rest = complement(decay)', 'rest = decay', ('equations',)),
+        ('eps_.at(state.count)', 'eps_.at(0)', ('schedules',)),
+        ('decay_.at(state.count)', 'decay_.at(state.count + 1)', ('schedules',)),
+        ('nu if c is None else nu / c[1]', 'nu if c is None else nu / c[0]', ('plain',)),
+        ('d, d * r * ratio', 'd, r * ratio', ('moments',)),
+        ('reciprocal_or_zero(d * ratio)', 'reciprocal_or_zero(d)', ('corrected',)),
+        ('g, new_mu, after, d, share', 'g, mu, after, d, share', ('centered',)),
+        ('moment = var if c is None else var / c[1]', 'moment = var', ('corrected',)),
+        ('squared_magnitude(centre), 0)', 'squared_magnitude(0 * centre), 0)', ('guard',)),
+        ('optax.safe_increment(state.count)', '(state.count + 1)', ('counts',)),
+        ('weights is None else weights[1]', 'weights is None else weights[0]', ('plain',)),
+        ('init(params, 0.0) if centered', 'init(params, start_value) if centered', ('centered',)),
+        ('jnp.zeros([], widest)', 'jnp.ones([], widest)', ('plain',)),
+        ('jnp.zeros([], widest)', 'jnp.zeros([], jnp.float32)', ('plain',)),
+        ('first.init(params, start_value)', 'first.init(params, 0.0)', ('plain',)),
+        (
+            'initial_scale, eps_in_sqrt, bias_correction, centered=True',
+            'initial_scale, bias_correction, eps_in_sqrt, centered=True',
+            ('finite', 'dtypes'),
+        ),
+        ("(name, name != 'mu', storage)", '(name, True, storage)', ('complex',)),
+    ],
+    '_lift': [
+        (
+            'wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])',
+            "wide = np.dtype('float32')",
+            ('equations',),
+        ),
+        (
+            'return update.astype(jnp.result_type(g)), *encoded',
+            'return update, *encoded',
+            ('dtypes',),
+        ),
+        ('for unit in units)', 'for unit in reversed(units))', ('silent', 'average')),
+        ("kept.key(f'{statistic.name}{keystr(path)}')", "kept.key(f'{statistic.name}')", ('bits',)),
+        ("kept.key(f'{statistic.name}{keystr(path)}')", "kept.key(f'{keystr(path)}')", ('bits',)),
+        ('x.astype(jnp.result_type(y)), tree', 'x, tree', ('dtypes',)),
+        ('jnp.asarray(x, wide_dtype(dtype))', 'x', ('narrow', 'dtypes')),
+        ('if jnp.iscomplexobj(other) !=', 'if False !=', ('errors',)),
+    ],
+    '_momentum': [
+        (
+            'velocity = g + componentwise(operator.mul, velocity, d)\n',
+            'velocity = g - componentwise(operator.mul, velocity, d)\n',
+            ('plain',),
+        ),
+        ('velocity, d) if nesterov', 'velocity, d) if not nesterov', ('plain',)),
+        ('return ahead, velocity', 'return ahead, ahead', ('plain',)),
+        ('decay_.at(state.count)', 'decay_.at(0)', ('schedules',)),
+        ('init(params, 0.0)', 'init(params, 1.0)', ('plain',)),
+        ('optax.safe_increment(state.count)', '(state.count + 1)', ('counts',)),
+    ],
+    '_optimizer': [
+        ('lambda count: -rate.at(count)', 'lambda count: rate.at(count)', ('plain',)),
+        ('u, -cast(rate.value', 'u, cast(rate.value', ('outside',)),
+        ('p, lr * wd)', 'p, wd)', ('decay',)),
+        ('return u - componentwise', 'return u + componentwise', ('decay',)),
+        ('decay if mask is None else optax.masked(decay, mask)', 'decay', ('decay',)),
+        ('now = rate.at(state.count)', 'now = rate.at(state.count + 1)', ('decay',)),
+        ('inner_.update(widen(updates), state', 'inner_.update(updates, state', ('dtypes',)),
+        ("{'momentum', 'wd', 'weight_decay'}", '{}', ('injected',)),
+        ('jax.dtypes.canonicalize_dtype(jnp.float64)', 'None', ('injected',)),
+        (
+            'scale_by_learning_rate(learning_rate),\n    ]\n    if momentum is not None:\n        steps.append(',
+            'scale_by_learning_rate(learning_rate),\n    ]\n    if momentum is not None:\n        steps.insert(1, ',
+            ('plain',),
+        ),
+    ],
+    '_transforms': [
+        (
+            'lax.complex(x[..., 0], x[..., 1])',
+            'lax.complex(x[..., 1], x[..., 0])',
+            ('torch complex',),
+        ),
+        ('operator.mul, p, 1 - w)', 'operator.mul, p, w)', ('keras averages',)),
+        ('jnp.where(step == 0', 'jnp.where(step == 1', ('keras averages',)),
+        ('(step + 1) % overwrite', '(step + 2) % overwrite', ('keras averages',)),
+        ('cast(bound, p.dtype)) - p', 'cast(bound, p.dtype))', ('equations',)),
+        ('u * g < 0', 'u * g > 0', ('cautious',)),
+        ('jnp.maximum(agrees.mean(), 1e-3)', 'jnp.maximum(agrees.mean(), 0.9)', ('cautious',)),
+        ('scaled(total, 1 / every)', 'scaled(total, 1.0)', ('accumulation',)),
+        ('state.mini_step == every - 1', 'state.mini_step == every', ('accumulation',)),
+        ('bound / jnp.maximum(norm, bound)', 'bound / norm', ('keras clips',)),
+        ('g, jnp.nan)', 'g, 0.0)', ('infinite norm',)),
+        ('operator.truediv, g, cast(number', 'operator.mul, g, cast(number', ('keras clips',)),
+        ('jnp.where(h, b, a)', 'jnp.where(h, a, b)', ('rows',)),
+        ('range(1, jnp.ndim(g))', 'range(0, jnp.ndim(g))', ('rows',)),
+        ('-cast(bound, g.dtype), cast(bound', 'cast(bound, g.dtype), cast(bound', ('equations',)),
+    ],
+    'dialects': [
+        ('alpha, eps, eps_in_sqrt=False', 'alpha, eps, eps_in_sqrt=True', ('torch',)),
+        (
+            '            _momentum(momentum, storage),\n            scale_by_learning_rate(lr),\n',
+            '            scale_by_learning_rate(lr),\n            _momentum(momentum, storage),\n',
+            ('torch',),
+        ),
+        ('optax.scale(-1.0)', 'optax.scale(1.0)', ('torch',)),
+        ('limit / (norm + 1e-6)', 'limit / norm', ('torch clip',)),
+        ('jnp.minimum(1.0, limit', 'jnp.minimum(2.0, limit', ('torch clip',)),
+        ('count * every + (every - 1)', 'count * every', ('accumulation',)),
+        ('eps_in_sqrt=not plain', 'eps_in_sqrt=plain', ('legacy',)),
+        ('1e-7 if epsilon is None', '1e-8 if epsilon is None', ('legacy',)),
+        ('(1.0 + cast(slope', '(2.0 + cast(slope', ('legacy',)),
+        (
+            '_clipping(clipvalue=clipvalue),\n        _clipping(clipnorm=clipnorm, global_clipnorm=global_clipnorm),',
+            '_clipping(clipnorm=clipnorm, global_clipnorm=global_clipnorm),\n        _clipping(clipvalue=clipvalue),',
+            ('legacy',),
+        ),
+        (
+            'initial_scale=1.0,\n        centered=centered,\n        momentum',
+            'centered=centered,\n        momentum',
+            ('tensorflow',),
+        ),
+        ('if lr_in_momentum else', 'if not lr_in_momentum else', ('timm',)),
+        ('(rate.at(count) / peak)', '(rate.at(count) * peak)', ('timm',)),
+        (
+            '_coupled_decay(weight_decay, mask),\n        scale_by_rms(alpha, eps, initial_scale=1.0',
+            '_coupled_decay(weight_decay, mask),\n        scale_by_rms(alpha, eps, initial_scale=0.0',
+            ('sb3',),
+        ),
+        ('eps_in_sqrt=centered,', 'eps_in_sqrt=not centered,', ('equations',)),
+        (
+            '_clipping_unless_zero(clip_gradient=clip_gradient),\n        _coupled_decay(wd, mask),',
+            '_coupled_decay(wd, mask),\n        _clipping_unless_zero(clip_gradient=clip_gradient),',
+            ('equations',),
+        ),
+        ('eps, centered=True, momentum=momentum', 'eps, momentum=momentum', ('equations',)),
+        ('decay, eps=0.0,', 'decay, eps=1e-8,', ('equations',)),
+    ],
+    'storage/_rounding': [
+        ('shrunk = unit * cast(decay, unit.dtype)', 'shrunk = unit', ('silent', 'average')),
+        ('jnp.where(power > x, power * 0.5, power)', 'power', ('rounding', 'silent')),
+        ('jnp.asarray(count, jnp.uint32) * ', '0 * jnp.asarray(count, jnp.uint32) * ', ('bits',)),
+        ("f'{seed} {label}'", "f'{label}'", ('bits',)),
+        ('_hashed(index ^ salt)', '_hashed(index) ^ salt', ('bits',)),
+        ('x = (x ^ (x >> 16))', 'x = (x ^ (x >> 31))', ('bits',)),
+    ],
+    'storage/_choice': [
+        ('len(shape) >= self.min_ndim', 'len(shape) > self.min_ndim', ('large',)),
+        ('math.prod(shape) >= self.min_size', 'math.prod(shape) > self.min_size', ('large',)),
+    ],
+    'storage/_formats': [
+        ('else 1 / unit)', 'else unit)', ('silent', 'converted')),
+        (
+            'return self.widened(stored) * (1.0 if unit is None else unit)',
+            'return self.widened(stored)',
+            ('silent', 'average'),
+        ),
+        (
+            'jnp.clip(magnitude, low, high) + (bits >> 16)',
+            'jnp.clip(magnitude, low, high)',
+            ('rounding',),
+        ),
+        ('jnp.copysign(whole * (power * 2.0**-6), x)', 'whole * (power * 2.0**-6)', ('rounding',)),
+        ('noise = bits >> 11', 'noise = bits >> 12', ('rounding',)),
+        ('(134, 308, 54)', '(133, 308, 54)', ('rounding',)),
+        ('x * (1 / window.scale)', 'x * window.scale', ('moments', 'converted')),
+        ('jnp.float32) * self.scale', 'jnp.float32)', ('moments', 'converted')),
+        ('jnp.where(below, 118.0', 'jnp.where(below, 117.0', ('rounding',)),
+        (
+            'row=jnp.mean(x, axis=-1), col=jnp.mean(x, axis=-2)',
+            'row=jnp.mean(x, axis=-1), col=jnp.sum(x, axis=-2)',
+            ('factored',),
+        ),
+        ('stored.row / jnp.where(vanishes, 1, total)', 'stored.row', ('factored',)),
+        ('return jnp.where(code == 0, 0.0, value)', 'return value', ('rounding',)),
+        (
+            'HALF if bits is None else bits)',
+            'np.uint32(0) if bits is None else bits)',
+            ('moments', 'converted'),
+        ),
+    ],
+}

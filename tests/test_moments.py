@@ -1,0 +1,84 @@
+"""The array mathematics at its edges: what vanishes, what overflows, what is traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rmsprop_jax import _moments, scale_by_rms, storage
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize('eps_in_sqrt', [True, False])
+def test_a_root_that_vanishes_gives_no_step(eps_in_sqrt):
+    """The square of a gradient of 1e-30 is zero in float32: its direction is not known."""
+    g = jnp.array([1e-30, -1e-30, 1.0])
+    tx = scale_by_rms(0.0, 0.0, eps_in_sqrt=eps_in_sqrt)
+    update, _ = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(update, [0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize('eps_in_sqrt', [True, False])
+def test_an_array_epsilon_has_its_place(eps_in_sqrt):
+    g, moment, eps = jnp.array([3.0]), jnp.array([16.0]), jnp.float32(9.0)
+    exact = 3 / 5 if eps_in_sqrt else 3 / 13
+    for given in (eps, float(eps)):
+        found = _moments.direction(g, moment, given, eps_in_sqrt)
+        np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bias_correction', [False, True])
+@pytest.mark.parametrize('decay', [0.0, jnp.float32(0.0)], ids=['float', 'array'])
+def test_without_memory_there_is_no_variance(decay, bias_correction):
+    """The mean is the gradient itself, and the deviation from it zero, however it is traced."""
+    tx = scale_by_rms(decay, 1e-2, bias_correction=bias_correction, centered=True)
+    state = tx.init(jnp.zeros(2))
+    for g in (jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])):
+        update, state = tx.update(g, state)
+        np.testing.assert_array_equal(state.var, [0.0, 0.0])
+        np.testing.assert_allclose(update, g / 0.1, rtol=1e-6)
+
+
+def test_the_reciprocal_of_nothing_is_nothing():
+    assert _moments.reciprocal_or_zero(0.0) == 0.0
+    assert _moments.reciprocal_or_zero(4.0) == 0.25
+    x = jnp.array([0.0, TINY / 2, TINY, 4.0])
+    np.testing.assert_allclose(_moments.reciprocal_or_zero(x), [0.0, 0.0, 1 / TINY, 0.25])
+    assert np.isfinite(jax.jacfwd(_moments.reciprocal_or_zero)(x)[:2]).all()
+
+
+def test_the_first_variance_has_no_mean_to_deviate_from():
+    zero, g = jnp.zeros(2), jnp.array([1.0, 2.0])
+    found = _moments.variance(zero, g, zero, jnp.float32(0.0), 0.9, jnp.float32(0.0))
+    np.testing.assert_array_equal(found, [0.0, 0.0])
+
+
+@pytest.mark.parametrize('scale', [2.0**-20, 2.0**13])
+def test_the_window_of_bytes_moves_with_its_scale(scale):
+    """Every byte stands for `scale` times what it stands for at one."""
+    moved, plain = storage.uint8(scale=scale), storage.uint8()
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_array_equal(moved.decode(codes), scale * plain.decode(codes))
+    np.testing.assert_array_equal(moved.encode(moved.decode(codes)), codes)
+
+
+@pytest.mark.parametrize(
+    ('kept', 'low', 'high'), [(storage.uint8(), 0.5, 0.625), (storage.bfloat16(), 1, 1 + 2.0**-7)]
+)
+def test_without_random_bits_rounding_is_to_the_nearest(kept, low, high):
+    for share, nearest in ((0.0, low), (0.49, low), (0.51, high), (1.0, high)):
+        assert kept.decode(kept.encode(jnp.float32(low + share * (high - low)))) == nearest
+
+
+@pytest.mark.parametrize('bias_correction', [False, True])
+def test_a_rounded_variance_is_the_variance(bias_correction):
+    """To the rounding of two steps' memory, each off by at most 2^-7."""
+    kept = storage.large_leaves(storage.bfloat16(), min_size=1)
+    options = {'decay': 0.5, 'centered': True, 'bias_correction': bias_correction}
+    rounded, exact = scale_by_rms(**options, storage=kept), scale_by_rms(**options)
+    states = [tx.init(jnp.zeros((4, 16))) for tx in (rounded, exact)]
+    for g in np.random.default_rng(0).normal(size=(12, 4, 16)).astype(np.float32):
+        states = [tx.update(g, s)[1] for tx, s in zip((rounded, exact), states, strict=True)]
+    found, expected = storage.read(states[0], kept).var, states[1].var
+    np.testing.assert_allclose(found, expected, rtol=0.1, atol=1e-3)
