@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
-EXTRAS := demo test notebooks dev bench
+EXTRAS := demo test notebooks dev bench build fuzz
 
 # The compilers for TPU and GPU are kept apart: they slow down every import of jax.
 AOT_VENV := .venv/aot-$(notdir $(PYTHON))
@@ -29,7 +29,8 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused clean
+.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused
+.PHONY: dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -118,6 +119,20 @@ fused: $(FUSED)/.installed  ## Build, test and time the compiled step for CPUs
 	$(FUSED)/bin/python -P -m pytest -c fused_cpu/pyproject.toml --rootdir fused_cpu -p no:cacheprovider \
 	  fused_cpu/tests --pyargs rmsprop_jax_fused
 	$(FUSED)/bin/python -P fused_cpu/benchmark.py
+
+dist: $(VENV)/.build  ## Build the wheel and the source distribution into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+released: dist  ## Install the wheel into empty environments, with the newest and the oldest dependencies
+	$(BIN)/python tests/released/install.py dist/*.whl build/released $(or $(PYTHONS),$(PYTHON))
+
+fuzz: $(VENV)/.fuzz  ## Look for input that breaks the readers, for ten minutes (ARGS for libFuzzer; Python 3.11)
+	mkdir -p build/fuzz && cd build/fuzz && JAX_PLATFORMS=cpu $(CURDIR)/$(BIN)/python \
+	  $(CURDIR)/tests/fuzz/readers.py corpus $(or $(ARGS),-max_total_time=600 -max_len=2000)
+
+mutation: $(VENV)/.test  ## Break the mathematics and see that tests notice (ARGS="--every 10" for a part)
+	cd tests && JAX_PLATFORMS=cpu $(CURDIR)/$(BIN)/python -m mutation $(ARGS)
 
 clean:  ## Remove environments, caches and built files
 	rm -rf .venv build dist demo-output .hypothesis .pytest_cache .ruff_cache
