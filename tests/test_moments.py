@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmsprop_jax import _moments, scale_by_rms, storage
+from rmsprop_jax import _moments, scale_by_rms, scale_by_stddev, storage
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -82,3 +82,11 @@ def test_a_rounded_variance_is_the_variance(bias_correction):
         states = [tx.update(g, s)[1] for tx, s in zip((rounded, exact), states, strict=True)]
     found, expected = storage.read(states[0], kept).var, states[1].var
     np.testing.assert_allclose(found, expected, rtol=0.1, atol=1e-3)
+
+
+def test_the_standard_deviation_is_the_centered_form_argument_by_argument():
+    arguments, g = (0.5, 1e-2, 2.0, False, True), jnp.array([1.0, -3.0])
+    ours, same = scale_by_stddev(*arguments), scale_by_rms(*arguments, centered=True)
+    found, expected = (tx.update(g, tx.init(g)) for tx in (ours, same))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1].var, expected[1].var)

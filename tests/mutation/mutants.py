@@ -153,7 +153,7 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         (
             'initial_scale, eps_in_sqrt, bias_correction, centered=True',
             'initial_scale, bias_correction, eps_in_sqrt, centered=True',
-            ('finite', 'dtypes'),
+            ('moments',),
         ),
         ("(name, name != 'mu', storage)", '(name, True, storage)', ('complex',)),
     ],
