@@ -242,6 +242,12 @@ def pull(params, targets):
     return jax.tree.map(leaf, params, targets)
 
 
+# Optimized, one program rounds a product and a sum once and another one twice.
+plainly_compiled = functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
 def training(optimizers):
     """Trains with each optimizer for 200 steps, all in one program."""
 
@@ -256,8 +262,7 @@ def training(optimizers):
         start = {name: (params, tx.init(params)) for name, tx in optimizers.items()}
         return jax.lax.scan(step, start, None, length=200)[0]
 
-    # Optimized, different programs round a product and a sum once or twice.
-    return jax.jit(train, compiler_options={'xla_backend_optimization_level': 0})
+    return plainly_compiled(train)
 
 
 def start():
@@ -331,7 +336,7 @@ def test_rounding_under_shard_map_is_that_of_the_whole_array(name):
     of_state = sharding.state_shardings(tx, params, SPLIT)
 
     def sharded(specs):
-        return jax.jit(
+        return plainly_compiled(
             jax.shard_map(
                 functools.partial(run, partition_specs=specs),
                 mesh=mesh,
@@ -340,7 +345,7 @@ def test_rounding_under_shard_map_is_that_of_the_whole_array(name):
             )
         )(grads, tx.init(params))
 
-    expected = jax.jit(run)(grads, tx.init(params))
+    expected = plainly_compiled(run)(grads, tx.init(params))
     chex.assert_trees_all_equal(sharded(SPLIT), expected)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(sharded(None), expected)
