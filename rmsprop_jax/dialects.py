@@ -683,17 +683,18 @@ def _decoupled_decay(
         return None
     if callable(peak):
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
-    if peak is not None:
-        peak = constant('max_lr', peak)
-        if is_absent(peak):
-            raise ValueError('max_lr must not be zero.')
+    if peak is None:
+        return subtract_decayed_weights(lr, weight_decay, mask)
+    highest = constant('max_lr', peak)
+    if is_absent(highest):
+        raise ValueError('max_lr must not be zero.')
     rate = Hyperparameter('lr', lr, lower=-math.inf)
     decay = Hyperparameter('weight_decay', weight_decay)
 
     def corrected(count: ArrayLike) -> Any:
-        return decay.at(count) * (rate.at(count) / peak)
+        return decay.at(count) * (rate.at(count) / highest)
 
-    return subtract_decayed_weights(lr, weight_decay if peak is None else corrected, mask)
+    return subtract_decayed_weights(lr, corrected, mask)
 
 
 def _inverse_time_decay(learning_rate: ScalarOrSchedule, decay: ScalarOrSchedule) -> Any:

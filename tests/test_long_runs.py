@@ -32,7 +32,8 @@ def gradient(t: jax.Array) -> jax.Array:
     """Waves around offsets, of scales over twenty orders of magnitude; float32."""
     rng = np.random.default_rng(1)
     phase, speed = rng.uniform(0, 6, ENTRIES), rng.uniform(0.5, 1.5, ENTRIES)
-    return (gradient_scale() * (jnp.sin(speed * t + phase) + 0.5)).astype(jnp.float32)
+    wave = jnp.sin(speed * t + phase) + 0.5
+    return jnp.asarray(gradient_scale() * wave, jnp.float32)
 
 
 OPTIONS = {
