@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import map_rms_states, placed, select
 from rmsprop_jax._transforms import AccumulateState
+from rmsprop_jax._types import checked_transformation
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import carried, check_storage_is_given, read
 
@@ -83,7 +84,7 @@ def skip_nonfinite(
     if per not in get_args(Unit):
         raise TypeError(f'per must be one of {", ".join(map(repr, get_args(Unit)))}, got {per!r}.')
     check_storage(storage)
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
     if per == 'step':
         whole = optax.apply_if_finite(inner_, max_consecutive_errors=_MOST)
         return optax.with_extra_args_support(whole)
@@ -145,6 +146,7 @@ def nonfinite_entries(
       >>> print(updates.round(3))
       [-0.229 -0.316]
     """
+    checked_transformation('tx', tx)
     none = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), bool), params)
     found = [none]
 

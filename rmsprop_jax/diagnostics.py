@@ -26,6 +26,7 @@ from rmsprop_jax._types import (
     cast,
     checked_flag,
     checked_steps,
+    checked_transformation,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
@@ -393,7 +394,7 @@ def measured(
       >>> print(found['epsilon_share/dense/bias'], found['nonfinite_gradients/dense/bias'])
       1.0 0
     """
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
     every = checked_steps('every', every, least=1)
     quantiles = _checked_quantiles(quantiles)
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)

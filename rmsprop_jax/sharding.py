@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
+from rmsprop_jax._types import checked_transformation
 from rmsprop_jax.storage._formats import Factors, factored
 
 KeyPath = tuple[Any, ...]
@@ -52,7 +53,7 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
       >>> specs.count
       P()
     """
-    state = jax.eval_shape(tx.init, params)
+    state = jax.eval_shape(checked_transformation('tx', tx).init, params)
     return _of_state(tx, state, params, _of_params(params, shardings))
 
 
@@ -78,7 +79,7 @@ def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
       >>> kernel.dtype, kernel.sharding.spec
       (dtype('float32'), P('data',))
     """
-    state = jax.eval_shape(tx.init, params)
+    state = jax.eval_shape(checked_transformation('tx', tx).init, params)
     return jax.tree.map(
         lambda x, sharding: x.update(sharding=sharding),
         state,
@@ -182,7 +183,7 @@ def zero1(
     """
     whole = _by_path(_of_params(params, shardings))
     split = _by_path(zero1_shardings(params, shardings, axis))
-    inner = optax.with_extra_args_support(tx)
+    inner = optax.with_extra_args_support(checked_transformation('tx', tx))
 
     def found(tree: Any, shardings: dict[KeyPath, NamedSharding]) -> Any:
         def leaf(path: KeyPath, _: Any) -> NamedSharding:

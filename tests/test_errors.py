@@ -14,6 +14,7 @@ import pytest
 import rmsprop_jax
 from rmsprop_jax import (
     aot,
+    diagnostics,
     dialects,
     identify_dialect,
     inject_hyperparams,
@@ -23,6 +24,7 @@ from rmsprop_jax import (
     rmsprop,
     scale_by_rms,
     scale_by_stddev,
+    sharding,
     storage,
     trace,
 )
@@ -259,7 +261,7 @@ WRONG = [
     (inject_hyperparams, (rmsprop, (), 'x'), TypeError, 'hyperparam_dtype must be a floating'),
     (reset, (3, STATE, PARAMS, True), TypeError, 'tx must be a gradient transformation, got 3'),
     (reset, (TX, 3, PARAMS, True), ValueError, 'state does not belong to tx'),
-    (reset, (TX, STATE, PARAMS, 3), TypeError, f'mask {FLAG}, got 3'),
+    (reset, (TX, STATE, PARAMS, {'dense': 3}), TypeError, f'mask.*{FLAG}'),
     (reset, (TX, STATE, PARAMS, {'x': True}), ValueError, 'mask is neither like params nor'),
     (reset, (TX, STATE, PARAMS, True, 'x'), TypeError, 'storage must be'),
     (
@@ -350,6 +352,28 @@ WRONG = [
     (recipes.ema_update, (3, PARAMS, 1, 0.9), ValueError, 'values and average differ'),
 ]
 
+NO_TX = 'must be a gradient transformation, got 3'
+WRONG += [
+    (rmsprop_jax.skip_nonfinite, (3,), TypeError, f'inner {NO_TX}'),
+    (rmsprop_jax.skip_nonfinite, (TX, 'x'), TypeError, "per must be one of.*got 'x'"),
+    (rmsprop_jax.nonfinite_entries, (3, STATE, PARAMS), TypeError, f'tx {NO_TX}'),
+    (rmsprop_jax.nonfinite_entries, (TX, STATE, PARAMS, 3), TypeError, 'storage must be'),
+    (diagnostics.measured, (3,), TypeError, f'inner {NO_TX}'),
+    (diagnostics.measured, {'inner': TX, 'quantiles': (2.0,)}, ValueError, 'quantiles must be'),
+    (diagnostics.measured, {'inner': TX, 'every': 0}, ValueError, 'every must be an integer'),
+    (diagnostics.by_depth, ('x',), ValueError, 'depth must be an integer of at least 1'),
+    (diagnostics.epsilon_shares, (3, PARAMS, 1e-8), ValueError, 'state has no second moment'),
+    (diagnostics.epsilon_shares, (STATE, PARAMS, 'x'), TypeError, f'eps {NUMBER}'),
+    (diagnostics.read, (3, PARAMS), ValueError, 'measurements of 0 measured optimizers'),
+    (diagnostics.saturated_shares, (STATE, PARAMS, 3), TypeError, 'storage must be'),
+    (diagnostics.stalled_shares, (STATE, STATE, PARAMS, 3), TypeError, 'storage must be'),
+    (diagnostics.step_sizes, (PARAMS, 3), TypeError, r"labels\['dense'\].* must be a string"),
+    (diagnostics.update_ratios, (PARAMS, {}), ValueError, r"params\['dense'\].* does not exist"),
+    (sharding.abstract_state, (3, PARAMS), TypeError, f'tx {NO_TX}'),
+    (sharding.state_shardings, (3, PARAMS), TypeError, f'tx {NO_TX}'),
+    (sharding.zero1_shardings, (PARAMS, 3), TypeError, 'params.* has sharding 3'),
+    (sharding.zero1, (TX, PARAMS, 3), TypeError, 'params.* has sharding 3'),
+]
 _POSITIVE, _STEPS = 'must be positive and finite', 'must be an integer of at least'
 WRONG += [
     (recipe, numbers | {name: wrong}, ValueError, f'{name} {message}')
@@ -507,6 +531,8 @@ WRONG_FILES = [
 ]
 # Those that are in neither table, with a reason.
 NOT_IN_TABLES = {
+    diagnostics.nonfinite_counts: 'takes any tree of arrays',
+    sharding.reduce_scatter: 'runs inside jax.shard_map: see test_sharding.py',
     aot.Report.text: 'has no arguments',
     aot.targets: 'has no arguments',
     aot.table: 'takes reports, which only compile_update and compile_step make',

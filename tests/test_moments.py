@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmsprop_jax import _moments, scale_by_rms, scale_by_stddev, storage
+from rmsprop_jax import _moments, scale_by_rms, scale_by_stddev, storage, trace
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -90,3 +90,9 @@ def test_the_standard_deviation_is_the_centered_form_argument_by_argument():
     found, expected = (tx.update(g, tx.init(g)) for tx in (ours, same))
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1].var, expected[1].var)
+
+
+def test_the_count_of_a_trace_stays_at_its_largest():
+    tx, g = trace(lambda count: 0.5), jnp.ones(1)
+    state = tx.init(g)._replace(count=jnp.array(2**31 - 1, jnp.int32))
+    assert int(tx.update(g, state)[1].count) == 2**31 - 1

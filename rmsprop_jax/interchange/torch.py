@@ -273,7 +273,9 @@ def _check_group(
             problems.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
         elif key in group and bool(wanted) != (moment in held):
             has = 'has' if moment in held else 'has no'
-            problems.add(f'{name!r} has {key}={wanted} in its group, but the state {has} {moment}')
+            problems.add(
+                f'{name!r} has {key}={group[key]} in its group, but the state {has} {moment}'
+            )
 
 
 def _entry(

@@ -185,7 +185,7 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('return ahead, velocity', 'return ahead, ahead', ('plain',)),
         ('decay_.at(state.count)', 'decay_.at(0)', ('schedules',)),
         ('init(params, 0.0)', 'init(params, 1.0)', ('plain',)),
-        ('optax.safe_increment(state.count)', '(state.count + 1)', ('counts',)),
+        ('optax.safe_increment(state.count)', '(state.count + 1)', ('moments',)),
     ],
     '_optimizer': [
         ('lambda count: -rate.at(count)', 'lambda count: rate.at(count)', ('plain',)),
