@@ -302,7 +302,7 @@ WRONG = [
         storage.check,
         ({'rmsprop_jax.storage': 1, 'leaves': {3: [[]], '.x': np.ones(3)}}, STATE, None),
         ValueError,
-        r'stored in another way:(.|\n)*\.x: array.* in the checkpoint, absent here',
+        r'the checkpoint is of another state:(.|\n)*\.x: array.* in the checkpoint, absent here',
     ),
     (dialects.torch, ('x',), TypeError, f'learning_rate {NUMBER}'),
     (dialects.torch, {'maximize': 'x'}, TypeError, f'maximize {FLAG}'),
