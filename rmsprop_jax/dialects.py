@@ -685,14 +685,14 @@ def _decoupled_decay(
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
     if peak is None:
         return subtract_decayed_weights(lr, weight_decay, mask)
-    highest = constant('max_lr', peak)
-    if is_absent(highest):
+    top = constant('max_lr', peak)
+    if is_absent(top):
         raise ValueError('max_lr must not be zero.')
     rate = Hyperparameter('lr', lr, lower=-math.inf)
     decay = Hyperparameter('weight_decay', weight_decay)
 
     def corrected(count: ArrayLike) -> Any:
-        return decay.at(count) * (rate.at(count) / highest)
+        return decay.at(count) * (rate.at(count) / top)
 
     return subtract_decayed_weights(lr, corrected, mask)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmsprop_jax import _moments, scale_by_rms, scale_by_stddev, storage, trace
+from rmsprop_jax import _moments, rmsprop, scale_by_rms, scale_by_stddev, storage, trace
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -96,3 +96,13 @@ def test_the_count_of_a_trace_stays_at_its_largest():
     tx, g = trace(lambda count: 0.5), jnp.ones(1)
     state = tx.init(g)._replace(count=jnp.array(2**31 - 1, jnp.int32))
     assert int(tx.update(g, state)[1].count) == 2**31 - 1
+
+
+def test_narrow_updates_are_rounded_once():
+    """The whole chain is taken in float32, and cast at its end."""
+    g = jnp.asarray(np.random.default_rng(0).normal(size=500), jnp.bfloat16)
+    narrow, wide = (
+        tx.update(x, tx.init(x))[0]
+        for tx, x in ((rmsprop(0.3), g), (rmsprop(0.3), g.astype(jnp.float32)))
+    )
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
