@@ -106,3 +106,29 @@ def test_narrow_updates_are_rounded_once():
         for tx, x in ((rmsprop(0.3), g), (rmsprop(0.3), g.astype(jnp.float32)))
     )
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+def test_every_statistic_of_a_leaf_is_rounded_with_bits_of_its_own(monkeypatch):
+    labels, key = [], storage.bfloat16.key
+    monkeypatch.setattr(
+        storage.bfloat16, 'key', lambda kept, label: labels.append(label) or key(kept, label)
+    )
+    kept = storage.large_leaves(storage.bfloat16(), min_size=1, min_ndim=0)
+    tx, params = rmsprop(0.1, centered=True, momentum=0.9, storage=kept), {'w': jnp.ones(2)}
+    tx.update(params, tx.init(params), params)
+    assert sorted(labels) == ["mu['w']", "trace['w']", "var['w']"]
+
+
+def test_random_bits_are_those_of_the_published_hash():
+    """Wellons's lowbias32 in Python's integers, of the index mixed with the salt."""
+
+    def lowbias32(x: int) -> int:
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    key, count = int(storage.uint8(seed=3).key('nu')), 7
+    mixed = lowbias32((count * 0x9E3779B9 + key) % 2**32)
+    expected = [[lowbias32((3 * i + j) ^ mixed) for j in range(3)] for i in range(2)]
+    found = storage.uint8(seed=3).bits(np.uint32(key), count, (2, 3))
+    np.testing.assert_array_equal(found, np.array(expected, np.uint32))

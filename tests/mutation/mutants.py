@@ -169,10 +169,18 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ('dtypes',),
         ),
         ('for unit in units)', 'for unit in reversed(units))', ('silent', 'average')),
-        ("kept.key(f'{statistic.name}{keystr(path)}')", "kept.key(f'{statistic.name}')", ('bits',)),
-        ("kept.key(f'{statistic.name}{keystr(path)}')", "kept.key(f'{keystr(path)}')", ('bits',)),
+        (
+            "kept.key(f'{statistic.name}{keystr(path)}')",
+            "kept.key(f'{statistic.name}')",
+            ('moments',),
+        ),
+        (
+            "kept.key(f'{statistic.name}{keystr(path)}')",
+            "kept.key(f'{keystr(path)}')",
+            ('moments',),
+        ),
         ('x.astype(jnp.result_type(y)), tree', 'x, tree', ('dtypes',)),
-        ('jnp.asarray(x, wide_dtype(dtype))', 'x', ('narrow', 'dtypes')),
+        ('jnp.asarray(x, wide_dtype(dtype))', 'x', ('moments',)),
         ('if jnp.iscomplexobj(other) !=', 'if False !=', ('errors',)),
     ],
     '_momentum': [
@@ -270,7 +278,8 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('jnp.asarray(count, jnp.uint32) * ', '0 * jnp.asarray(count, jnp.uint32) * ', ('bits',)),
         ("f'{seed} {label}'", "f'{label}'", ('bits',)),
         ('_hashed(index ^ salt)', '_hashed(index) ^ salt', ('bits',)),
-        ('x = (x ^ (x >> 16))', 'x = (x ^ (x >> 31))', ('bits',)),
+        ('return x ^ (x >> 15)', 'return x << 8', ('moments',)),
+        ('x = (x ^ (x >> 16))', 'x = (x ^ (x >> 31))', ('moments',)),
     ],
     'storage/_choice': [
         ('len(shape) >= self.min_ndim', 'len(shape) > self.min_ndim', ('large',)),
