@@ -69,7 +69,7 @@ notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run
 	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
 	@touch build/notebooks/.executed
 
-build/notebooks/.executed: $(wildcard notebooks/*.py)
+build/notebooks/.executed: $(wildcard notebooks/*.py notebooks/data/*)
 	$(MAKE) notebooks
 
 # The variable silences the theme's advertisement of its successor.

@@ -32,17 +32,8 @@ import rmsprop_jax
 from rmsprop_jax import dialects, recipes
 from rmsprop_jax.plots import COLOURS, DASHES
 
-plt.rcParams.update(
-    {
-        'figure.figsize': (9.2, 4.2),
-        'figure.constrained_layout.use': True,
-        'axes.grid': True,
-        'grid.alpha': 0.3,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'legend.frameon': False,
-    }
-)
+plt.style.use('data/figures.mplstyle')
+plt.rcParams['figure.figsize'] = (9.2, 4.2)
 
 # %% [markdown]
 # ## The recipe, for 1437 images in the place of 1.3 million

@@ -25,17 +25,8 @@ from sklearn.linear_model import LogisticRegression
 from rmsprop_jax import dialects, recipes
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#555555'
-plt.rcParams.update(
-    {
-        'figure.figsize': (6.4, 3.6),
-        'figure.constrained_layout.use': True,
-        'axes.grid': True,
-        'grid.alpha': 0.3,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'legend.frameon': False,
-    }
-)
+plt.style.use('data/figures.mplstyle')
+plt.rcParams['figure.figsize'] = (6.4, 3.6)
 
 # %% [markdown]
 # ## The recordings

@@ -22,17 +22,8 @@ from flax import nnx
 from rmsprop_jax import dialects
 from rmsprop_jax.plots import COLOURS, DASHES
 
-plt.rcParams.update(
-    {
-        'figure.figsize': (7.2, 4.2),
-        'figure.constrained_layout.use': True,
-        'axes.grid': True,
-        'grid.alpha': 0.3,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'legend.frameon': False,
-    }
-)
+plt.style.use('data/figures.mplstyle')
+plt.rcParams['figure.figsize'] = (7.2, 4.2)
 
 # %% [markdown]
 # ## The text

@@ -35,17 +35,8 @@ from scipy import stats
 from rmsprop_jax import dialects, recipes, rmsprop
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#555555'
-plt.rcParams.update(
-    {
-        'figure.figsize': (6.4, 3.8),
-        'figure.constrained_layout.use': True,
-        'axes.grid': True,
-        'grid.alpha': 0.3,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'legend.frameon': False,
-    }
-)
+plt.style.use('data/figures.mplstyle')
+plt.rcParams['figure.figsize'] = (6.4, 3.8)
 
 # %% [markdown]
 # ## The problem and the agent

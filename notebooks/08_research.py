@@ -23,17 +23,8 @@ from sklearn.model_selection import train_test_split
 import rmsprop_jax
 from rmsprop_jax.plots import COLOURS, DASHES
 
-plt.rcParams.update(
-    {
-        'figure.figsize': (9.2, 3.9),
-        'figure.constrained_layout.use': True,
-        'axes.grid': True,
-        'grid.alpha': 0.3,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'legend.frameon': False,
-    }
-)
+plt.style.use('data/figures.mplstyle')
+plt.rcParams['figure.figsize'] = (9.2, 3.9)
 
 # %% [markdown]
 # ## The task
