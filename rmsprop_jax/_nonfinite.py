@@ -139,12 +139,12 @@ def nonfinite_entries(
       >>> params = jnp.zeros(2)
       >>> _, state = tx.update(jnp.array([1.0, 1e30]), tx.init(params))
       >>> updates, _ = tx.update(jnp.ones(2), state)
-      >>> print(updates.round(3))  # the second one stands still
-      [-0.229 -0.   ]
+      >>> [round(float(u), 3) for u in updates]  # the second one stands still
+      [-0.229, -0.0]
       >>> broken = rmsprop_jax.nonfinite_entries(tx, state, params)
       >>> updates, _ = tx.update(jnp.ones(2), rmsprop_jax.reset(tx, state, params, broken))
-      >>> print(updates.round(3))
-      [-0.229 -0.316]
+      >>> [round(float(u), 3) for u in updates]
+      [-0.229, -0.316]
     """
     checked_transformation('tx', tx)
     none = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), bool), params)

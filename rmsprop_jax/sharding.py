@@ -173,8 +173,8 @@ def zero1(
       >>> params = jax.device_put({'kernel': jnp.ones((8, 8))}, NamedSharding(mesh, P()))
       >>> tx = sharding.zero1(rmsprop_jax.rmsprop(1e-3), params)
       >>> state = jax.jit(tx.init)(params)
-      >>> state[0].nu['kernel'].sharding.spec
-      P('data',)
+      >>> state[0].nu['kernel'].sharding.spec[0]
+      'data'
       >>> updates, state = jax.jit(tx.update)(params, state, params)
 
     Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
