@@ -1,5 +1,6 @@
 """The notebook on the two texts' formulas, against NumPy loops written from the equations alone."""
 
+import contextlib
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,10 @@ def notebook() -> Iterator[dict[str, Any]]:
     """What the notebook's cells define; running them is itself a test for warnings."""
     matplotlib.use('Agg')
     with matplotlib.rc_context():
-        yield runpy.run_path(str(NOTEBOOK))
+        # Notebooks are run where they are, and read what lies beside them.
+        with contextlib.chdir(NOTEBOOK.parent):
+            defined = runpy.run_path(str(NOTEBOOK))
+        yield defined
         plt.close('all')
 
 
