@@ -30,7 +30,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
 .PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused
-.PHONY: dist released fuzz mutation clean
+.PHONY: coverage dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -41,6 +41,12 @@ demo: $(VENV)/.demo  ## Train a network on handwritten digits into demo-output/ 
 
 test: $(VENV)/.test  ## Run the test suite and the doctests (ARGS="-k name" for a part)
 	$(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+
+coverage: $(VENV)/.test  ## Run the test suite and say which lines and branches it does not reach
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto -m 'not slow' $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
 	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
