@@ -72,7 +72,7 @@ notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run
 	for source in notebooks/*.py; do \
 	  $(BIN)/jupytext --quiet --output "build/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
 	done
-	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=300 build/notebooks
+	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=600 build/notebooks
 	@touch build/notebooks/.executed
 
 build/notebooks/.executed: $(wildcard notebooks/*.py notebooks/data/*)
