@@ -22,6 +22,11 @@
 
 # %%
 import functools
+import os
+
+# One thread: these arrays are small, and two that hand work to each other have been seen to wait
+# for ever in JAX 0.10.2.
+os.environ['NPROC'] = '1'
 
 import gymnax
 import jax
