@@ -116,17 +116,17 @@ def map_leaves(
     partition = dict(tree_flatten_with_path(specs)[0])
     results = []
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
-        name = f'updates{keystr(path)}'
+        name, spec = f'updates{keystr(path)}', partition.get(path)
         _check_kind(name, g, [] if kind is None else [kind])
         formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf)
-            _check_shard(name, g, kept, partition.get(path))
+            _check_shard(name, g, kept, spec)
         keys = [
             kept.key(f'{statistic.name}{keystr(path)}')
             for kept, statistic in zip(formats, statistics, strict=True)
         ]
-        results.append(leaf_step(tuple(formats), partition.get(path), g, stored, keys))
+        results.append(leaf_step(tuple(formats), spec, g, stored, keys))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
 
@@ -237,6 +237,15 @@ def map_rms_states(function: Callable[..., Any], state: Any, *others: Any) -> An
         state,
         is_leaf=_is_rms_state,
     )
+
+
+def check_storage_is_given(state: Any, storage: Storage | None) -> None:
+    """Refuses a state with units where it is not known what is kept in them."""
+    if storage is None and any(node.unit is not None for node in rms_states(state)):
+        raise ValueError(
+            'give the storage that the transformation was given: the state is kept in compact '
+            'formats.'
+        )
 
 
 def _is_rms_state(node: Any) -> bool:

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import map_rms_states, placed, select
+from rmsprop_jax._lift import check_storage_is_given, map_rms_states, placed, select
 from rmsprop_jax._transforms import AccumulateState
 from rmsprop_jax._types import checked_transformation
 from rmsprop_jax.storage._choice import Storage, check_storage
-from rmsprop_jax.storage._convert import carried, check_storage_is_given, read
+from rmsprop_jax.storage._convert import carried, read
 
 Unit = Literal['step', 'leaf', 'coordinate']
 _MOST = np.iinfo(np.int32).max

@@ -10,11 +10,18 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._lift import map_rms_states, placed, rms_states, select, widen
+from rmsprop_jax._lift import (
+    check_storage_is_given,
+    map_rms_states,
+    placed,
+    rms_states,
+    select,
+    widen,
+)
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState, broadcast_prefix, checked_flag, checked_transformation
 from rmsprop_jax.storage._choice import Storage, check_storage
-from rmsprop_jax.storage._convert import check_storage_is_given, convert, read
+from rmsprop_jax.storage._convert import convert, read
 
 
 def reset(

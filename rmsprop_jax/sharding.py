@@ -16,6 +16,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._types import checked_transformation
 from rmsprop_jax.storage._formats import Factors, factored
+from rmsprop_jax.storage._place import axis_names
 
 KeyPath = tuple[Any, ...]
 
@@ -122,7 +123,7 @@ def zero1_shardings(
       b P(None, ('model', 'data'))
       c P(None, 'model')
     """
-    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    names = axis_names(axis)
 
     def leaf(path: KeyPath, param: Any, sharding: Any) -> NamedSharding:
         if not isinstance(sharding, NamedSharding):
@@ -246,7 +247,7 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
       >>> print(mapped({'w': jnp.ones(4)})['w'])
       [1. 1. 1. 1.]
     """
-    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    names = axis_names(axis)
 
     def leaf(path: KeyPath, g: jax.Array, sharding: Any) -> jax.Array:
         for name in names:
@@ -255,7 +256,7 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
                     f'gradients{keystr(path)} is summed over {name!r} already: give jax.shard_map '
                     'check_vma=False, or parameters to jax.grad through jax.lax.pcast.'
                 )
-        entries = enumerate(map(_names, _spec(sharding)))
+        entries = enumerate(map(axis_names, _spec(sharding)))
         owners = [(name, dim) for dim, entry in entries for name in entry if name in names]
         for name, dim in owners:
             g = lax.psum_scatter(g, name, scatter_dimension=dim, tiled=True)
@@ -328,15 +329,10 @@ def _with_spec(sharding: Any, spec: PartitionSpec) -> Any:
     return spec if isinstance(sharding, PartitionSpec) else sharding
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a `PartitionSpec`."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def _split(shape: tuple[int, ...], sharding: NamedSharding, names: tuple[str, ...]) -> Any:
     """A partition over further mesh axes, or the one there is if it has them or none fits."""
     sizes, spec = sharding.mesh.shape, sharding.spec
-    entries = [_names(spec[dim]) if dim < len(spec) else () for dim in range(len(shape))]
+    entries = [axis_names(spec[dim]) if dim < len(spec) else () for dim in range(len(shape))]
     if set(names) & {name for entry in entries for name in entry}:
         return spec
     parts = math.prod(sizes[name] for name in names)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,19 @@ def _halved(count: ArrayLike) -> jax.Array:
 
 def _decay(count: ArrayLike) -> jax.Array:
     return 0.99 - 0.5 * _inverse(count)
+
+
+def _with_four_statistics(**options: Any) -> optax.GradientTransformation:
+    """A mean, a variance, their sum of weights and a velocity."""
+    return rmsprop_jax.rmsprop(
+        _halved,
+        _decay,
+        initial_scale=1.0,
+        centered=True,
+        momentum=0.5,
+        bias_correction=True,
+        **options,
+    )
 
 
 CENTERED = ('mu', 'var')
@@ -183,14 +197,8 @@ CASES = (
     Case('mxnet1', lambda: dialects.mxnet1(0.02, centered=True), (*CENTERED, 'trace')),
     Case(
         'rmsprop-bfloat16',
-        lambda: rmsprop_jax.rmsprop(
-            _halved,
-            _decay,
-            initial_scale=1.0,
-            centered=True,
-            momentum=0.5,
-            bias_correction=True,
-            storage=storage.large_leaves(storage.bfloat16(), min_size=1, min_ndim=0),
+        lambda: _with_four_statistics(
+            storage=storage.large_leaves(storage.bfloat16(), min_size=1, min_ndim=0)
         ),
         (*CENTERED, 'trace'),
         elementwise=False,
@@ -213,16 +221,7 @@ CASES = (
     ),
     Case(
         'skip_nonfinite-coordinate',
-        lambda: rmsprop_jax.skip_nonfinite(
-            rmsprop_jax.rmsprop(
-                _halved,
-                _decay,
-                initial_scale=1.0,
-                centered=True,
-                momentum=0.5,
-                bias_correction=True,
-            )
-        ),
+        lambda: rmsprop_jax.skip_nonfinite(_with_four_statistics()),
         (*CENTERED, 'trace'),
         # Its count is of the shard.
         elementwise=False,

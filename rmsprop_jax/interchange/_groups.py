@@ -13,6 +13,7 @@ from rmsprop_jax import dialects
 from rmsprop_jax.interchange._mapping import (
     Pair,
     Problems,
+    as_number,
     checked_names,
     paired,
     path_name,
@@ -107,15 +108,6 @@ def _dialect(
     except (TypeError, ValueError) as error:
         problems.add(f'{label}: {error}')
         return optax.identity()
-
-
-def as_number(value: Any) -> float | None:
-    """A real number or flag of a checkpoint, as PyTorch may hold it, or None if it is none."""
-    try:
-        number = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return None if number.shape or number.dtype.kind not in 'biuf' else float(number)
 
 
 def checked_groups(groups: Any, problems: Problems) -> Sequence[Mapping[str, Any]]:

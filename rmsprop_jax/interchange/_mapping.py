@@ -223,15 +223,26 @@ def checked_count(count: Any) -> int:
     return number
 
 
+def as_number(value: Any) -> float | None:
+    """A real number or flag of a checkpoint, as PyTorch may hold it, or None if it is none."""
+    number = _as_scalar(value, 'biuf')
+    return None if number is None else float(number)
+
+
 def as_count(value: Any, kinds: str = 'iu') -> int | None:
     """A number of steps that a checkpoint gives, or None if it is none."""
+    number = _as_scalar(value, kinds)
+    if number is None or not 0 <= number < np.inf or number % 1:
+        return None
+    return int(number)
+
+
+def _as_scalar(value: Any, kinds: str) -> np.ndarray | None:
     try:
         number = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         return None
-    if number.shape or number.dtype.kind not in kinds or not 0 <= number < np.inf or number % 1:
-        return None
-    return int(number)
+    return None if number.shape or number.dtype.kind not in kinds else number
 
 
 def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:

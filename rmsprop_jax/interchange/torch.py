@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax._types import checked_transformation
-from rmsprop_jax.interchange._groups import as_number, checked_groups, numbered
+from rmsprop_jax.interchange._groups import checked_groups, numbered
 from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
@@ -24,6 +24,7 @@ from rmsprop_jax.interchange._mapping import (
     Pair,
     Problems,
     as_count,
+    as_number,
     checked_count,
     checked_names,
     joined,

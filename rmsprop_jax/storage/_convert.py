@@ -103,19 +103,6 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     return _map_statistics(leaf, state, from_, unit)
 
 
-def check_storage_is_given(state: Any, storage: Storage | None) -> None:
-    """Refuses a state with units where it is not known what is kept in them."""
-
-    def node(part: Any) -> None:
-        if isinstance(part, RmsState) and part.unit is not None and storage is None:
-            raise ValueError(
-                'give the storage that the transformation was given: the state is kept in compact '
-                'formats.'
-            )
-
-    jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, RmsState))
-
-
 def carried(old: RmsState, new: RmsState, storage: Storage | None) -> RmsState:
     """The averages of `old`, kept as those of `new` are: with its sum of weights, in its unit.
 

@@ -1,5 +1,6 @@
 """Constant arrays that are sharded and placed like a parameter."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -46,6 +47,11 @@ def without_axis(spec: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
     entries = [*spec, *[None] * (ndim - len(spec))]
     del entries[axis]
     return PartitionSpec(*entries)
+
+
+def axis_names(entry: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _without_axis(sharding: Any, axis: int, ndim: int) -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax._types import Scalar, cast
+from rmsprop_jax.storage._place import axis_names
 
 # Of the bits this rounds to the nearest.
 HALF = np.uint32(2**31)
@@ -59,9 +60,8 @@ def random_bits(
 def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
     """The mesh axes that an axis of an array is split over by `jax.shard_map`."""
     entry = spec[axis] if spec is not None and axis < len(spec) else None
-    names = (entry,) if isinstance(entry, str) else entry or ()
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(name for name in names if name in manual)
+    return tuple(name for name in axis_names(entry) if name in manual)
 
 
 def _hashed(x: jax.Array) -> jax.Array:
