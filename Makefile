@@ -29,7 +29,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused
+.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused bench-fused
 .PHONY: coverage dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
@@ -121,10 +121,12 @@ storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the
 	$(FRAMEWORK_VENVS)/torch/bin/python benchmarks/storage/peer.py $(STUDY)
 	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 
-fused: $(FUSED)/.installed  ## Build, test and time the compiled step for CPUs
+fused: $(FUSED)/.installed  ## Build and test the compiled step for CPUs
 	$(FUSED)/bin/python -P -m pytest -c fused_cpu/pyproject.toml --rootdir fused_cpu -p no:cacheprovider \
 	  fused_cpu/tests --pyargs rmsprop_jax_fused
-	$(FUSED)/bin/python -P fused_cpu/benchmark.py
+
+bench-fused: $(FUSED)/.installed  ## Time the compiled step for CPUs (ARGS as for bench)
+	$(FUSED)/bin/python -m benchmarks --sections steps compilation --output build/bench-fused $(ARGS)
 
 dist: $(VENV)/.build  ## Build the wheel and the source distribution into dist/
 	rm -rf dist
@@ -170,5 +172,5 @@ $(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
 
 $(FUSED)/.installed: pyproject.toml $(wildcard fused_cpu/*.* fused_cpu/rmsprop_jax_fused/*.py)
 	test -d $(FUSED) || $(PYTHON) -m venv $(FUSED)
-	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check --editable . './fused_cpu[test]'
+	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plots]' './fused_cpu[test]'
 	@touch $@

@@ -14,12 +14,16 @@ from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import jax
+
 from benchmarks import figures, jax_steps, works
 from benchmarks.timing import Plan, Spread, interleave, ratios, verdict
 from benchmarks.worker import Worker
 
 OURS, BASE, AGAIN = 'rmsprop_jax', 'optax', 'optax again'
 TORCH = ('torch single', 'torch foreach', 'torch compiled')
+# Measured where they are installed: the name of the contestant, and its package.
+OPTIONAL = {'fused': 'rmsprop_jax_fused', 'keras': 'keras'}
 # Beyond this many leaves torch.compile takes minutes.
 MOST_COMPILED = 200
 COMPILE_TARGET = 0.8
@@ -27,7 +31,7 @@ COMPILE_TARGET = 0.8
 
 def measure_steps(shapes: list[works.Shape], options: dict, setup: 'Setup') -> dict[str, Any]:
     """Step times of all contestants on one tree, with the peak memory of those on JAX."""
-    names = (OURS, BASE, *['keras'] * setup.keras)
+    names = (OURS, BASE, *setup.installed)
     programs = {name: jax_steps.prepare(name, shapes, options) for name in names}
     remote: dict[str, Any] = {}
     if setup.torch is not None:
@@ -42,7 +46,10 @@ def measure_steps(shapes: list[works.Shape], options: dict, setup: 'Setup') -> d
 
 
 def print_steps(rows: dict[str, dict[str, dict[str, Any]]]) -> None:
-    names = (OURS, AGAIN, 'keras', *TORCH)
+    measured = {
+        name for variants in rows.values() for row in variants.values() for name in row['seconds']
+    }
+    names = [name for name in (OURS, AGAIN, *OPTIONAL, *TORCH) if name in measured]
     print('\nTime of a step over that of optax.rmsprop: median [quartiles]\n')
     print_line('work', 'form', 'optax', *names, 'target 1.00')
     print('|---' * (len(names) + 4) + '|')
@@ -70,35 +77,43 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f'{1e3 * Spread.of(seconds).median:.3g} ms'
 
 
-def measure_compilation(shapes: list[works.Shape], options: dict, repeats: int) -> list[dict]:
-    """Seconds of trace, lower and compile, ours and Optax's in turns."""
-    rounds = []
-    for turn in range(repeats):
-        pair = (OURS, BASE) if turn % 2 else (BASE, OURS)
-        rounds.append({n: jax_steps.prepare(n, shapes, options).seconds for n in pair})
-    return rounds
+def measure_compilation(
+    names: Sequence[str], shapes: list[works.Shape], options: dict, repeats: int
+) -> list[dict]:
+    """Seconds of trace, lower and compile of each, in turns."""
+
+    def seconds(name: str) -> dict[str, float]:
+        # Nobody profits from what was traced before.
+        jax.clear_caches()
+        return jax_steps.prepare(name, shapes, options).seconds
+
+    return [
+        {name: seconds(name) for name in (names if turn % 2 else reversed(names))}
+        for turn in range(repeats)
+    ]
 
 
 def print_compilation(rows: dict[str, list[dict]]) -> None:
-    print('\nTrace + lower + compile, seconds (median), and the ratio, round by round\n')
-    print('| form | optax | rmsprop_jax | ratio | trace | lower | compile | target 0.80 |')
-    print('|---' * 8 + '|')
+    print('\nTrace + lower + compile, seconds (median), and their ratios, round by round\n')
+    print('| form | optimizer | optax | seconds | ratio | trace | lower | compile | target 0.80 |')
+    print('|---' * 9 + '|')
     for variant, rounds in rows.items():
-        total = {n: [sum(r[n].values()) for r in rounds] for n in (OURS, BASE)}
-        parts = [
-            Spread.of([r[OURS][part] / r[BASE][part] for r in rounds]).median
-            for part in ('trace', 'lower', 'compile')
-        ]
-        ratio = ratios(total, BASE)[OURS]
-        cells = [
-            variant,
-            f'{Spread.of(total[BASE]).median:.2f}',
-            f'{Spread.of(total[OURS]).median:.2f}',
-            str(ratio),
-            *(f'{part:.2f}' for part in parts),
-            'met' if ratio.median <= COMPILE_TARGET else 'missed',
-        ]
-        print_line(*cells)
+        total = {n: [sum(r[n].values()) for r in rounds] for n in rounds[0]}
+        for name, ratio in ratios(total, BASE).items():
+            parts = [
+                Spread.of([r[name][part] / r[BASE][part] for r in rounds]).median
+                for part in jax_steps.PARTS
+            ]
+            cells = [
+                variant,
+                name,
+                f'{Spread.of(total[BASE]).median:.2f}',
+                f'{Spread.of(total[name]).median:.2f}',
+                str(ratio),
+                *(f'{part:.2f}' for part in parts),
+                'met' if ratio.median <= COMPILE_TARGET else 'missed',
+            ]
+            print_line(*cells)
 
 
 def measure_init(shapes: list[works.Shape], options: dict, rounds: int) -> dict[str, list[float]]:
@@ -180,7 +195,7 @@ class Setup:
       plan: For the time of a step.
       short: For training steps and growth.
       torch: The process that has PyTorch, if there is one.
-      keras: Whether Keras is installed.
+      installed: Those of `OPTIONAL` that are installed.
       quick: Whether only the harness is tried.
     """
 
@@ -188,7 +203,7 @@ class Setup:
     plan: Plan
     short: Plan
     torch: Worker | None
-    keras: bool
+    installed: tuple[str, ...]
     quick: bool
 
 
@@ -207,8 +222,9 @@ def steps(setup: Setup) -> dict[str, Any]:
 
 def compilation(setup: Setup) -> dict[str, Any]:
     shapes = works.many_leaves(4 if setup.quick else 1000)
+    names = (OURS, BASE, *(name for name in setup.installed if name == 'fused'))
     rows = {
-        variant: measure_compilation(shapes, options, repeats=2 if setup.quick else 3)
+        variant: measure_compilation(names, shapes, options, repeats=2 if setup.quick else 5)
         for variant, options in works.VARIANTS.items()
     }
     print_compilation(rows)
@@ -272,14 +288,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def versions(torch: Worker | None, keras: bool) -> dict[str, Any]:
+def versions(setup: Setup) -> dict[str, Any]:
     """What a table must say about where it comes from."""
+    packages = ('jax', 'optax', *(OPTIONAL[name] for name in setup.installed))
     return {
         'date': datetime.date.today().isoformat(),
         'Python': platform.python_version(),
-        **jax_steps.versions(),
-        **({'keras': importlib.metadata.version('keras')} if keras else {}),
-        **(torch.ask(do='versions') if torch else {}),
+        **{name: importlib.metadata.version(name) for name in packages},
+        **(setup.torch.ask(do='versions') if setup.torch else {}),
         'cores': os.cpu_count(),
         'load before': round(os.getloadavg()[0], 1),
     }
@@ -293,10 +309,10 @@ def main() -> None:
         plan=tiny if args.quick else Plan(),
         short=tiny if args.quick else Plan(placements=3, rounds=4),
         torch=Worker(args.torch_python, 'benchmarks.torch_steps') if args.torch_python else None,
-        keras=importlib.util.find_spec('keras') is not None,
+        installed=tuple(n for n, package in OPTIONAL.items() if importlib.util.find_spec(package)),
         quick=args.quick,
     )
-    results: dict[str, Any] = {'versions': versions(setup.torch, setup.keras)}
+    results: dict[str, Any] = {'versions': versions(setup)}
     print(', '.join(f'{name} {value}' for name, value in results['versions'].items()), flush=True)
     for section in args.sections:
         results[section] = SECTIONS[section](setup)

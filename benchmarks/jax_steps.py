@@ -1,9 +1,8 @@
-"""Optimizers on JAX as contestants: ours, Optax's, and Keras's on its JAX backend."""
+"""Optimizers on JAX as contestants: ours, also fused, Optax's, and Keras's on its JAX backend."""
 
 import copy
 import functools
 import importlib
-import importlib.metadata
 import itertools
 import os
 import time
@@ -20,11 +19,8 @@ from benchmarks.timing import stopwatch
 from benchmarks.works import DECAY, EPS, LEARNING_RATE, Shape
 from rmsprop_jax.aot._compile import update_and_apply
 
+PARTS = ('trace', 'lower', 'compile')
 OPTAX_LIKE = {'rmsprop_jax': rmsprop_jax.rmsprop, 'optax': optax.rmsprop}
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ('jax', 'optax')}
 
 
 def transformation(name: str, options: dict) -> optax.GradientTransformation:
@@ -62,7 +58,7 @@ class JaxContestant:
         compiled = lowered.compile()
         stages.append(time.perf_counter())
         spans = [late - early for early, late in itertools.pairwise(stages)]
-        self.seconds = dict(zip(('trace', 'lower', 'compile'), spans, strict=True))
+        self.seconds: dict[str, float] = dict(zip(PARTS, spans, strict=True))
         use: Any = compiled.memory_analysis()
         self.memory = (
             use.argument_size_in_bytes
@@ -93,8 +89,22 @@ class JaxContestant:
 def prepare(name: str, shapes: list[Shape], options: dict) -> JaxContestant:
     if name == 'keras':
         return _keras(shapes, options)
+    if name == 'fused':
+        return _fused(shapes, options)
     tx = transformation(name, options)
     return JaxContestant(update_and_apply(tx), tx.init, shapes)
+
+
+def _fused(shapes: list[Shape], options: dict) -> JaxContestant:
+    package = importlib.import_module('rmsprop_jax_fused')
+    if not package.available():
+        raise SystemExit('the kernel of rmsprop_jax_fused is not compiled: run make fused.')
+    tx = package.rmsprop(LEARNING_RATE, DECAY, EPS, **options)
+
+    def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+        return tx.apply(gradients, state, params)
+
+    return JaxContestant(step, tx.init, shapes)
 
 
 def _keras(shapes: list[Shape], options: dict) -> JaxContestant:

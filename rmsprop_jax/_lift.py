@@ -291,12 +291,11 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 def _check_stored(name: str, g: Any, statistic: Statistic, kept: Format, stored: Any) -> None:
     fault = kept.fault(stored, jnp.shape(g))
     if fault is not None:
-        raise ValueError(
-            f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault}. If the storage has '
-            'changed, use storage.convert.'
-            if 'stored' in fault
-            else f'{name} has shape {jnp.shape(g)}, but the state {fault} there.'
-        )
+        message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
+        # An array of the right shape is of another format.
+        if getattr(stored, 'shape', None) == jnp.shape(g):
+            message += ' If the storage has changed, use storage.convert.'
+        raise ValueError(message)
     if not statistic.real:
         _check_kind(name, g, [stored])
 

@@ -71,10 +71,8 @@ def checked_mask(name: str, mask: Any) -> Any:
 
 
 def whole_mask(name: str, mask: Any, tree: Any) -> Any:
-    """A boolean for each leaf of `tree`, of a mask that may be a prefix of it or a function."""
-    checked = checked_mask(name, mask)
-    chosen = checked(tree) if callable(checked) else checked
-    return broadcast_prefix(name, chosen, tree)
+    """A boolean for each leaf of `tree`, of a checked mask that is a prefix of it or a function."""
+    return broadcast_prefix(name, mask(tree) if callable(mask) else mask, tree)
 
 
 def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:

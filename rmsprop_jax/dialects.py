@@ -10,6 +10,7 @@ that there is none and `update` needs no parameters for it; an array is always t
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
@@ -66,22 +67,42 @@ _XLA = 'it chooses how the framework runs the update; under jax.jit, XLA does: l
 _NAME = 'it names operations in a graph: leave it out'
 
 
-def _refuses(**reasons: str) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
-    """Answers arguments that a framework has and we have not with what to do instead."""
+# Numbers that frameworks call otherwise than `rmsprop` does.
+_NUMBERS = {
+    'lr': functools.partial(Hyperparameter, lower=-math.inf),
+    **dict.fromkeys(('alpha', 'rho', 'gamma1', 'gamma2'), decay_rate),
+    **dict.fromkeys(('epsilon', 'wd'), Hyperparameter),
+}
+
+
+def _framework(**refused: str) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
+    """Checks numbers under the names that the framework gives them, and answers arguments that it
+    has and we have not with what to do instead."""
 
     def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
-        @functools.wraps(function)
-        def checked(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
-            for name in kwargs.keys() & reasons.keys():
-                raise TypeError(f'{function.__name__} has no argument {name!r}: {reasons[name]}.')
-            return function(*args, **kwargs)
+        positions = list(inspect.signature(function).parameters)
 
-        return checked
+        def checked(name: str, value: Any) -> Any:
+            if name not in _NUMBERS or value is None:
+                return value
+            number = _NUMBERS[name](name, value)
+            return number.at if callable(value) else number.value
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+            for name in kwargs.keys() & refused.keys():
+                raise TypeError(f'{function.__name__} has no argument {name!r}: {refused[name]}.')
+            # Too many are left to the function to refuse.
+            head = map(checked, positions, args)
+            named = {name: checked(name, value) for name, value in kwargs.items()}
+            return function(*head, *args[len(positions) :], **named)  # pyright: ignore[reportCallIssue]
+
+        return wrapped
 
     return decorate
 
 
-@_refuses(
+@_framework(
     foreach=_XLA,
     capturable=_XLA,
     differentiable='every transformation here is differentiable: leave it out',
@@ -142,7 +163,7 @@ def torch(
     )
 
 
-@_refuses(foreach=_XLA, error_if_nonfinite='chain optax.apply_if_finite around the optimizer')
+@_framework(foreach=_XLA, error_if_nonfinite='chain optax.apply_if_finite around the optimizer')
 def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimizer:
     """`torch.nn.utils.clip_grad_norm_`: `g <- g min(1, max_norm / (norm + 1e-6))`.
 
@@ -178,7 +199,7 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
     return in_accumulator_precision(optax.stateless(clip))
 
 
-@_refuses(
+@_framework(
     name=_NAME,
     var_list='give mask, a tree of booleans',
     overwrite_with_gradient='set such variables outside the optimizer, with optax.partition',
@@ -281,7 +302,7 @@ def _at_last_call(schedule: Any, every: int, count: ArrayLike) -> ArrayLike:
     return schedule(jnp.minimum(count, last) * every + (every - 1))
 
 
-@_refuses(name=_NAME, lr='use learning_rate')
+@_framework(name=_NAME, lr='use learning_rate')
 def keras_legacy(
     learning_rate: ScalarOrSchedule = 1e-3,
     rho: ScalarOrSchedule = 0.9,
@@ -339,7 +360,7 @@ def keras_legacy(
     )
 
 
-@_refuses(name=_NAME, use_locking='updates are pure functions: leave it out')
+@_framework(name=_NAME, use_locking='updates are pure functions: leave it out')
 def tensorflow(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,
@@ -386,7 +407,7 @@ def tensorflow(
     return dense if sparse is False else skip_zero_rows(dense, sparse)
 
 
-@_refuses(foreach=_XLA)
+@_framework(foreach=_XLA)
 def timm(
     lr: ScalarOrSchedule = 1e-2,
     alpha: ScalarOrSchedule = 0.9,
@@ -449,6 +470,7 @@ def timm(
     return _chain(step, _decoupled_decay(lr, weight_decay, peak, mask))
 
 
+@_framework()
 def stable_baselines3(
     lr: ScalarOrSchedule = 1e-2,
     alpha: ScalarOrSchedule = 0.99,
@@ -493,7 +515,7 @@ _MXNET_REFUSED = {
 }
 
 
-@_refuses(**_MXNET_REFUSED, gamma1='use rho', gamma2='use momentum')
+@_framework(**_MXNET_REFUSED, gamma1='use rho', gamma2='use momentum')
 def mxnet(
     learning_rate: ScalarOrSchedule = 1e-3,
     rho: ScalarOrSchedule = 0.9,
@@ -552,7 +574,7 @@ def mxnet(
     return _mxnet(prepare, step, clip_weights)
 
 
-@_refuses(**_MXNET_REFUSED)
+@_framework(**_MXNET_REFUSED)
 def mxnet1(
     learning_rate: ScalarOrSchedule = 1e-3,
     gamma1: ScalarOrSchedule = 0.9,

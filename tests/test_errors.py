@@ -1,5 +1,6 @@
 """Bad input gets one clear error, early, that names the argument and the leaf."""
 
+import inspect
 import io
 import re
 import zipfile
@@ -75,6 +76,32 @@ def test_hyperparameters(name, value, error, message):
     if name == 'decay':
         with pytest.raises(error, match=message):
             trace(value)
+
+
+FRAMEWORKS_NAMES = [
+    (function, name)
+    for function in vars(dialects).values()
+    if inspect.isfunction(function)
+    and function.__module__ == dialects.__name__
+    and not function.__name__.startswith('_')
+    for name in inspect.signature(function).parameters
+    if name in ('lr', 'alpha', 'rho', 'gamma1', 'gamma2', 'epsilon', 'wd')
+]
+
+
+@pytest.mark.parametrize(('dialect', 'name'), FRAMEWORKS_NAMES)
+def test_numbers_go_by_the_name_that_the_framework_gives_them(dialect, name):
+    rate = next(iter(inspect.signature(dialect).parameters))
+    arguments = {rate: 0.1, 'centered': True}
+    with pytest.raises(TypeError, match=f'^{name} must be a real scalar'):
+        dialect(**{**arguments, name: '0.1'})
+    if name == rate:
+        with pytest.raises(TypeError, match=f'^{name} must be a real scalar'):
+            dialect('0.1')
+    params = jnp.ones(2)
+    tx = dialect(**{**arguments, name: lambda count: jnp.nan})
+    with pytest.raises(ValueError, match=f'^{name} must be finite'):
+        tx.update(params, tx.init(params), params)
 
 
 def test_nesterov_must_be_a_flag():
@@ -155,13 +182,19 @@ class TestGradientsThatDoNotFit:
         self.check(tx, jit, gradients, ValueError, 'updates: PyTreeDef', 'state: PyTreeDef')
 
     def test_leaf_in_the_place_of_a_tree(self, tx, jit):
-        message = "updates['dense'] has shape (3,), but the state has dict there"
-        self.check(tx, jit, {'dense': jnp.ones(3)}, ValueError, message)
+        self.check(
+            tx,
+            jit,
+            {'dense': jnp.ones(3)},
+            ValueError,
+            "updates['dense'] has shape (3,), but ",
+            'has dict there',
+        )
 
     def test_shape(self, tx, jit):
         gradients = {'dense': {'kernel': jnp.ones((3, 4)), 'bias': jnp.ones(3)}}
-        message = "updates['dense']['kernel'] has shape (3, 4), but the state has (4, 3) there"
-        self.check(tx, jit, gradients, ValueError, message)
+        messages = "updates['dense']['kernel'] has shape (3, 4), but ", 'has (4, 3) there'
+        self.check(tx, jit, gradients, ValueError, *messages)
 
     def test_integer_gradients(self, tx, jit):
         gradients = {'dense': {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones(3, jnp.int32)}}
@@ -304,7 +337,7 @@ WRONG = [
         ValueError,
         r'the checkpoint is of another state:(.|\n)*\.x: array.* in the checkpoint, absent here',
     ),
-    (dialects.torch, ('x',), TypeError, f'learning_rate {NUMBER}'),
+    (dialects.torch, ('x',), TypeError, f'lr {NUMBER}'),
     (dialects.torch, {'maximize': 'x'}, TypeError, f'maximize {FLAG}'),
     (dialects.torch, {'weight_decay': 'x'}, TypeError, f'weight_decay {NUMBER}'),
     (dialects.torch, {'weight_decay': 0.1, 'mask': 3}, TypeError, f'mask {FLAG}'),
@@ -332,10 +365,10 @@ WRONG = [
         ValueError,
         'max_lr must not be zero',
     ),
-    (dialects.stable_baselines3, (0.1, 1.0), ValueError, 'decay must be in'),
+    (dialects.stable_baselines3, (0.1, 1.0), ValueError, 'alpha must be in'),
     (dialects.mxnet, {'clip_weights': 'x'}, TypeError, f'clip_weights {NUMBER}'),
     (dialects.mxnet, {'rescale_grad': 'x'}, TypeError, f'rescale_grad {NUMBER}'),
-    (dialects.mxnet1, {'gamma2': 1, 'centered': True}, ValueError, 'momentum must be in'),
+    (dialects.mxnet1, {'gamma2': 1, 'centered': True}, ValueError, 'gamma2 must be in'),
     (dialects.graves, {'momentum': 1}, ValueError, 'momentum must be in'),
     (dialects.hinton, (0.1, 2), ValueError, 'decay must be in'),
     (recipes.wgan, {'network': 'x'}, ValueError, "network must be.*got 'x'"),
@@ -472,7 +505,7 @@ WRONG_FILES = [
         for wrong, message in [
             ({'lr': 'x'}, "group 0: lr is 'x', which is no number"),
             ({'centered': np.ones(3)}, 'group 0: centered is array.*, which is no number'),
-            ({'alpha': 2}, 'group 0: decay must be in'),
+            ({'alpha': 2}, 'group 0: alpha must be in'),
             ({3: 3, 'z': 3}, "group 0: 3 is no setting(.|\\n)*group 0: 'z' is no setting"),
         ]
     ],

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._types import whole_mask
+from rmsprop_jax._types import checked_mask, whole_mask
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
@@ -81,7 +81,9 @@ def describe_mask(params: Any, mask: Any) -> str:
       conv/kernel  (3, 3, 1, 8)  decayed
     """
     leaves = tree_flatten_with_path(params)[0]
-    flags = jax.tree.leaves(whole_mask('mask', True if mask is None else mask, params))
+    flags = jax.tree.leaves(
+        whole_mask('mask', True if mask is None else checked_mask('mask', mask), params)
+    )
     rows = []
     for (path, leaf), decays in zip(leaves, flags, strict=True):
         name = '/'.join(_parts(path))
