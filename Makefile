@@ -122,7 +122,7 @@ storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the
 	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 
 fused: $(FUSED)/.installed  ## Build and test the compiled step for CPUs
-	$(FUSED)/bin/python -P -m pytest -c fused_cpu/pyproject.toml --rootdir fused_cpu -p no:cacheprovider \
+	$(FUSED)/bin/python -P -m pytest -n auto -c fused_cpu/pyproject.toml --rootdir fused_cpu -p no:cacheprovider \
 	  fused_cpu/tests --pyargs rmsprop_jax_fused
 
 bench-fused: $(FUSED)/.installed  ## Time the compiled step for CPUs (ARGS as for bench)
@@ -172,5 +172,6 @@ $(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
 
 $(FUSED)/.installed: pyproject.toml $(wildcard fused_cpu/*.* fused_cpu/rmsprop_jax_fused/*.py)
 	test -d $(FUSED) || $(PYTHON) -m venv $(FUSED)
-	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plots]' './fused_cpu[test]'
+	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[plots]'
+	$(FUSED)/bin/python -m pip install --quiet --disable-pip-version-check './fused_cpu[test]'
 	@touch $@
