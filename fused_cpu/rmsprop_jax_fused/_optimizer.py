@@ -30,6 +30,8 @@ from rmsprop_jax_fused._library import TARGET, available
 
 # Compile time grows with the square of a call's operands, dispatch with the number of calls.
 _LEAVES_A_CALL = 32
+# A call costs XLA about a microsecond a leaf. What the kernel saves on a leaf of this size is that.
+_WORTH_A_CALL = 2048
 
 
 class Apply(Protocol):
@@ -190,7 +192,7 @@ class _Kernel:
     statistics: tuple[Statistic, ...]
 
     def fusible(self, grads: Any, state: Any, params: Any) -> list[bool]:
-        """Which leaves the kernel takes; of trees that do not match it takes none."""
+        """Which leaves the kernel takes: none where trees do not match, or have many small ones."""
         treedef = jax.tree.structure(grads)
         try:
             columns = [treedef.flatten_up_to(tree) for tree in (params, *self._trees(state))]
@@ -198,7 +200,11 @@ class _Kernel:
             # The plain path says what is wrong.
             return []
         leaves = zip(tree_flatten_with_path(grads)[0], *columns, strict=True)
-        return [self._takes(path, g, p, stored) for (path, g), p, *stored in leaves]
+        chosen = [self._takes(path, g, p, stored) for (path, g), p, *stored in leaves]
+        sizes = [jnp.size(p) for p, taken in zip(columns[0], chosen, strict=True) if taken]
+        # Where one call is enough it is cheaper than the plain path's three kernels a leaf.
+        many = len(sizes) > _LEAVES_A_CALL
+        return [] if many and sum(sizes) < _WORTH_A_CALL * len(sizes) else chosen
 
     def apply(
         self, plain: Apply, chosen: list[bool], grads: Any, state: Any, params: Any

@@ -12,6 +12,7 @@ import pytest
 import rmsprop_jax_fused
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rmsprop_jax_fused import _optimizer
 
 import rmsprop_jax
 from rmsprop_jax import storage
@@ -101,8 +102,27 @@ def assert_within_one_ulp(one: Any, other: Any, size: float) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compiled() -> None:
+def _compiled(monkeypatch) -> None:
     assert rmsprop_jax_fused.available(), 'The kernel is not compiled: run make fused.'
+    # The leaves here are small.
+    monkeypatch.setattr(_optimizer, '_WORTH_A_CALL', 0)
+
+
+def calls(params: Any) -> int:
+    optimizer = rmsprop_jax_fused.rmsprop(0.1)
+    lowered = jax.jit(optimizer.apply).lower(params, optimizer.init(params), params)
+    return lowered.compile().as_text().count('custom-call(')
+
+
+def test_leaves_are_taken_in_groups():
+    assert calls(tree(0)) == 2  # of 47 leaves
+
+
+def test_many_small_leaves_take_the_plain_path(monkeypatch):
+    monkeypatch.undo()
+    assert calls([jnp.ones(2047)] * 33) == 0
+    assert calls([jnp.ones(2047)] * 32) == 1
+    assert calls([jnp.ones(2048)] * 33) == 2
 
 
 @pytest.mark.parametrize('kept', STORAGES)
