@@ -18,7 +18,14 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._types import RmsState, leaf_dtype, real_dtype, wide_dtype
+from rmsprop_jax._types import (
+    RmsState,
+    checked_leaves,
+    checked_state,
+    leaf_dtype,
+    real_dtype,
+    wide_dtype,
+)
 from rmsprop_jax.storage._choice import Storage, format_of
 from rmsprop_jax.storage._formats import Format
 
@@ -167,19 +174,85 @@ def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
     return x.astype(np.promote_types(wide, np.complex64) if jnp.iscomplexobj(x) else wide)
 
 
-def widen(tree: Any) -> Any:
-    """Casts floating and complex leaves to their accumulation dtype, and leaves others alone."""
+def widen(name: str, tree: Any) -> Any:
+    """Casts floating and complex leaves to their accumulation dtype, and leaves others alone.
 
-    def leaf(x: Any) -> Any:
-        dtype = jnp.result_type(x)
+    Raises:
+      TypeError: If a leaf is no array.
+    """
+
+    def leaf(path: KeyPath, x: Any) -> Any:
+        dtype = leaf_dtype(f'{name}{keystr(path)}', x)
         return jnp.asarray(x, wide_dtype(dtype)) if jnp.issubdtype(dtype, jnp.inexact) else x
 
-    return jax.tree.map(leaf, tree)
+    return tree_map_with_path(leaf, tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
     """Casts each leaf of `tree` to the dtype of the same leaf of `like`."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def checked_updates(updates: Any) -> Any:
+    """Returns `updates`, refusing leaves that are not floating or complex."""
+    for path, g in tree_flatten_with_path(updates)[0]:
+        _inexact_dtype(f'updates{keystr(path)}', g)
+    return updates
+
+
+def checked_params(user: str, updates: Any, params: Any) -> Any:
+    """Returns `params`, which `user` needs, refusing None and what is not like `updates`."""
+    if params is None:
+        raise ValueError(f'{user} needs params: call update(updates, state, params).')
+    check_alike('params', params, 'updates', updates)
+    return params
+
+
+def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
+    """Refuses a tree whose structure, or the shape of one of whose leaves, is not the other's."""
+    if jax.tree.structure(tree) != jax.tree.structure(other):
+        raise ValueError(_structure_difference(name, tree, other_name, other))
+    for (path, x), y in zip(checked_leaves(name, tree), jax.tree.leaves(other), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f'{name}{keystr(path)} has shape {jnp.shape(x)}, but {other_name} has '
+                f'{jnp.shape(y)} there.'
+            )
+
+
+def guarded(
+    inner: optax.GradientTransformation, kind: type, user: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, refusing updates that are no arrays of real or complex numbers, a state that is no
+    `kind`, and, where `user` needs them, params unlike the updates."""
+    inner_ = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        checked_updates(updates)
+        checked_state(state, kind)
+        if user is not None:
+            checked_params(user, updates, params)
+        return inner_.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def chain(
+    *steps: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain` of the steps that are not None, refusing a state of another chain."""
+    inner = optax.chain(*[step for step in steps if step is not None])
+    length = sum(step is not None for step in steps)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if len(checked_state(state, tuple)) != length:
+            raise TypeError(
+                f'state must be the tuple of {length} that init returned, got a '
+                f'{type(state).__name__} of {len(state)}.'
+            )
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
@@ -266,15 +339,16 @@ def _match(treedef: Any, updates: Any, moment: Any) -> list[Any]:
     try:
         return treedef.flatten_up_to(moment)
     except (ValueError, TypeError):
-        raise ValueError(_structure_difference(updates, moment)) from None
+        raise ValueError(_structure_difference('updates', updates, 'the state', moment)) from None
 
 
-def _structure_difference(updates: Any, state: Any) -> str:
-    here, there = _paths(updates), _paths(state)
-    lines = ['the structure of updates does not match that of the optimizer state.']
-    lines += [f'  only in updates: {_listed(here - there)}'] * bool(here - there)
-    lines += [f'  only in the state: {_listed(there - here)}'] * bool(there - here)
-    lines += [f'  updates: {jax.tree.structure(updates)}', f'  state: {jax.tree.structure(state)}']
+def _structure_difference(name: str, tree: Any, other_name: str, other: Any) -> str:
+    here, there = _paths(tree), _paths(other)
+    lines = [f'the structure of {name} does not match that of {other_name}.']
+    lines += [f'  only in {name}: {_listed(here - there)}'] * bool(here - there)
+    lines += [f'  only in {other_name}: {_listed(there - here)}'] * bool(there - here)
+    lines += [f'  {name}: {jax.tree.structure(tree)}']
+    lines += [f'  {other_name}: {jax.tree.structure(other)}']
     return '\n'.join(lines)
 
 

@@ -9,7 +9,14 @@ import optax
 
 from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import ScalarOrSchedule, TraceState, cast, checked_flag, decay_rate
+from rmsprop_jax._types import (
+    ScalarOrSchedule,
+    TraceState,
+    cast,
+    checked_flag,
+    checked_state,
+    decay_rate,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._formats import Format
 
@@ -74,10 +81,7 @@ def trace(
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
         del params
-        if not isinstance(state, TraceState):
-            raise TypeError(
-                f'state must be the TraceState that init returned, got {type(state).__name__}.'
-            )
+        checked_state(state, TraceState)
         decay = decay_.at(state.count)
 
         def step(

@@ -10,9 +10,17 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import check_storage_is_given, map_rms_states, placed, select
+from rmsprop_jax._lift import (
+    check_alike,
+    check_storage_is_given,
+    checked_updates,
+    guarded,
+    map_rms_states,
+    placed,
+    select,
+)
 from rmsprop_jax._transforms import AccumulateState
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._types import checked_leaves, checked_state, checked_transformation
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import carried, read
 
@@ -87,7 +95,7 @@ def skip_nonfinite(
     inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
     if per == 'step':
         whole = optax.apply_if_finite(inner_, max_consecutive_errors=_MOST)
-        return optax.with_extra_args_support(whole)
+        return guarded(whole, optax.ApplyIfFiniteState)
 
     def is_bad(g: Any) -> jax.Array:
         bad = ~jnp.isfinite(g)
@@ -99,13 +107,9 @@ def skip_nonfinite(
         return SkipNonfiniteState(jnp.zeros([], jnp.int32), state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        if not isinstance(state, SkipNonfiniteState):
-            raise TypeError(
-                f'state must be the SkipNonfiniteState made by init, got {type(state).__name__}.'
-            )
-        before = state.inner_state
+        before = checked_state(state, SkipNonfiniteState).inner_state
         check_storage_is_given(before, storage)
-        bad = jax.tree.map(is_bad, updates)
+        bad = jax.tree.map(is_bad, checked_updates(updates))
         new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
         standing = map_rms_states(functools.partial(carried, storage=storage), before, after)
         after = jax.tree.map(select, placed(inner_, before, bad, False), standing, after)
@@ -133,6 +137,10 @@ def nonfinite_entries(
     Returns:
       A tree like the parameters, of boolean arrays of their shapes.
 
+    Raises:
+      TypeError: For a `tx` or a `storage` that is none.
+      ValueError: For a state that is not of `tx` and `params`, or not kept in `storage`.
+
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
       >>> tx = rmsprop_jax.rmsprop(0.1, eps=0.0)
@@ -146,7 +154,11 @@ def nonfinite_entries(
       >>> [round(float(u), 3) for u in updates]
       [-0.229, -0.316]
     """
+    check_storage(storage)
     checked_transformation('tx', tx)
+    checked_leaves('params', params)
+    start = jax.eval_shape(tx.init, params)
+    check_alike('state', state, 'tx.init(params)', start)
     none = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), bool), params)
     found = [none]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import cast_like, widen
+from rmsprop_jax._lift import cast_like, chain, checked_updates, guarded, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
@@ -22,8 +22,11 @@ from rmsprop_jax._types import (
     checked_mask,
     decay_rate,
     is_absent,
+    whole_mask,
 )
 from rmsprop_jax.storage._choice import Storage
+
+Step = optax.GradientTransformation
 
 
 def rmsprop(
@@ -121,14 +124,15 @@ def rmsprop(
         steps.append(trace(decay_rate('momentum', momentum).value, nesterov, storage=storage))
     if weight_decay is not None and not is_absent(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
-    return in_accumulator_precision(optax.chain(*steps))
+    return in_accumulator_precision(chain(*steps))
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """`optax.scale_by_learning_rate`, in the updates' precision whatever an array's dtype."""
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     if callable(learning_rate):
-        return optax.scale_by_schedule(lambda count: -rate.at(count))
+        schedule = optax.scale_by_schedule(lambda count: -rate.at(count))
+        return guarded(schedule, optax.ScaleByScheduleState)
     return optax.stateless(
         lambda updates, _: jax.tree.map(
             lambda u: componentwise(operator.mul, u, -cast(rate.value, u.real.dtype)), updates
@@ -160,8 +164,6 @@ def subtract_decayed_weights(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError('weight_decay needs params: call update(updates, state, params).')
         now = rate.at(state.count), strength.at(state.count)
 
         def leaf(u: jax.Array, p: jax.Array) -> jax.Array:
@@ -171,9 +173,25 @@ def subtract_decayed_weights(
         new_updates = jax.tree.map(leaf, updates, params)
         return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))
 
-    decay = optax.GradientTransformation(init, update)
-    mask = checked_mask('mask', mask)
-    return decay if mask is None else optax.masked(decay, mask)
+    return _where(mask, optax.GradientTransformation(init, update), DecoupledDecayState)
+
+
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule, mask: Any = None
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`: `u <- u + weight_decay p`."""
+    decay = optax.add_decayed_weights(Hyperparameter('weight_decay', weight_decay).value)
+    return _where(mask, decay, type(decay.init({})))
+
+
+def _where(mask: Any, decay: optax.GradientTransformation, kind: type) -> Step:
+    """A decay of weights, with a state of that kind, where `mask` is true."""
+    mask, user = checked_mask('mask', mask), 'weight_decay'
+    decay = guarded(decay, kind, user)
+    if mask is None:
+        return decay
+    masked = optax.masked(decay, lambda tree: whole_mask('mask', mask, tree))
+    return guarded(masked, optax.MaskedState, user)
 
 
 def in_accumulator_precision(
@@ -188,7 +206,9 @@ def in_accumulator_precision(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide, state = inner_.update(widen(updates), state, widen(params), **extra_args)
+        wide_updates = widen('updates', checked_updates(updates))
+        wide_params = widen('params', params)
+        wide, state = inner_.update(wide_updates, state, wide_params, **extra_args)
         return cast_like(wide, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -224,11 +244,13 @@ def inject_hyperparams(
 
     Args:
       inner_factory: `rmsprop`, or any function that returns a gradient transformation.
-      static_args: Further arguments that are functions but not schedules.
+      static_args: Names of further arguments that are functions but not schedules.
       hyperparam_dtype: The dtype of the injected numbers, if another one is wanted.
 
     Raises:
-      TypeError: For a factory that is no function, or a dtype that is not floating.
+      TypeError: For a factory that is no function, static arguments that are no names, or a dtype
+        that is not floating.
+      ValueError: For the name of an argument that the factory does not have.
 
     Returns:
       A factory with the arguments of `inner_factory`. The state of what it builds has a dictionary
@@ -249,17 +271,31 @@ def inject_hyperparams(
     if hyperparam_dtype is not None:
         _check_floating('hyperparam_dtype', hyperparam_dtype)
     names = set(inspect.signature(inner_factory).parameters)
-    static = {static_args} if isinstance(static_args, str) else set(static_args)
-    static |= _NEVER_HYPERPARAMETERS & names
+    static = _checked_static(static_args, names) | (_NEVER_HYPERPARAMETERS & names)
 
     def wrapped(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         given = inspect.signature(inner_factory).bind(*args, **kwargs)
         given.apply_defaults()
         absent = {name for name in _NONE_AT_ZERO & names if is_absent(given.arguments[name])}
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
-        return optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
+        tx = optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
+        return guarded(tx, optax.InjectStatefulHyperparamsState)
 
     return wrapped
+
+
+def _checked_static(static_args: Any, names: set[str]) -> set[str]:
+    if not isinstance(static_args, Iterable):
+        raise TypeError(f'static_args must be names of arguments, got {static_args!r}.')
+    given = [static_args] if isinstance(static_args, str) else [*static_args]
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f'static_args must be names of arguments, got {name!r}.')
+        if name not in names:
+            raise ValueError(
+                f'static_args names {name!r}, but inner_factory takes {", ".join(sorted(names))}.'
+            )
+    return set(given)
 
 
 def _check_floating(name: str, dtype: Any) -> None:

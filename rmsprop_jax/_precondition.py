@@ -16,6 +16,7 @@ from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     checked_flag,
+    checked_state,
     complement,
     constant,
     decay_rate,
@@ -145,7 +146,7 @@ def scale_by_rms(
         partition_specs: Any = None,
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
-        _check_state(state, centered, bias_correction, has_unit)
+        _check_configuration(checked_state(state, RmsState), centered, bias_correction, has_unit)
         decay, eps = decay_.at(state.count), eps_.at(state.count)
         rest = complement(decay)
         weights = None
@@ -236,9 +237,9 @@ def scale_by_stddev(
     )
 
 
-def _check_state(state: Any, centered: bool, bias_correction: bool, has_unit: bool) -> None:
-    if not isinstance(state, RmsState):
-        raise TypeError(f'state must be the RmsState made by init, got {type(state).__name__}.')
+def _check_configuration(
+    state: RmsState, centered: bool, bias_correction: bool, has_unit: bool
+) -> None:
     wanted = {'nu': not centered, 'mu': centered, 'var': centered, 'weight': bias_correction}
     if (state.unit is not None) != has_unit:
         raise ValueError(

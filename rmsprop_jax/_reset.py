@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._lift import (
+    check_alike,
     check_storage_is_given,
     map_rms_states,
     placed,
@@ -76,19 +77,7 @@ def reset(
     check_storage(storage)
     chosen = _chosen(params, mask)
     start = _with_average(tx.init(params), params)
-    if jax.tree.structure(start) != jax.tree.structure(state):
-        raise ValueError(
-            'state does not belong to tx and params:\n'
-            f'  tx.init(params): {jax.tree.structure(start)}\n  state: {jax.tree.structure(state)}'
-        )
-    for (path, new), old in zip(
-        tree_flatten_with_path(start)[0], jax.tree.leaves(state), strict=True
-    ):
-        if jnp.shape(new) != jnp.shape(old):
-            raise ValueError(
-                f'state{keystr(path)} has shape {jnp.shape(old)}, but tx.init(params) makes '
-                f'{jnp.shape(new)} there.'
-            )
+    check_alike('state', state, 'tx.init(params)', start)
     start = _in_units_of(state, start, params, storage)
     marks = map_rms_states(_with_weight, placed(tx, state, chosen, False))
     return jax.tree.map(select, marks, start, state)
@@ -136,7 +125,9 @@ def _with_average(start: Any, params: Any) -> Any:
     def leaf(node: Any) -> Any:
         if not is_average(node):
             return node
-        ema = jax.tree.map(lambda p, a: p if jax.tree.leaves(a) else a, widen(params), node.ema)
+        ema = jax.tree.map(
+            lambda p, a: p if jax.tree.leaves(a) else a, widen('params', params), node.ema
+        )
         return node._replace(ema=ema)
 
     return jax.tree.map(leaf, start, is_leaf=is_average)

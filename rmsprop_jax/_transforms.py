@@ -9,12 +9,20 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import cast_like, init_like, rms_states, widen
+from rmsprop_jax._lift import (
+    cast_like,
+    check_alike,
+    checked_params,
+    init_like,
+    rms_states,
+    widen,
+)
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     checked_mask,
+    checked_state,
     checked_steps,
     constant,
     decay_rate,
@@ -79,11 +87,16 @@ def average_parameters(
         return AverageState(count=jnp.zeros([], jnp.int32), ema=init_like(params, 0.0))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError('use_ema needs params: call update(updates, state, params).')
+        check_alike(
+            'params',
+            checked_params('use_ema', updates, params),
+            'the average in the state',
+            checked_state(state, AverageState).ema,
+        )
         step = state.count // every
         past = jnp.where(step == 0, 0.0, weight.at(state.count))
-        target = jax.tree.map(jnp.add, widen(params), widen(updates))
+        wide = widen('params', params)
+        target = jax.tree.map(jnp.add, wide, widen('updates', updates))
 
         def average(a: jax.Array, p: jax.Array) -> jax.Array:
             w = cast(past, a.real.dtype)
@@ -93,7 +106,7 @@ def average_parameters(
         if overwrite_frequency is not None:
             due = (step + 1) % overwrite_frequency == 0
             target = jax.tree.map(lambda a, p: jnp.where(due, a, p), ema, target)
-            updates = jax.tree.map(lambda t, p: t - p, target, widen(params))
+            updates = jax.tree.map(lambda t, p: t - p, target, wide)
         return cast_like(updates, params), AverageState(optax.safe_increment(state.count), ema)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -104,13 +117,12 @@ def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
     bound = constant(name, limit)
 
     def clip(updates: Any, params: Any) -> Any:
-        if params is None:
-            raise ValueError(f'{name} needs params: call update(updates, state, params).')
+        wide = widen('params', checked_params(name, updates, params))
 
         def leaf(p: jax.Array, u: jax.Array) -> jax.Array:
             return jnp.clip(p + u, -cast(bound, p.dtype), cast(bound, p.dtype)) - p
 
-        return cast_like(jax.tree.map(leaf, widen(params), widen(updates)), params)
+        return cast_like(jax.tree.map(leaf, wide, widen('updates', updates)), params)
 
     return optax.with_extra_args_support(optax.stateless(clip))
 
@@ -211,7 +223,9 @@ def accumulate(inner: Step, every: int) -> Optimizer:
         return AccumulateState(jnp.zeros([], jnp.int32), init_like(params, 0.0), state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        total = jax.tree.map(jnp.add, state.total, widen(updates))
+        checked_state(state, AccumulateState)
+        check_alike('updates', updates, 'the state', state.total)
+        total = jax.tree.map(jnp.add, state.total, widen('updates', updates))
 
         def step() -> tuple[Any, Any]:
             mean = scaled(total, 1 / every)

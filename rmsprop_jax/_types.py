@@ -56,6 +56,15 @@ def checked_transformation(name: str, value: Any) -> Any:
     return value
 
 
+def checked_state(state: Any, kind: type) -> Any:
+    """Returns `state`, refusing what is not of the kind that `init` makes."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f'state must be the {kind.__name__} that init returned, got {type(state).__name__}.'
+        )
+    return state
+
+
 def checked_mask(name: str, mask: Any) -> Any:
     """Returns `mask`, which may be None, a tree of booleans or a function to one.
 
@@ -81,6 +90,22 @@ def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
         return jax.tree.broadcast(prefix, tree)
     except ValueError as error:
         raise ValueError(f'{name} is neither like params nor a prefix of them: {error}') from None
+
+
+def leaves_with_path(name: str, tree: Any) -> list[tuple[Any, Any]]:
+    """The leaves of a tree with their key paths, refusing keys that cannot be put in order."""
+    try:
+        return tree_flatten_with_path(tree)[0]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{name} is no tree: {error}') from None
+
+
+def checked_leaves(name: str, tree: Any) -> list[tuple[Any, Any]]:
+    """The leaves of a tree with their key paths, refusing what is no array."""
+    leaves = leaves_with_path(name, tree)
+    for path, leaf in leaves:
+        leaf_dtype(f'{name}{keystr(path)}', leaf)
+    return leaves
 
 
 def leaf_dtype(name: str, leaf: Any) -> np.dtype:

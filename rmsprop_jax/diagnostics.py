@@ -19,12 +19,15 @@ from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import rms_states
+from rmsprop_jax._lift import check_alike, checked_params, checked_updates, rms_states
 from rmsprop_jax._types import (
     Hyperparameter,
     ScalarOrSchedule,
+    broadcast_prefix,
     cast,
     checked_flag,
+    checked_leaves,
+    checked_state,
     checked_steps,
     checked_transformation,
 )
@@ -90,7 +93,7 @@ def step_sizes(
     'inverted_cdf'.
     """
     shares = _checked_quantiles(quantiles)
-    grouped = _grouped(_groups(updates, labels), _leaves(updates))
+    grouped = _grouped(_groups(updates, labels), _leaves('updates', updates))
     return {
         name: _order_statistics(leaves, _ranks(name, leaves, shares))
         for name, leaves in grouped.items()
@@ -123,8 +126,8 @@ def update_ratios(updates: Any, params: Any, labels: Labels = None) -> dict[str,
     """
     groups = _groups(params, labels)
     lengths = [
-        {name: _length(leaves) for name, leaves in _grouped(groups, _leaves(tree)).items()}
-        for tree in (updates, params)
+        {name: _length(leaves) for name, leaves in _grouped(groups, found).items()}
+        for found in (_leaves('updates', updates), _leaves('params', params))
     ]
 
     def ratio(step: jax.Array, size: jax.Array) -> jax.Array:
@@ -185,7 +188,7 @@ def epsilon_shares(
     for node in nodes:
         # Epsilon was that of the step before the count went on.
         eps = eps_.at(node.count - 1)
-        for path, moment in _leaves(node.var if node.nu is None else node.nu):
+        for path, moment in _leaves('state', node.var if node.nu is None else node.nu):
             if node.weight is not None:
                 moment = moment / node.weight.astype(moment.dtype)
             root = moment if eps_in_sqrt else jnp.sqrt(moment)
@@ -259,7 +262,8 @@ def stalled_shares(
       >>> 0.99 < float(stalled['kernel']) < 1
       True
     """
-    nonzero = {path: g != 0 for path, g in _leaves(gradients)}
+    nonzero = {path: g != 0 for path, g in _leaves('gradients', gradients)}
+    check_alike('after', after, 'before', before)
     masks = []
     pairs = zip(stored_leaves(before, storage), stored_leaves(after, storage), strict=True)
     for old, new in pairs:
@@ -289,7 +293,7 @@ def nonfinite_counts(tree: Any) -> dict[str, jax.Array]:
       dense/bias 0
       dense/kernel 2
     """
-    grouped = _grouped(_groups(tree, None), _leaves(tree))
+    grouped = _grouped(_groups(tree, None), _leaves('tree', tree))
     return {
         path: sum((_count(~jnp.isfinite(x)) for x in leaves), jnp.uint32(0)).astype(jnp.int32)
         for path, leaves in grouped.items()
@@ -435,8 +439,8 @@ def measured(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError('measured needs params: call update(updates, state, params).')
+        checked_state(checked_state(state, MeasuredState).measurements, Measurements)
+        checked_params('measured', checked_updates(updates), params)
         new, after = inner_.update(updates, state.inner, params, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
         take = functools.partial(measure, updates, new, params, state.inner, after)
@@ -504,8 +508,8 @@ def read(state: Any, params: Any, labels: Labels = None) -> dict[str, Any]:
     return found
 
 
-def _leaves(tree: Any) -> list[tuple[KeyPath, Any]]:
-    return [(path, jnp.asarray(leaf)) for path, leaf in tree_flatten_with_path(tree)[0]]
+def _leaves(name: str, tree: Any) -> list[tuple[KeyPath, Any]]:
+    return [(path, jnp.asarray(leaf)) for path, leaf in checked_leaves(name, tree)]
 
 
 def _name(path: KeyPath) -> str:
@@ -516,7 +520,7 @@ def _groups(params: Any, labels: Labels) -> dict[KeyPath, str]:
     """The name of the group that each leaf belongs to."""
     if labels is None:
         return {path: _name(path) for path, _ in tree_flatten_with_path(params)[0]}
-    chosen = jax.tree.broadcast(labels(params) if callable(labels) else labels, params)
+    chosen = broadcast_prefix('labels', labels(params) if callable(labels) else labels, params)
     groups = dict(tree_flatten_with_path(chosen)[0])
     for path, label in groups.items():
         if not isinstance(label, str):
@@ -566,7 +570,10 @@ def _as_float32(x: jax.Array) -> jax.Array:
 
 
 def _checked_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
-    shares = tuple(float(q) for q in quantiles)
+    try:
+        shares = tuple(float(q) for q in quantiles)
+    except (OverflowError, TypeError, ValueError):
+        shares = ()
     if not shares or not all(0 <= q <= 1 for q in shares):
         raise ValueError(f'quantiles must be one or more numbers in [0, 1], got {quantiles!r}.')
     return shares

@@ -23,9 +23,11 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
+from rmsprop_jax._lift import chain
 from rmsprop_jax._moments import squared_magnitude
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._optimizer import (
+    add_decayed_weights,
     in_accumulator_precision,
     rmsprop,
     scale_by_learning_rate,
@@ -51,7 +53,6 @@ from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     checked_flag,
-    checked_mask,
     checked_steps,
     constant,
     decay_rate,
@@ -293,7 +294,7 @@ def keras(
     )
     if not checked_flag('use_ema', use_ema):
         return step
-    return optax.chain(step, average_parameters(ema_momentum, ema_overwrite_frequency, every))
+    return chain(step, average_parameters(ema_momentum, ema_overwrite_frequency, every))
 
 
 def _at_last_call(schedule: Any, every: int, count: ArrayLike) -> ArrayLike:
@@ -562,6 +563,7 @@ def mxnet(
         _clipping_unless_zero(clip_gradient=clip_gradient),
         _coupled_decay(wd, mask),
     )
+    centered = checked_flag('centered', centered)
     step = rmsprop(
         learning_rate,
         rho,
@@ -621,7 +623,7 @@ def _mxnet(prepare: Sequence[Step | None], step: Step, clip_weights: ArrayLike |
     return (
         chained
         if clip_weights is None or is_absent(clip_weights)
-        else optax.chain(chained, clip_parameters('clip_weights', clip_weights))
+        else chain(chained, clip_parameters('clip_weights', clip_weights))
     )
 
 
@@ -665,7 +667,7 @@ def hinton(
 
 
 def _chain(*steps: Step | None) -> Optimizer:
-    return in_accumulator_precision(optax.chain(*[step for step in steps if step is not None]))
+    return in_accumulator_precision(chain(*steps))
 
 
 def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | None:
@@ -677,8 +679,7 @@ def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | Non
 def _coupled_decay(weight_decay: ScalarOrSchedule, mask: Any) -> Step | None:
     if is_absent(weight_decay):
         return None
-    strength = Hyperparameter('weight_decay', weight_decay).value
-    return optax.add_decayed_weights(strength, checked_mask('mask', mask))
+    return add_decayed_weights(weight_decay, mask)
 
 
 def _clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:

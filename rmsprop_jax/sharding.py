@@ -5,16 +5,18 @@ which parameter, and along which axes. See docs/scaling.md.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._lift import check_alike, checked_params, checked_updates
+from rmsprop_jax._types import broadcast_prefix, checked_leaves, checked_transformation
 from rmsprop_jax.storage._formats import Factors, factored
 from rmsprop_jax.storage._place import axis_names
 
@@ -40,7 +42,9 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
       `PartitionSpec`s come back as such, for `jax.shard_map(in_specs=...)`.
 
     Raises:
-      ValueError: If `shardings` is None and a parameter has no sharding.
+      ValueError: If `shardings` is None and a parameter has no sharding, or if they are neither
+        like the parameters nor a prefix of them.
+      TypeError: For a `tx` that is none, or shardings that are none.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -54,8 +58,9 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
       >>> specs.count
       P()
     """
-    state = jax.eval_shape(checked_transformation('tx', tx).init, params)
-    return _of_state(tx, state, params, _of_params(params, shardings))
+    checked_transformation('tx', tx)
+    places = _of_params(params, shardings)
+    return _of_state(tx, jax.eval_shape(tx.init, params), params, places)
 
 
 def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
@@ -80,11 +85,9 @@ def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
       >>> kernel.dtype, kernel.sharding.spec
       (dtype('float32'), P('data',))
     """
-    state = jax.eval_shape(checked_transformation('tx', tx).init, params)
+    places = state_shardings(tx, params, shardings)
     return jax.tree.map(
-        lambda x, sharding: x.update(sharding=sharding),
-        state,
-        state_shardings(tx, params, shardings),
+        lambda x, sharding: x.update(sharding=sharding), jax.eval_shape(tx.init, params), places
     )
 
 
@@ -123,7 +126,7 @@ def zero1_shardings(
       b P(None, ('model', 'data'))
       c P(None, 'model')
     """
-    names = axis_names(axis)
+    names = _checked_axis(axis)
 
     def leaf(path: KeyPath, param: Any, sharding: Any) -> NamedSharding:
         if not isinstance(sharding, NamedSharding):
@@ -163,7 +166,7 @@ def zero1(
 
     Raises:
       ValueError: For an axis that the mesh does not have, parameters without a sharding, or (in
-        `init` and `update`) leaves that are not among `params`.
+        `init` and `update`) leaves that are not among `params`, a state that is not of `tx`.
       TypeError: For shardings that have no mesh.
 
     Example:
@@ -205,9 +208,12 @@ def zero1(
         return place_state(inner.init(place(params, split)), params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        found(checked_updates(updates), split)
+        start = jax.eval_shape(inner.init, updates)
+        check_alike('state', state, 'tx.init(updates)', start)
         share, own = place(updates, split), place_state(state, updates)
         if params is not None:
-            params = place(params, split)
+            params = place(checked_params('zero1', updates, params), split)
         new, after = inner.update(share, own, params, **extra_args)
         return place(new, whole), place_state(after, updates)
 
@@ -247,7 +253,10 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
       >>> print(mapped({'w': jnp.ones(4)})['w'])
       [1. 1. 1. 1.]
     """
-    names = axis_names(axis)
+    names = _checked_axis(axis)
+
+    for name in names:
+        _check_is_mapped(name)
 
     def leaf(path: KeyPath, g: jax.Array, sharding: Any) -> jax.Array:
         for name in names:
@@ -263,21 +272,43 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
         rest = tuple(name for name in names if name not in dict(owners))
         return lax.psum(g, rest) if rest else g
 
-    return tree_map_with_path(leaf, gradients, jax.tree.broadcast(shardings, gradients))
+    return tree_map_with_path(leaf, gradients, _of_params(gradients, shardings, 'gradients'))
 
 
-def _of_params(params: Any, shardings: Any) -> Any:
+def _of_params(params: Any, shardings: Any, name: str = 'params') -> Any:
     """The sharding of each parameter."""
+    checked_leaves(name, params)
     if shardings is not None:
-        return jax.tree.broadcast(shardings, params)
+        whole = broadcast_prefix('shardings', shardings, params)
+        for path, sharding in tree_flatten_with_path(whole)[0]:
+            if not isinstance(sharding, Sharding | PartitionSpec):
+                raise TypeError(
+                    f'shardings{keystr(path)} must be a sharding or a PartitionSpec, got '
+                    f'{sharding!r}.'
+                )
+        return whole
 
     def leaf(path: KeyPath, param: Any) -> Any:
         found = getattr(param, 'sharding', None)
         if found is None:
-            raise ValueError(f'params{keystr(path)} has no sharding: give shardings.')
+            raise ValueError(f'{name}{keystr(path)} has no sharding: give shardings.')
         return found
 
     return tree_map_with_path(leaf, params)
+
+
+def _checked_axis(axis: Any) -> tuple[str, ...]:
+    names = axis_names(axis) if isinstance(axis, str | Sequence) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'axis must be the name of a mesh axis, or several, got {axis!r}.')
+    return names
+
+
+def _check_is_mapped(name: str) -> None:
+    try:
+        lax.axis_index(name)
+    except NameError:
+        raise ValueError(f'axis {name!r} is not one that jax.shard_map goes over here.') from None
 
 
 def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:

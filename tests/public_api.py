@@ -1,18 +1,26 @@
-"""The public names of the package and their signatures: `python tests/public_api.py` prints them.
+"""The public names of the package and their signatures, and how a change of them is recorded.
 
-public_api.txt is what it printed at the last release, or when this was first written. What has
-changed since then must be told in CHANGELOG.md: test_public_api.py looks. A release, which is a new
-version, prints it anew.
+    python tests/public_api.py
+
+writes them to public_api.txt and prints a line with their fingerprint. The first line of that kind
+in CHANGELOG.md must be this one: put it under [Unreleased], in the place of the one that is there,
+and say beside it what has changed, by its full name. test_public_api.py fails until both are done,
+so that no name or signature changes without an edit of the changelog. At a release the line stays
+with its section; the next change adds one to the new [Unreleased].
 """
 
 import ast
+import hashlib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import rmsprop_jax
+
+RECORD = Path(__file__).with_name('public_api.txt')
 
 # Commands, and what draws their figures: they may change at any time.
 COMMANDS = {'demo', 'plots'}
@@ -67,6 +75,12 @@ def listing() -> list[str]:
     return sorted(lines)
 
 
+def fingerprint(lines: Sequence[str]) -> str:
+    """The line for CHANGELOG.md."""
+    digest = hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+    return f'Public API: `sha256:{digest[:16]}`'
+
+
 def _methods(thing: type) -> list[tuple[str, Any]]:
     """The public methods that a class is the first of its family to have."""
     inherited = {name for base in thing.__mro__[1:] for name in vars(base)}
@@ -98,4 +112,5 @@ def _default(value: Any) -> Any:
 
 
 if __name__ == '__main__':
-    print(f'rmsprop_jax {rmsprop_jax.__version__}', *listing(), sep='\n')
+    RECORD.write_text('\n'.join([*listing(), '']))
+    print(fingerprint(listing()))

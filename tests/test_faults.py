@@ -303,7 +303,7 @@ def test_refusals():
         rmsprop_jax.skip_nonfinite(tx, storage='uint8')  # pyright: ignore[reportArgumentType]
     params = jnp.zeros(SHAPE)
     skip = rmsprop_jax.skip_nonfinite
-    with pytest.raises(TypeError, match='must be the SkipNonfiniteState made by init, got tuple'):
+    with pytest.raises(TypeError, match='SkipNonfiniteState that init returned, got tuple'):
         skip(tx).update(params, tx.init(params))
     for inner in (
         optax.MultiSteps(tx, 2).gradient_transformation(),

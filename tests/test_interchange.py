@@ -466,7 +466,7 @@ def test_groups_of_another_optimizer_are_refused():
     found = _problems(lambda: interchange.torch_optimizer(theirs, params, _fc()))
     assert "group 0: 'lr_in_momentum' is no setting of torch.optim.RMSprop" in found
     assert "group 0: 'eps' is missing" in found
-    assert any('decay must be in [0, 1)' in line for line in found)
+    assert any('alpha must be in [0, 1)' in line for line in found)
 
 
 def test_parameters_that_the_optimizer_lacks_stay():
@@ -475,6 +475,37 @@ def test_parameters_that_the_optimizer_lacks_stay():
     state = interchange.from_torch(theirs, tx, params, _fc())
     updates, _ = tx.update(params, state, params)
     assert not updates['frozen'].any()
+
+
+def test_numbers_of_keras_must_be_numbers():
+    params, tx = {'w': jnp.zeros(2)}, dialects.keras(0.1)
+    pairs = [interchange.Pair('w', 'w')]
+    theirs = {'iteration': np.int64(7), 'w_velocity': np.ones(2, 'f')}
+    for rate in (np.ones(3), 1j, 'x', np.nan):
+        found = _problems(
+            lambda rate=rate: interchange.from_keras(
+                theirs | {'learning_rate': rate}, tx, params, pairs
+            )
+        )
+        assert found == ("'learning_rate' is no finite number",)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'nu': {'w': 'x'}}, r"^theirs\[0\].nu\['w'\] is a str, not an array"),
+        ({'nu': {'w': np.array(['x', 'y'])}}, r"nu of 'w' has dtype <U1, not a floating"),
+        ({'nu': {'w': np.ones(2, int)}}, r"nu of 'w' has dtype int64, not a floating"),
+        ({'nu': {'w': jnp.ones(2), 3: jnp.ones(2)}}, '^theirs is no tree: '),
+    ],
+)
+def test_states_of_optax_with_anything_in_them_are_refused(changes, message):
+    params, theirs = {'w': jnp.zeros(2)}, optax.rmsprop(0.1)
+    first, *rest = tuple(theirs.init(params))  # pyright: ignore[reportArgumentType]
+    with pytest.raises((TypeError, ValueError), match=message):
+        interchange.from_optax(
+            (first._replace(**changes), *rest), rmsprop_jax.rmsprop(0.1), params, count=1
+        )
 
 
 def test_a_schedule_may_stand_in_a_group():
@@ -760,7 +791,7 @@ def test_reset_refuses_what_does_not_belong_together():
     state = _after(tx, params)
     with pytest.raises(TypeError, match=r"mask\['fc'\]\['kernel'\] must be True or False,.*got 1"):
         reset(tx, state, params, {'fc': {'kernel': 1, 'bias': False}})
-    with pytest.raises(ValueError, match='state does not belong to tx'):
+    with pytest.raises(ValueError, match=r'of state does not match that of tx.init\(params\)'):
         reset(dialects.torch(momentum=0.9), state, params, True)
     with pytest.raises(ValueError, match='prefix|structure'):
         reset(tx, state, params, {'head': True})

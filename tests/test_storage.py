@@ -528,6 +528,21 @@ def test_description_tells_formats_apart():
         storage.check(later, state, MIXED)
 
 
+def test_a_checkpoint_of_an_older_release_is_refused_by_name_and_version():
+    """Its states had the same formats, but another leaf."""
+    state = rmsprop_jax.scale_by_rms().init(PARAMS)
+    description = storage.describe(state, None)
+    older = json.loads(json.dumps(description | {'rmsprop_jax': '0.0.9'}))
+    older['leaves']['.steps'] = older['leaves'].pop('.count')
+    with pytest.raises(ValueError, match='is of another state') as refusal:
+        storage.check(older, state, None)
+    head, *lines = str(refusal.value).splitlines()
+    assert f'rmsprop_jax 0.0.9 wrote it, and this is rmsprop_jax {rmsprop_jax.__version__}' in head
+    assert [line.split(':')[0] for line in lines] == ['  .count', '  .steps']
+    # What has not changed since loads.
+    storage.check(description | {'rmsprop_jax': '0.0.9'}, state, None)
+
+
 def test_saturation_counts_entries_at_the_ends():
     kept = storage.uint8()
     tx = optax.chain(rmsprop_jax.scale_by_rms(0.5, storage=everywhere(kept)))

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._types import checked_leaves, checked_transformation
 from rmsprop_jax.aot._program import Collective, Program
 from rmsprop_jax.aot._targets import devices
 
@@ -110,7 +110,9 @@ def compile_step(
       params: The parameters among `args`, or a tree like them, to count leaves and elements by.
 
     Raises:
-      ValueError: For an unknown target or a topology that it cannot have.
+      ValueError: For an unknown target, a topology that it cannot have, or a position to donate
+        that is none.
+      TypeError: For an `fn` that is no function, or a leaf that is no array.
       MissingPluginError: If the compiler for the target is not installed.
 
     Example:
@@ -121,6 +123,12 @@ def compile_step(
       >>> report.kernels, report.bytes_per_parameter
       (1, 8.0)
     """
+    if not callable(fn):
+        raise TypeError(f'fn must be a function, got {fn!r}.')
+    for name, leaves in (('args', args), ('params', params)):
+        checked_leaves(name, leaves)
+    if not all(isinstance(x, int) and 0 <= x < len(args) for x in donate):
+        raise ValueError(f'donate must hold positions among {len(args)} arguments, got {donate!r}.')
     placed = _place(args, target, topology)
     jitted: Any = fn if hasattr(fn, 'lower') else jax.jit(fn, donate_argnums=tuple(donate))
     compiled = jitted.lower(*placed).compile()
@@ -159,8 +167,10 @@ def compile_update(
       >>> report.minimum_per_parameter  # reads g, nu and p, writes nu and p
       20.0
     """
-    placed = _place(params, target, topology)
     checked_transformation('tx', tx)
+    for name, tree in (('params', params), ('gradients', gradients), ('state', state)):
+        checked_leaves(name, tree)
+    placed = _place(params, target, topology)
     if state is None:
         state = _initial_state(tx, placed)
     return compile_step(
@@ -186,9 +196,16 @@ def update_and_apply(tx: optax.GradientTransformation) -> Callable[[Any, Any, An
 
 
 def table(reports: Iterable[Report], names: Iterable[str] | None = None) -> str:
-    """Reports as lines of text under a heading, one each; `names` say what each one is."""
-    found = list(reports)
-    labels = [''] * len(found) if names is None else list(names)
+    """Reports as lines of text under a heading, one each; `names` say what each one is.
+
+    Raises:
+      TypeError: For what is no report, or no name.
+      ValueError: If there are not as many names as reports.
+    """
+    found = _listed('reports', reports, Report)
+    labels = [''] * len(found) if names is None else _listed('names', names, str)
+    if len(labels) != len(found):
+        raise ValueError(f'names has {len(labels)} entries for {len(found)} reports.')
     rows = [_HEADING, *[_row(label, r) for label, r in zip(labels, found, strict=True)]]
     if not any(labels):
         rows = [row[1:] for row in rows]
@@ -197,6 +214,14 @@ def table(reports: Iterable[Report], names: Iterable[str] | None = None) -> str:
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _listed(name: str, values: Any, kind: type) -> list[Any]:
+    found = list(values) if isinstance(values, Iterable) else [values]
+    for value in found:
+        if not isinstance(value, kind):
+            raise TypeError(f'{name} must hold {kind.__name__}s, got {value!r}.')
+    return found
 
 
 _HEADING = (

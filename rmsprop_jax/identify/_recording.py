@@ -10,7 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import keystr
+
+from rmsprop_jax._types import leaves_with_path
 
 _COARSE_FIRST = ('bfloat16', 'float16', 'float32', 'float64')
 _MOST_ELEMENTS, _MOST_NUMBERS = 128, 4096
@@ -158,7 +160,7 @@ def _rates(learning_rate: Any, count: int) -> np.ndarray:
         raise ValueError('the trace has no learning_rate; give one.')
     try:
         rates = np.asarray(learning_rate, float)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError('learning_rate must be a number or one per step.') from None
     if rates.shape not in ((), (1,), (count,)):
         raise ValueError(f'learning_rate has shape {rates.shape}, but there are {count} steps.')
@@ -170,7 +172,7 @@ def _rates(learning_rate: Any, count: int) -> np.ndarray:
 def _leaves(name: str, tree: Any) -> dict[str, np.ndarray]:
     return {
         keystr(path): _real(f'{name}{keystr(path)}', leaf)
-        for path, leaf in tree_flatten_with_path(tree)[0]
+        for path, leaf in leaves_with_path(name, tree)
     }
 
 

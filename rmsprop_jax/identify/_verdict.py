@@ -258,7 +258,7 @@ def identify_dialect(
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f'{name} must be a number, got {value!r}.') from None
     below = 1.0 if name in ('decay', 'momentum') else math.inf
     if not 0 <= number < below:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
-from rmsprop_jax._types import checked_steps
+from rmsprop_jax._types import checked_flag, checked_steps
 
 
 class InterchangeError(ValueError):
@@ -62,6 +62,12 @@ class Layout:
 
     axes: tuple[int | EllipsisType, ...] = (...,)
     split: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (('axes', int | EllipsisType), ('split', int)):
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) and all(isinstance(x, allowed) for x in value)):
+                raise TypeError(f'{name} must be a tuple of integers, got {value!r}.')
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         """Their array with our axes.
@@ -158,6 +164,24 @@ class Pair:
         object.__setattr__(self, 'ours', joined(self.ours))
 
 
+def layer(
+    theirs: str,
+    ours: str | tuple[Any, ...],
+    names: tuple[str, str],
+    bias_names: tuple[str, str],
+    bias: bool,
+    layout: Layout = AS_IS,
+) -> tuple[Pair, ...]:
+    """The pairs of a layer: of its weights and, where it has one, of its bias."""
+    if not isinstance(theirs, str):
+        raise TypeError(f'theirs must be a name, got {theirs!r}.')
+    path = joined(ours)
+    weights = Pair(theirs + names[0], f'{path}/{names[1]}', layout)
+    if not checked_flag('bias', bias):
+        return (weights,)
+    return weights, Pair(theirs + bias_names[0], f'{path}/{bias_names[1]}')
+
+
 def joined(path: str | Sequence[Any]) -> str:
     """A path as one string."""
     if not isinstance(path, str | Sequence):
@@ -210,6 +234,13 @@ def checked_names(name: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(key, str):
             raise TypeError(f'the keys of {name} must be names, got {key!r}.')
     return value
+
+
+def checked_fresh(fresh: Any) -> Collection[str]:
+    """Names of parameters without moments."""
+    if isinstance(fresh, str) or not isinstance(fresh, Collection):
+        raise TypeError(f'fresh must be a collection of names, got {fresh!r}.')
+    return fresh
 
 
 def checked_count(count: Any) -> int:

@@ -16,7 +16,7 @@ from jax.tree_util import (
 )
 
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState, TraceState
+from rmsprop_jax._types import RmsState, TraceState, checked_leaves
 from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
 from rmsprop_jax.storage._formats import STATISTICS, Factors
 
@@ -89,15 +89,21 @@ def is_corrected(node: Any) -> bool:
     return node.weight is not None if isinstance(node, RmsState) else 'count' in node._fields
 
 
-def read(state: Any, problems: Problems) -> Moments:
-    """The moments in `state`."""
+def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
+    """The moments in `state`.
+
+    Raises:
+      TypeError: For a leaf that is no array; the message gives `name` and the leaf's path.
+      ValueError: For what is no tree.
+    """
+    checked_leaves(name, state)
     columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in MOMENTS}
     weights: dict[str, tuple[int, float | None]] = {}
     for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
         if is_compact(node):
             problems.add(COMPACT)
             continue
-        found = _node_columns(node)
+        found = _node_columns(node, problems)
         for name, leaves in found.items():
             for path in leaves.keys() & columns[name].keys():
                 problems.add(f'{path!r} has more than one {name} in the state')
@@ -107,9 +113,14 @@ def read(state: Any, problems: Problems) -> Moments:
             weights.update(dict.fromkeys(found['nu'], (int(np.asarray(node.count)), weight)))
     counts: set[int] = set()
     for path, leaf in tree_flatten_with_path(state, is_leaf=is_average)[0]:
-        if not is_average(leaf) and is_count(path, leaf):
+        is_mini = bool(path) and path[-1] == GetAttrKey('mini_step')
+        if is_average(leaf) or not (is_mini or is_count(path, leaf)):
+            continue
+        if jnp.shape(leaf):
+            problems.add(f'{keystr(path)} has shape {jnp.shape(leaf)}: it is no number of steps')
+        elif not is_mini:
             counts.add(int(leaf))
-        if path and path[-1] == GetAttrKey('mini_step') and int(leaf) != 0:
+        elif int(leaf) != 0:
             problems.add(
                 f'{keystr(path)} is {int(leaf)}: gradients are being accumulated, and have no '
                 'counterpart there. Convert when it is 0'
@@ -117,13 +128,19 @@ def read(state: Any, problems: Problems) -> Moments:
     return Moments(columns, weights, frozenset(counts))
 
 
-def _node_columns(node: Any) -> dict[str, dict[str, np.ndarray]]:
+def _node_columns(node: Any, problems: Problems) -> dict[str, dict[str, np.ndarray]]:
     """One node's moments, with the raw second moment in the place of a variance."""
-    columns = {
-        name: {k: np.asarray(x) for k, x in named_leaves(getattr(node, name)).items()}
-        for name in MOMENTS
-        if name in node._fields
-    }
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    for name in MOMENTS:
+        if name in node._fields:
+            leaves = named_leaves(getattr(node, name))
+            columns[name] = {path: np.asarray(x) for path, x in leaves.items()}
+            for path, array in columns[name].items():
+                if not jnp.issubdtype(array.dtype, jnp.inexact):
+                    problems.add(
+                        f'{name} of {path!r} has dtype {array.dtype}, not a floating or complex one'
+                    )
+    problems.raise_if_any()
     if isinstance(node, RmsState) and node.var is not None:
         weight = 1.0 if node.weight is None else float(node.weight)
         columns['nu'] = {

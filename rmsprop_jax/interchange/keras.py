@@ -26,9 +26,10 @@ from rmsprop_jax.interchange._mapping import (
     Problems,
     as_array,
     as_count,
+    as_number,
     checked_names,
-    joined,
     laid_out,
+    layer,
     paired,
 )
 from rmsprop_jax.interchange._state import (
@@ -54,9 +55,7 @@ def dense(
       >>> [(pair.theirs, pair.ours) for pair in interchange.keras.dense('net/dense', 'Dense_0')]
       [('net/dense/kernel', 'Dense_0/kernel'), ('net/dense/bias', 'Dense_0/bias')]
     """
-    path = joined(ours)
-    kernel = Pair(f'{theirs}/kernel', f'{path}/kernel', layout)
-    return (kernel, Pair(f'{theirs}/bias', f'{path}/bias')) if bias else (kernel,)
+    return layer(theirs, ours, ('/kernel', 'kernel'), ('/bias', 'bias'), bias, layout)
 
 
 conv = dense
@@ -64,9 +63,7 @@ conv = dense
 
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of Keras's normalisation layers with Flax's: `gamma` is `scale`."""
-    path = joined(ours)
-    scale = Pair(f'{theirs}/gamma', f'{path}/scale')
-    return (scale, Pair(f'{theirs}/beta', f'{path}/bias')) if bias else (scale,)
+    return layer(theirs, ours, ('/gamma', 'scale'), ('/beta', 'bias'), bias)
 
 
 def from_keras(
@@ -123,9 +120,11 @@ def from_keras(
     if len(entries) < len(variables):
         problems.add('names of variables are the same but for what is before the last slash')
     calls = _iteration(entries, gradient_accumulation_steps, problems)
-    rate = entries.pop('learning_rate', None)
-    if rate is not None:
-        rate = as_array("'learning_rate'", rate, problems)
+    rate = None
+    if 'learning_rate' in entries:
+        rate = as_number(entries.pop('learning_rate'))
+        if rate is None or not math.isfinite(rate):
+            problems.add("'learning_rate' is no finite number")
     columns: Columns = {name: {} for name in _SLOTS}
     for pair in pairs.values():
         for moment, slot in (*_SLOTS.items(), (_ACCUMULATOR, _ACCUMULATOR)):
@@ -147,7 +146,7 @@ def from_keras(
     state = Writer(columns, describe, problems).write(
         tx.init(params), calls // gradient_accumulation_steps, calls
     )
-    return state if rate is None else with_injected(state, 'learning_rate', float(rate))
+    return state if rate is None else with_injected(state, 'learning_rate', rate)
 
 
 def _slot(pair: Pair, slot: str) -> str:

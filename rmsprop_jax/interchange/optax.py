@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from rmsprop_jax._types import checked_transformation, decay_rate
+from rmsprop_jax._types import checked_leaves, checked_transformation, decay_rate
 from rmsprop_jax.interchange._mapping import Problems, checked_count
 from rmsprop_jax.interchange._state import Moments, read
 from rmsprop_jax.interchange._write import Writer
@@ -55,9 +55,10 @@ def from_optax(
     """
     problems = Problems('the Optax state cannot be converted')
     checked_transformation('tx', tx)
+    checked_leaves('params', params)
     count = None if count is None else checked_count(count)
     decay = None if decay is None else float(decay_rate('decay', decay).value)
-    moments = read(theirs, problems)
+    moments = read(theirs, problems, 'theirs')
     if count is None:
         if len(moments.counts) != 1:
             found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
@@ -107,6 +108,7 @@ def to_optax(
     """
     problems = Problems('the state cannot be written for Optax')
     checked_transformation('tx', tx)
+    checked_leaves('params', params)
     decay = None if decay is None else float(decay_rate('decay', decay).value)
     moments = read(state, problems)
     if len(moments.counts) != 1:

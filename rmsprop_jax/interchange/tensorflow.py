@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._types import checked_flag, checked_transformation
 from rmsprop_jax.interchange._mapping import (
     Pair,
     Problems,
@@ -80,6 +80,8 @@ def from_tensorflow(
     problems = Problems('the TensorFlow slots cannot be converted')
     checked_transformation('tx', tx)
     checked_names('variables', variables)
+    _check_name(name)
+    centered = checked_flag('centered', centered)
     count = None if count is None else checked_count(count)
     pairs, _ = paired(mapping, params, problems)
     slots = {
@@ -109,6 +111,11 @@ def from_tensorflow(
         return f'{entry!r} ({_SLOTS.get(moment, moment)})'
 
     return Writer(columns, describe, problems).write(tx.init(params), count or 0)
+
+
+def _check_name(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
 
 
 def _slot(variable: str, moment: str, centered: bool, name: str | None) -> str:
@@ -147,6 +154,7 @@ def to_tensorflow(
         TensorFlow always has a `momentum`, as has `dialects.tensorflow`.
     """
     problems = Problems('the state cannot be written for TensorFlow')
+    _check_name(name)
     pairs, _ = paired(mapping, params, problems)
     moments = read(state, problems)
     if len(moments.counts) != 1:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._types import checked_flag, checked_transformation
 from rmsprop_jax.interchange._groups import checked_groups, numbered
 from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
 from rmsprop_jax.interchange._mapping import (
-    AS_IS,
     KERNEL,
     Layout,
     Pair,
@@ -26,14 +25,16 @@ from rmsprop_jax.interchange._mapping import (
     as_count,
     as_number,
     checked_count,
+    checked_fresh,
     checked_names,
-    joined,
     laid_out,
+    layer,
     paired,
 )
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
+_BIAS = ('.bias', 'bias')
 _SLOTS = {'nu': 'square_avg', 'mu': 'grad_avg', 'trace': 'momentum_buffer'}
 
 
@@ -53,9 +54,7 @@ def linear(
       >>> [(pair.theirs, pair.ours) for pair in interchange.torch.linear('fc', ('head', 'fc'))]
       [('fc.weight', 'head/fc/kernel'), ('fc.bias', 'head/fc/bias')]
     """
-    path = joined(ours)
-    weight = Pair(f'{theirs}.weight', f'{path}/kernel', layout)
-    return (weight, Pair(f'{theirs}.bias', f'{path}/bias')) if bias else (weight,)
+    return layer(theirs, ours, ('.weight', 'kernel'), _BIAS, bias, layout)
 
 
 def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
@@ -68,9 +67,7 @@ def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tupl
 
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of PyTorch's normalisation layers with Flax's: `weight` is `scale`."""
-    path = joined(ours)
-    scale = Pair(f'{theirs}.weight', f'{path}/scale', AS_IS)
-    return (scale, Pair(f'{theirs}.bias', f'{path}/bias')) if bias else (scale,)
+    return layer(theirs, ours, ('.weight', 'scale'), _BIAS, bias)
 
 
 def from_torch(
@@ -130,8 +127,8 @@ def from_torch(
     checked_transformation('tx', tx)
     groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
     held = _checked_state(state_dict.get('state'), problems)
-    if isinstance(fresh, str) or not isinstance(fresh, Collection):
-        raise TypeError(f'fresh must be a collection of names, got {fresh!r}.')
+    checked_fresh(fresh)
+    lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
     count = None if count is None else checked_count(count)
     pairs, _ = paired(mapping, params, problems)
     by_name = {pair.theirs: pair for pair in pairs.values()}
@@ -231,6 +228,10 @@ def to_torch(
     """
     problems = Problems('the state cannot be written for PyTorch')
     checked_groups(param_groups, problems)
+    checked_fresh(fresh)
+    lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
+    if not callable(as_tensor):
+        raise TypeError(f'as_tensor must be a function of an array, got {as_tensor!r}.')
     pairs, leaves = paired(mapping, params, problems)
     by_name = {pair.theirs: path for path, pair in pairs.items()}
     moments = read(state, problems)

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from rmsprop_jax import dialects
+from rmsprop_jax._lift import chain
 from rmsprop_jax._optimizer import in_accumulator_precision, rmsprop
 from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import checked_steps
@@ -211,4 +212,4 @@ def _falling(r: Recipe, total_frames: Any, frames_per_update: Any) -> Any:
 
 
 def _chain(*steps: optax.GradientTransformation) -> Optimizer:
-    return in_accumulator_precision(optax.chain(*steps))
+    return in_accumulator_precision(chain(*steps))

@@ -14,6 +14,7 @@ from rmsprop_jax._types import (
     Hyperparameter,
     Scalar,
     cast,
+    checked_leaves,
     complement,
     decay_rate,
     leaf_dtype,
@@ -79,6 +80,9 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
     here, there = jax.tree.structure(values), jax.tree.structure(average)
     if here != there:
         raise ValueError(f'values and average differ in structure:\n  {here}\n  {there}')
+
+    checked_leaves('values', values)
+    checked_leaves('average', average)
 
     def leaf(path: KeyPath, a: Any, v: Any) -> Any:
         if jnp.shape(a) != jnp.shape(v):

@@ -1,13 +1,14 @@
 """Which parameters decay, by the paths of a tree, in a form that can be printed and checked."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
 
-from rmsprop_jax._types import checked_mask, whole_mask
+from rmsprop_jax._types import checked_leaves, checked_mask, whole_mask
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
@@ -36,7 +37,7 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
       {'bn1': {'scale': False}, 'dense': {'bias': True}}
     """
     pattern = _pattern('batch_norm', batch_norm)
-    return tree_map_with_path(lambda path, _: not _matches(pattern, path), params)
+    return _by_path(lambda path, _: not _matches(pattern, path), params)
 
 
 def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
@@ -51,14 +52,12 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
     def decays(path: Any, leaf: Any) -> bool:
         return np.ndim(leaf) >= 2 and not _matches(pattern, path)
 
-    return tree_map_with_path(decays, params)
+    return _by_path(decays, params)
 
 
 def timm_decay_mask(params: Any) -> Any:
     """Arrays of at least two axes that are not called `bias`: the rule of timm."""
-    return tree_map_with_path(
-        lambda path, leaf: np.ndim(leaf) >= 2 and _parts(path)[-1:] != ['bias'], params
-    )
+    return _by_path(lambda path, leaf: np.ndim(leaf) >= 2 and _parts(path)[-1:] != ['bias'], params)
 
 
 def describe_mask(params: Any, mask: Any) -> str:
@@ -70,7 +69,8 @@ def describe_mask(params: Any, mask: Any) -> str:
         them or a prefix of it, or None for all.
 
     Raises:
-      TypeError: If the mask holds anything but booleans.
+      TypeError: If the mask holds anything but booleans, or a parameter is no array.
+      ValueError: If the mask is neither like the parameters nor a prefix of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,7 +80,7 @@ def describe_mask(params: Any, mask: Any) -> str:
       conv/bias    (8,)          not decayed
       conv/kernel  (3, 3, 1, 8)  decayed
     """
-    leaves = tree_flatten_with_path(params)[0]
+    leaves = checked_leaves('params', params)
     flags = jax.tree.leaves(
         whole_mask('mask', True if mask is None else checked_mask('mask', mask), params)
     )
@@ -90,6 +90,11 @@ def describe_mask(params: Any, mask: Any) -> str:
         rows.append((name, str(np.shape(leaf)), 'decayed' if decays else 'not decayed'))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return '\n'.join(f'{a:{widths[0]}}  {b:{widths[1]}}  {c}' for a, b, c in rows)
+
+
+def _by_path(decays: Callable[[Any, Any], bool], params: Any) -> Any:
+    checked_leaves('params', params)
+    return tree_map_with_path(decays, params)
 
 
 def _pattern(name: str, pattern: Any) -> re.Pattern[str]:

@@ -1,7 +1,7 @@
 """The learning rates of the recipes, as Optax schedules of the 0-based step count."""
 
 import fractions
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +17,7 @@ def positive(name: str, value: Any) -> float:
     """`value` as a float, which decides what a schedule looks like and so cannot be an array."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f'{name} must be a Python number, got {value!r}.')
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f'{name} must be positive and finite, got {value!r}.')
     return float(value)
 

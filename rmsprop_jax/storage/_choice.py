@@ -128,17 +128,17 @@ def per_statistic(
     """
     choices = PerStatistic(nu, mu, var, trace)
     for statistic in STATISTICS:
-        check_storage(getattr(choices, statistic), statistic)
+        check_storage(getattr(choices, statistic), statistic, name=statistic)
     return choices
 
 
-def check_storage(storage: Storage | None, *statistics: str) -> None:
+def check_storage(storage: Storage | None, *statistics: str, name: str = 'storage') -> None:
     """Refuses what is no choice of formats, or cannot hold one of these statistics."""
     if storage is not None and not isinstance(storage, Storage):
         hint = ' Call it: storage.bfloat16().' if isinstance(storage, type) else ''
         hint = hint or ' Wrap a function in storage.per_leaf.' * callable(storage)
         raise TypeError(
-            f'storage must be a format or a choice from rmsprop_jax.storage, got {storage!r}.{hint}'
+            f'{name} must be a format or a choice from rmsprop_jax.storage, got {storage!r}.{hint}'
         )
     for statistic in statistics:
         choice = _for_statistic(storage, statistic)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import RmsState, TraceState, leaf_dtype, real_dtype, wide_dtype
+from rmsprop_jax._types import (
+    RmsState,
+    TraceState,
+    checked_leaves,
+    leaf_dtype,
+    real_dtype,
+    wide_dtype,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
 from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
 
@@ -99,7 +106,8 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
             return None
         return jnp.ones([], jnp.float32) if node.unit is None else node.unit
 
-    check_storage(to)
+    check_storage(from_, name='from_')
+    check_storage(to, name='to')
     return _map_statistics(leaf, state, from_, unit)
 
 
@@ -185,6 +193,7 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
       >>> kernel['format'], kernel['scale'], kernel['version']
       ('uint8', 1.0, 1)
     """
+    checked_leaves('state', state)
     leaves = {
         keystr(path): {'dtype': str(leaf.dtype), 'shape': list(leaf.shape)}
         for path, leaf in tree_flatten_with_path(jax.eval_shape(lambda x: x, state))[0]
@@ -209,7 +218,7 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
 
     Raises:
       ValueError: If they differ, or if the description has a version this release cannot read; the
-        message lists the differences by path, or names the releases.
+        message names the release that wrote it and this one, and lists the differences by path.
       TypeError: If the description is no mapping.
 
     Example:
@@ -227,11 +236,12 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
         raise ValueError(
             f'the description is not one that storage.describe made: {reprlib.repr(description)}'
         )
+    writer = _told(description.get('rmsprop_jax'))
     if version != _VERSION:
         raise ValueError(
-            f'the checkpoint was written by rmsprop_jax {description.get("rmsprop_jax")} with '
-            f'version {version} of the storage formats, and this is rmsprop_jax {_release()}, '
-            f'which reads version {_VERSION}.'
+            f'the checkpoint was written by rmsprop_jax {writer} with version {version} of the '
+            f'storage formats, and this is rmsprop_jax {_release()}, which reads version '
+            f'{_VERSION}.'
         )
     here = describe(state, storage)['leaves']
     lines = [
@@ -241,7 +251,11 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
         if not _same(here.get(path), there.get(path))
     ]
     if lines:
-        raise ValueError('\n'.join(['the checkpoint is of another state:', *lines]))
+        head = (
+            f'the checkpoint is of another state: rmsprop_jax {writer} wrote it, and this is '
+            f'rmsprop_jax {_release()}.'
+        )
+        raise ValueError('\n'.join([head, *lines]))
 
 
 def _differing(leaf: Any, other: Any) -> Any:

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax._types import constant, real_dtype
+from rmsprop_jax._types import constant, leaf_dtype, real_dtype
 from rmsprop_jax.storage._place import full_like, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
@@ -150,6 +150,11 @@ class _Elementwise(Format):
     def _is_own(self, dtype: np.dtype) -> bool:
         return dtype == self.dtype
 
+    def _check_own(self, stored: Any) -> None:
+        fault = self.fault(stored, np.shape(stored))
+        if fault is not None:
+            raise ValueError(f'stored {fault}.')
+
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
         del dtype
         return full_like(param, self.encode(jnp.asarray(fill)), self.dtype)
@@ -179,6 +184,7 @@ class float32(_Elementwise):
 
     def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
         del unit
+        self._check_own(stored)
         return stored
 
     def _is_own(self, dtype: np.dtype) -> bool:
@@ -198,10 +204,12 @@ class _Rounded(_Elementwise):
             raise TypeError(f'seed must be a Python integer, got {self.seed!r}.')
 
     def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> jax.Array:
+        leaf_dtype('x', x)
         multiple = jnp.asarray(x, jnp.float32) * (1.0 if unit is None else 1 / unit)
         return self.rounded(multiple, HALF if bits is None else bits)
 
     def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+        self._check_own(stored)
         return self.widened(stored) * (1.0 if unit is None else unit)
 
     @abc.abstractmethod
@@ -398,6 +406,8 @@ class factored(Format):
 
     def decode(self, stored: Factors, unit: Any = None) -> jax.Array:
         del unit
+        if not isinstance(stored, Factors):
+            raise ValueError('stored is not in the format storage.factored.')
         total = jnp.mean(stored.row, axis=-1, keepdims=True)
         vanishes = total < float(jnp.finfo(total.dtype).tiny)
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))

@@ -11,6 +11,7 @@ import pickle
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,33 +171,47 @@ def file_of(content: bytes) -> None:
 
 def from_optax(draw: Draw) -> None:
     theirs = optax.rmsprop(0.1, centered=True, momentum=0.9).init(PARAMS)
-    inner = theirs[0]
-    change = {name: draw.changed(getattr(inner, name)) for name in ('nu', 'mu')}
+    changed = [
+        part._replace(**{name: draw.changed(x) for name, x in part._asdict().items()})
+        for part in theirs
+    ]
     tx = rmsprop_jax.rmsprop(0.1, centered=True, momentum=0.9)
-    interchange.from_optax((inner._replace(**change), *theirs[1:]), tx, PARAMS, count=1)
+    interchange.from_optax(changed, tx, PARAMS, count=draw.one((1, None)))
+
+
+def to_torch(draw: Draw) -> None:
+    groups = valid_torch()['param_groups']
+    interchange.to_torch(STATE, PARAMS, PAIRS, draw.changed(groups), names=draw.changed(NAMES))
+
+
+def parameters(draw: Draw) -> None:
+    theirs = {'fc.weight': matrix(1), 'fc.bias': np.ones(3)}
+    interchange.parameters_from(draw.changed(theirs), PARAMS, PAIRS)
+
+
+# Files, which are the bytes as they are, come before these.
+TARGETS: tuple[Callable[[Draw], Any], ...] = (
+    lambda draw: trace(draw.changed(valid_trace())),
+    lambda draw: interchange.from_torch(draw.changed(valid_torch()), TORCH, PARAMS, PAIRS),
+    lambda draw: interchange.torch_optimizer(draw.changed(valid_torch()), PARAMS, PAIRS),
+    lambda draw: interchange.from_keras(draw.changed(valid_keras()), KERAS, PARAMS, KERAS_PAIRS),
+    lambda draw: interchange.from_tensorflow(
+        draw.changed(valid_tensorflow()), TENSORFLOW, PARAMS, PAIRS
+    ),
+    lambda draw: storage.check(draw.changed(DESCRIPTION), STATE, None),
+    parameters,
+    from_optax,
+    to_torch,
+)
 
 
 def read(data: bytes) -> None:
     """Hands drawn data to one of the readers."""
-    draw = Draw(data[1:])
-    target = data[0] % 8 if data else 0
+    target = data[0] % (1 + len(TARGETS)) if data else 0
     if target == 0:
         file_of(data[1:])
-    elif target == 1:
-        trace(draw.changed(valid_trace()))
-    elif target == 2:
-        interchange.from_torch(draw.changed(valid_torch()), TORCH, PARAMS, PAIRS)
-    elif target == 3:
-        interchange.torch_optimizer(draw.changed(valid_torch()), PARAMS, PAIRS)
-    elif target == 4:
-        interchange.from_keras(draw.changed(valid_keras()), KERAS, PARAMS, KERAS_PAIRS)
-    elif target == 5:
-        interchange.from_tensorflow(draw.changed(valid_tensorflow()), TENSORFLOW, PARAMS, PAIRS)
-    elif target == 6:
-        storage.check(draw.changed(DESCRIPTION), STATE, None)
     else:
-        theirs = {'fc.weight': matrix(1), 'fc.bias': np.ones(3)}
-        interchange.parameters_from(draw.changed(theirs), PARAMS, PAIRS)
+        TARGETS[target - 1](Draw(data[1:]))
 
 
 def once(data: bytes) -> None:
@@ -221,7 +236,7 @@ def seeds(folder: Path) -> None:
             save(buffer, **(valid_trace() | extra))
             (folder / f'{save.__name__}-{len(extra)}').write_bytes(b'\0' + buffer.getvalue())
     (folder / 'pickle').write_bytes(b'\0' + pickle.dumps(Unpickled()))
-    for target in range(1, 8):
+    for target in range(1, 1 + len(TARGETS)):
         for fill in (b'\xff', b'\x55', bytes(range(256))):
             (folder / f'{target}-{fill[0]}').write_bytes(bytes([target]) + (fill * 200)[:200])
 
@@ -229,6 +244,8 @@ def seeds(folder: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     seeds(folder)
+    # On Python 3.11 jaxlib 0.10 loses one level of recursion at each tree that it cannot flatten.
+    sys.setrecursionlimit(10**6)
     atheris.Setup([sys.argv[0], str(folder), *sys.argv[2:]], once)
     atheris.Fuzz()
 

@@ -200,9 +200,9 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('u, -cast(rate.value', 'u, cast(rate.value', ('outside',)),
         ('p, lr * wd)', 'p, wd)', ('decay',)),
         ('return u - componentwise', 'return u + componentwise', ('decay',)),
-        ('decay if mask is None else optax.masked(decay, mask)', 'decay', ('decay',)),
+        ('guarded(masked, optax.MaskedState, user)', 'decay', ('decay',)),
         ('now = rate.at(state.count)', 'now = rate.at(state.count + 1)', ('decay',)),
-        ('inner_.update(widen(updates), state', 'inner_.update(updates, state', ('moments',)),
+        ('inner_.update(wide_updates, state', 'inner_.update(updates, state', ('moments',)),
         ("{'momentum', 'wd', 'weight_decay'}", '{}', ('injected',)),
         ('jax.dtypes.canonicalize_dtype(jnp.float64)', 'None', ('injected',)),
         (
