@@ -255,16 +255,48 @@ def chain(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def map_with_moments(function: Callable[..., Any], tree: Any, moments: Any, *others: Any) -> Any:
+    """`moments` with `function` of each leaf of `tree`, of what is kept in its place, and of the
+    same leaf of others.
+
+    Where a mask has left out a branch, all of it is one `optax.MaskedNode`, which stays.
+
+    Args:
+      function: Maps a leaf, the part of `moments` in its place, and leaves of `others`.
+      tree: A tree like the parameters.
+      moments: A tree of which those are a prefix, but for what has been masked out.
+      others: Trees like `tree`.
+    """
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = tree_flatten_with_path(moments, is_leaf=is_masked)[0]
+    masked = {path for path, node in nodes if is_masked(node)}
+
+    def leaf(path: KeyPath, x: Any, part: Any, *same: Any) -> Any:
+        return part if path in masked else function(x, part, *same)
+
+    return tree_map_with_path(
+        leaf,
+        tree,
+        moments,
+        *others,
+        is_leaf=lambda path, _: path in masked,
+        is_leaf_takes_path=True,
+    )
+
+
 def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
     """A tree like `state`: the leaf of `tree` at each parameter for all that `state` keeps in that
     parameter's place, and `elsewhere` for the rest."""
 
-    def leaf(moments: Any, tree: Any) -> Any:
-        return jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), tree, moments)
+    def moments_of(x: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: x, part)
 
     return optax.tree.map_params(
         tx,
-        leaf,
+        lambda moments, tree: map_with_moments(moments_of, tree, moments),
         state,
         tree,
         transform_non_params=lambda _: elsewhere,

@@ -1,7 +1,6 @@
 """What to do about gradients and statistics that are infinite or NaN."""
 
 import functools
-import operator
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,6 +15,7 @@ from rmsprop_jax._lift import (
     checked_updates,
     guarded,
     map_rms_states,
+    map_with_moments,
     placed,
     select,
 )
@@ -157,23 +157,30 @@ def nonfinite_entries(
     check_storage(storage)
     checked_transformation('tx', tx)
     checked_leaves('params', params)
-    start = jax.eval_shape(tx.init, params)
-    check_alike('state', state, 'tx.init(params)', start)
-    none = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), bool), params)
-    found = [none]
+    check_alike('state', state, 'tx.init(params)', jax.eval_shape(tx.init, params))
+    leaves, treedef = jax.tree.flatten(params)
+    marks = [jnp.zeros(jnp.shape(p), bool) for p in leaves]
 
-    def leaf(p: Any, part: Any) -> jax.Array:
-        bad = [~jnp.isfinite(x) for x in jax.tree.leaves(part)]
-        # Statistics of complex numbers as pairs of reals have one more axis.
-        whole = [x.any(-1) if x.ndim > jnp.ndim(p) else x for x in bad]
-        return functools.reduce(operator.or_, whole, jnp.zeros(jnp.shape(p), bool))
+    def collect(moments: Any, numbers: Any) -> Any:
+        def leaf(number: int, part: Any) -> None:
+            for x in jax.tree.leaves(part):
+                marks[number] |= _entries(~jnp.isfinite(x), jnp.shape(leaves[number]))
 
-    def collect(moments: Any, params: Any) -> Any:
-        found.append(jax.tree.map(leaf, params, moments))
+        map_with_moments(leaf, numbers, moments)
         return moments
 
-    optax.tree.map_params(tx, collect, read(state, storage), params, is_leaf=lambda _: True)
-    return jax.tree.map(lambda *marks: functools.reduce(operator.or_, marks), *found)
+    numbers = treedef.unflatten(range(len(leaves)))
+    optax.tree.map_params(tx, collect, read(state, storage), numbers, is_leaf=lambda _: True)
+    return treedef.unflatten(marks)
+
+
+def _entries(bad: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The entries of a parameter of this shape that a statistic's entries belong to."""
+    if bad.shape == shape:
+        return bad
+    # Statistics of complex numbers as pairs of reals have one more axis, of two; others have no
+    # entry for each of the parameter's.
+    return bad.any(-1) if bad.shape == (*shape, 2) else bad.any()
 
 
 def _zeroed(bad: Any, tree: Any) -> Any:

@@ -14,6 +14,7 @@ from rmsprop_jax._lift import (
     check_alike,
     check_storage_is_given,
     map_rms_states,
+    map_with_moments,
     placed,
     rms_states,
     select,
@@ -125,9 +126,7 @@ def _with_average(start: Any, params: Any) -> Any:
     def leaf(node: Any) -> Any:
         if not is_average(node):
             return node
-        ema = jax.tree.map(
-            lambda p, a: p if jax.tree.leaves(a) else a, widen('params', params), node.ema
-        )
+        ema = map_with_moments(lambda p, _: p, widen('params', params), node.ema)
         return node._replace(ema=ema)
 
     return jax.tree.map(leaf, start, is_leaf=is_average)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._lift import check_alike, checked_params, checked_updates
+from rmsprop_jax._lift import check_alike, checked_params, checked_updates, map_with_moments
 from rmsprop_jax._types import broadcast_prefix, checked_leaves, checked_transformation
 from rmsprop_jax.storage._formats import Factors, factored
 from rmsprop_jax.storage._place import axis_names
@@ -329,14 +329,14 @@ def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
 def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> Any:
     """The shardings of one tree of a state that has the structure of the parameters."""
 
-    def leaf(param: Any, sharding: Any, stored: Any) -> Any:
+    def leaf(param: Any, stored: Any, sharding: Any) -> Any:
         return jax.tree.map(
             lambda part: _like_param(part, param, sharding, elsewhere),
             stored,
             is_leaf=lambda part: isinstance(part, Factors),
         )
 
-    return jax.tree.map(leaf, params, shardings, moments)
+    return map_with_moments(leaf, params, moments, shardings)
 
 
 def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:
@@ -395,7 +395,11 @@ def _constrained(x: Any, sharding: Any) -> Any:
 
 def _varies(x: Any) -> frozenset[str]:
     """The mesh axes along which devices differ in `x`, as far as shard_map keeps track of it."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    kind = jax.typeof(x)
+    # JAX before 0.10 has the set by itself.
+    return frozenset(
+        kind.manual_axis_type.varying if hasattr(kind, 'manual_axis_type') else kind.vma
+    )
 
 
 def _replicated(shardings: Any) -> Any:

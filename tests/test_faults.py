@@ -1,5 +1,7 @@
 """Gradients that are not finite, squares that overflow, and what is skipped or mended then."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 import reference
 
 import rmsprop_jax
-from rmsprop_jax import dialects, storage
+from rmsprop_jax import diagnostics, dialects, storage
 
 SHAPE = (4, 5)
 STEPS = 30
@@ -152,11 +154,16 @@ def test_a_bias_corrected_average_stands_still_while_its_weight_grows(centered: 
     np.testing.assert_allclose(kept, moment, rtol=1e-4)
 
 
-@pytest.mark.parametrize('per', ['step', 'leaf', 'coordinate'])
-@pytest.mark.parametrize('choice', [None, HALVES, BYTES, MEANS], ids=str)
+@pytest.mark.parametrize(
+    ('per', 'choice'),
+    [
+        *itertools.product(['step', 'leaf', 'coordinate'], [None, HALVES, BYTES]),
+        # A factored moment has no coordinates.
+        *itertools.product(['step', 'leaf'], [MEANS]),
+    ],
+    ids=str,
+)
 def test_finite_gradients_pass_untouched(per: str, choice):
-    if per == 'coordinate' and choice is MEANS:
-        return
     tx = rmsprop_jax.scale_by_rms(0.99, bias_correction=True, storage=choice)
     g = gradients(8)
     updates, state = run(rmsprop_jax.skip_nonfinite(tx, per, storage=choice), g)
@@ -235,32 +242,184 @@ def _overflows(at: tuple[int, ...], g: np.ndarray) -> np.ndarray:
     return g
 
 
-@each_form
+CORRECTED = {
+    'corrected': {'bias_correction': True},
+    'corrected, centered': {'bias_correction': True, 'centered': True, 'initial_scale': 1.0},
+    'corrected, everything': {**FORMS['everything'], 'bias_correction': True},
+}
+HALF = STEPS // 2
+
+
+def spoil(g, entries):
+    """Gradients that break entries for good at the fourth step, by turns in one of four ways."""
+    ways = itertools.cycle([1e30, -1e25, np.nan, -np.inf])
+
+    def leaf(x, bad):
+        x = x.copy()
+        for place in np.argwhere(bad):
+            x[3, *place] = next(ways)
+        return x
+
+    return jax.tree.map(leaf, g, entries)
+
+
+def assert_mended(tx, g, entries, choice=None, start=lambda state: state):
+    """After a reset the run is bit for bit one in which what is broken had no gradient before.
+
+    `start` undoes what steps without gradients do to start values.
+    """
+    first, last = (jax.tree.map(lambda x, h=h: x[h], g) for h in (np.s_[:HALF], np.s_[HALF:]))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), g)
+
+    @jax.jit
+    def steps(state, g):
+        return jax.lax.scan(lambda s, g: tx.update(g, s, params)[::-1], state, g)[::-1]
+
+    @jax.jit
+    def mended(state):
+        broken = rmsprop_jax.nonfinite_entries(tx, state, params, choice)
+        return broken, rmsprop_jax.reset(tx, state, params, broken, choice)
+
+    frozen, state = steps(tx.init(params), first)
+    broken, state = mended(state)
+    chex.assert_trees_all_equal(broken, entries)
+    quiet = jax.tree.map(lambda x, bad: np.where(bad, 0, x), first, entries)
+    fresh = start(steps(tx.init(params), quiet)[1])
+    updates, after = steps(state, last)
+    chex.assert_trees_all_equal((updates, after), steps(fresh, last))
+    chex.assert_tree_all_finite(updates)
+    for bad, u in zip(*map(jax.tree.leaves, (entries, updates)), strict=True):
+        assert np.all(np.asarray(u)[-1][bad] != 0)
+    return frozen
+
+
+BROKEN = np.zeros(SHAPE, bool)
+BROKEN[[1, 0, 2, 3], [2, 0, 3, 4]] = True
+
+
+@pytest.mark.parametrize('form', [*FORMS, *CORRECTED])
 @pytest.mark.parametrize('choice', [None, HALVES], ids=['float32', 'bfloat16'])
 def test_an_overflow_stops_its_coordinate_until_it_is_mended(form: str, choice):
-    """Then it is bit for bit that of a run whose coordinate had no gradient before."""
-    tx = rmsprop_jax.rmsprop(0.1, **FORMS[form], storage=choice)
-    g = _overflows((1, 2), gradients(13))
-    frozen, state = run(tx, g[:10])
-    moving = np.ones(SHAPE, bool)
-    moving[1, 2] = False
-    if form == 'plain':
-        assert not np.any(frozen[3:, 1, 2])
-        peer, _ = run(optax.rmsprop(0.1), g)
-        assert not np.any(peer[3:, 1, 2])
-    broken = rmsprop_jax.nonfinite_entries(tx, state, g[0], choice)
-    np.testing.assert_array_equal(broken, ~moving)
-    mended = jax.jit(lambda s: rmsprop_jax.reset(tx, s, g[0], broken, choice))(state)
-    updates, after = run(tx, g[10:], mended)
-    quiet = g.copy()
-    quiet[:10, 1, 2] = 0
-    _, fresh = run(tx, quiet[:10])
-    if FORMS[form].get('initial_scale', 0):
-        # A start value would have decayed without gradients, too.
-        fresh = rmsprop_jax.reset(tx, fresh, g[0], broken, choice)
-    chex.assert_trees_all_equal((updates, after), run(tx, quiet[10:], fresh))
-    assert np.all(np.isfinite(updates))
-    assert np.all(np.asarray(updates)[:, 1, 2] != 0)
+    options = {**FORMS, **CORRECTED}[form]
+    tx = rmsprop_jax.rmsprop(0.1, **options, storage=choice)
+
+    def start(state):
+        """What `initial_scale` says, written into a state by hand."""
+        name = 'var' if options.get('centered') else 'nu'
+        moment, unit = (optax.tree.get(state, x) for x in (name, 'unit'))
+        fresh = options.get('initial_scale', 0.0) / (1.0 if unit is None else unit)
+        return optax.tree.set(
+            state, **{name: jnp.where(BROKEN, jnp.asarray(fresh, moment.dtype), moment)}
+        )
+
+    frozen = assert_mended(tx, spoil(gradients(13), BROKEN), BROKEN, choice, start)
+    # Until then no gradient moves what has overflowed; a velocity coasts.
+    frozen = np.asarray(frozen)[3:, [1, 0], [2, 0]]
+    coasting = options.get('momentum', 0.0) * frozen[:-1]
+    np.testing.assert_allclose(frozen[1:], coasting, rtol=2.0**-6 if choice else 1e-6)
+
+
+EVERYTHING = {'centered': True, 'momentum': 0.5, 'nesterov': True, 'bias_correction': True}
+WRAPPERS = {
+    'chain': lambda tx, _: optax.chain(optax.scale(0.5), tx, optax.scale(2.0)),
+    'partition': lambda tx, _: optax.partition(
+        {'ours': tx, 'theirs': optax.sgd(0.1)}, {'a': 'ours', 'rest': 'theirs'}
+    ),
+    'masked': lambda tx, _: optax.masked(tx, {'a': True, 'rest': False}),
+    'MultiSteps': lambda tx, _: optax.MultiSteps(tx, 3).gradient_transformation(),
+    'measured': lambda tx, choice: diagnostics.measured(tx, storage=choice),
+    **{
+        f'skip_nonfinite, {per}': lambda tx, choice, per=per: rmsprop_jax.skip_nonfinite(
+            optax.masked(tx, {'a': True, 'rest': False}), per, storage=choice
+        )
+        for per in ('coordinate', 'leaf', 'step')
+    },
+    'inject_hyperparams': lambda _, choice: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
+        0.1, **EVERYTHING, storage=choice
+    ),
+    "Optax's inject_hyperparams": lambda _, choice: optax.inject_hyperparams(
+        lambda learning_rate: rmsprop_jax.rmsprop(learning_rate, **EVERYTHING, storage=choice)
+    )(0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ('name', 'choice'),
+    [*((name, None) for name in WRAPPERS), ('partition', HALVES), ('skip_nonfinite, leaf', HALVES)],
+    ids=lambda x: x if isinstance(x, str) else 'bfloat16' if x else 'float32',
+)
+def test_what_has_overflowed_is_mended_in_every_wrapper(name: str, choice):
+    """A mask may leave out a branch of the parameters as a whole."""
+    tx = WRAPPERS[name](rmsprop_jax.rmsprop(0.1, **EVERYTHING, storage=choice), choice)
+    g = {'a': gradients(17), 'rest': {'b': gradients(18)[:, 0], 'c': gradients(19)[:, 0, 0]}}
+    entries = jax.tree.map(lambda x: np.zeros(x.shape[1:], bool), g)
+    entries['a'][[1, 2], [2, 0]] = True
+    assert_mended(tx, spoil(g, entries), entries, choice)
+
+
+@pytest.mark.parametrize('pairs', [True, False], ids=['pairs', 'one magnitude'])
+@pytest.mark.parametrize('skipping', [True, False], ids=['skipping', 'plain'])
+def test_complex_numbers_are_mended_whole(pairs: bool, skipping: bool):
+    """Where one of the two parts has overflowed, both start again."""
+    make = dialects.torch if pairs else rmsprop_jax.rmsprop
+    tx = make(0.1, centered=True, momentum=0.9)
+    tx = rmsprop_jax.skip_nonfinite(tx) if skipping else tx
+    matrix = (gradients(20) + 1j * gradients(21)).astype(np.complex64)
+    g = {'matrix': matrix, 'number': matrix[:, 0, 0].copy(), 'real': gradients(22)}
+    entries = jax.tree.map(lambda x: np.zeros(x.shape[1:], bool), g)
+    entries['matrix'][2, 3] = entries['number'][...] = entries['real'][0, 1] = True
+    g['matrix'][3, 2, 3] = complex(1, 1e30)
+    g['number'][3] = complex(-1e30, 1)
+    g['real'][3, 0, 1] = 1e30
+    assert_mended(tx, g, entries)
+
+
+def test_statistics_without_entries_mark_the_whole_parameter():
+    """As the rows and columns of Optax's factored moments do, also where their shapes would fit."""
+    tx, params = optax.scale_by_factored_rms(min_dim_size_to_factor=2), jnp.ones((3, 3))
+    _, state = tx.update(params.at[1, 2].set(1e30), tx.init(params), params)
+    assert rmsprop_jax.nonfinite_entries(tx, state, params).all()
+
+
+def pytorch(g: np.ndarray, centered: bool, momentum: float) -> np.ndarray:
+    """The updates of `torch.optim.RMSprop(lr=0.1, alpha=0.9)` in float32, from its equations."""
+    square, mean, buffer = np.zeros((3, *g.shape[1:]), np.float32)
+    alpha, rest, found = np.float32(0.9), np.float32(0.1), []
+    with np.errstate(over='ignore', invalid='ignore'):
+        for x in g:
+            square = alpha * square + rest * x * x
+            mean = mean + rest * (x - mean)
+            root = np.sqrt(square - mean * mean if centered else square) + np.float32(1e-8)
+            buffer = np.float32(momentum) * buffer + x / root
+            found.append(np.float32(-0.1) * buffer)
+    return np.stack(found)
+
+
+def ours(g: np.ndarray, centered: bool, momentum: float) -> np.ndarray:
+    return run(rmsprop_jax.rmsprop(0.1, centered=centered, momentum=momentum), g)[0]
+
+
+def theirs(g: np.ndarray, centered: bool, momentum: float) -> np.ndarray:
+    return run(optax.rmsprop(0.1, centered=centered, momentum=momentum), g)[0]
+
+
+@pytest.mark.parametrize('rule', [ours, theirs, pytorch], ids=['ours', 'Optax', 'PyTorch'])
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+@pytest.mark.parametrize('centered', [False, True])
+def test_every_form_of_every_peer_freezes(rule, centered: bool, momentum: float):
+    """No later gradient moves the coordinate; with momentum it coasts. Where the squared mean is
+    infinite as well, the centered form of the others may turn NaN: infinity less infinity, unless a
+    compiler contracts product and difference."""
+    g = np.random.default_rng(24).uniform(1, 2, (STEPS, 3)).astype(np.float32)
+    g[1::2] *= -1
+    g[3, :2] = 1e20, 1e30
+    updates = np.array(rule(g, centered, momentum))
+    if centered and rule is not ours and np.isnan(updates[3, 1]):
+        assert np.all(np.isnan(updates[3:, 1]))
+        updates[3:, 1] = 0
+    np.testing.assert_allclose(updates[4:, :2], momentum * updates[3:-1, :2], rtol=1e-6)
+    # Another coordinate moves on.
+    assert np.all(np.abs(updates[4:, 2] - momentum * updates[3:-1, 2]) > 0.01)
 
 
 def test_a_factored_moment_is_mended_as_a_whole():
@@ -279,12 +438,17 @@ def test_a_factored_moment_is_mended_as_a_whole():
     assert_alike(updates['a'], expected['a'])
 
 
-def test_bytes_recover_from_an_overflow_by_themselves():
-    tx = rmsprop_jax.scale_by_rms(0.5, storage=BYTES)
-    g = np.ones((60, 100), np.float32)
+@pytest.mark.parametrize('centered', [False, True])
+def test_bytes_recover_from_an_overflow_by_themselves(centered: bool):
+    """When the average has forgotten it: in the mean over entries that were rounded at random."""
+    kept = storage.per_statistic(**{'var' if centered else 'nu': BYTES})
+    tx = rmsprop_jax.scale_by_rms(0.5, centered=centered, storage=kept)
+    g = np.tile(np.array([[1.0], [-1.0]], np.float32), (100, 400))
+    clean = np.abs(run(tx, g)[0][-1]).mean()
     g[0] = 1e30
-    updates, _ = run(tx, g)
-    np.testing.assert_allclose(updates[-1].mean(), 1, rtol=0.1)
+    updates, state = run(tx, g)
+    assert not rmsprop_jax.nonfinite_entries(tx, state, g[0], kept).any()
+    np.testing.assert_allclose(np.abs(updates[-1]).mean(), clean, rtol=0.02)
 
 
 def test_a_clipped_gradient_does_not_overflow():

@@ -776,10 +776,11 @@ def test_reset_starts_the_weights_again_where_all_that_share_them_do():
 
 
 def test_reset_starts_an_average_of_parameters_from_the_new_ones():
-    tx, params = dialects.keras(use_ema=True), _params()
+    tx = optax.masked(dialects.keras(use_ema=True), {'fc': True, 'head': False})
+    params = _params() | {'head': {'bias': jnp.ones(2)}}
     state = _after(tx, params)
     params['fc']['bias'] = jnp.full(3, 5.0)
-    found = reset(tx, state, params, {'fc': {'kernel': False, 'bias': True}})
+    found = reset(tx, state, params, {'fc': {'kernel': False, 'bias': True}, 'head': True})
     assert optax.tree.get(found, 'ema')['fc']['bias'].tolist() == [5, 5, 5]
     np.testing.assert_array_equal(
         optax.tree.get(found, 'ema')['fc']['kernel'], optax.tree.get(state, 'ema')['fc']['kernel']

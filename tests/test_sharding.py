@@ -116,6 +116,22 @@ def test_through_wrappers_and_formats(name, kind):
 
 
 @pytest.mark.parametrize('name', FORMATS)
+def test_a_mask_may_leave_out_a_whole_branch(name):
+    inner = rmsprop_jax.rmsprop(0.1, storage=FORMATS[name])
+    params = {'layer': {'kernel': jnp.ones((8, 16))}, 'rest': {'a': jnp.ones(8), 'b': jnp.ones(3)}}
+    specs = {'layer': {'kernel': P('data', 'model')}, 'rest': P()}
+    masked = optax.masked(inner, {'layer': True, 'rest': False})
+    labels = {'layer': 'ours', 'rest': 'theirs'}
+    split = optax.partition({'ours': inner, 'theirs': optax.sgd(0.1)}, labels)
+    alone = sharding.state_shardings(inner, {'layer': params['layer']}, {'layer': specs['layer']})
+    for tx in (masked, split):
+        derived = sharding.state_shardings(tx, params, specs)
+        assert jax.tree.structure(derived) == jax.tree.structure(tx.init(params))
+        part = derived if tx is masked else derived.inner_states['ours']
+        assert part.inner_state[0].nu['layer'] == alone[0].nu['layer']
+
+
+@pytest.mark.parametrize('name', FORMATS)
 def test_no_device_ever_holds_a_full_copy(name):
     """Neither state made by init nor anything in the compiled programs is as large as a leaf."""
     tx = rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=FORMATS[name])
@@ -353,8 +369,11 @@ def test_rounding_under_shard_map_is_that_of_the_whole_array(name):
 
     expected = plainly_compiled(run)(grads, tx.init(params))
     chex.assert_trees_all_equal(sharded(SPLIT), expected)
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_equal(sharded(None), expected)
+    # Told nothing of the whole, every device draws the same bits for its share.
+    untold = sharded(None)
+    chex.assert_trees_all_equal_shapes_and_dtypes(untold, expected)
+    with pytest.raises(AssertionError, match='not equal'):
+        chex.assert_trees_all_equal(untold, expected)
 
 
 def test_means_over_split_axes_are_refused_under_shard_map():
@@ -427,6 +446,23 @@ def test_zero1_splits_state_and_changes_no_number(name, kind):
         assert got[0][leaf].sharding.is_equivalent_to(params[leaf].sharding, params[leaf].ndim)
     for leaf, place in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted), strict=True):
         assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'before', 'after'),
+    [
+        ((16, 4), P('model', None), P('model', 'data')),  # axes that are whole come first
+        ((3, 4), P(None, 'model'), P(None, 'model')),  # parts of two are no multiple of four
+        ((3, 8), P(None, 'model'), P(None, ('model', 'data'))),
+        ((8, 4), P('data'), P('data')),  # split over the data already
+        ((8, 4), P(None, ('model', 'data')), P(None, ('model', 'data'))),
+        ((0, 4), P(), P(None, 'data')),
+        ((), P(), P()),
+    ],
+)
+def test_zero1_splits_the_first_axis_that_can_be_split(shape, before, after):
+    param = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert sharding.zero1_shardings(param, NamedSharding(mesh_of(), before)).spec == after
 
 
 def test_zero1_shardings_name_what_is_wrong():

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 # Everything that must work where only the dependencies of the core are installed.
-MODULES = ('', '.dialects', '.recipes', '.storage', '.identify', '.interchange', '.aot')
+MODULES = (
+    '',
+    '.dialects',
+    '.recipes',
+    '.storage',
+    '.identify',
+    '.interchange',
+    '.sharding',
+    '.diagnostics',
+    '.aot',
+)
 MOST_SECONDS = 0.1
 IMPORT = """
 import time
@@ -63,7 +73,7 @@ def check_training() -> None:
     import optax
 
     import rmsprop_jax
-    from rmsprop_jax import dialects, storage
+    from rmsprop_jax import diagnostics, dialects, sharding, storage
 
     inputs = jax.random.normal(jax.random.key(0), (256, 8))
     targets = jnp.sin(inputs @ jnp.linspace(-1.0, 1.0, 8))
@@ -79,9 +89,13 @@ def check_training() -> None:
         return jnp.mean((hidden @ params['out'] - targets) ** 2)
 
     compact = storage.large_leaves(storage.bfloat16(), min_size=1)
+    ours = rmsprop_jax.rmsprop(3e-3, centered=True, momentum=0.9, storage=compact)
+    mesh = jax.make_mesh((1,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for tx in (
-        rmsprop_jax.rmsprop(3e-3, centered=True, momentum=0.9, storage=compact),
+        ours,
         dialects.torch(3e-3),
+        sharding.zero1(diagnostics.measured(ours, storage=compact), params, place),
     ):
         state = tx.init(params)
 
@@ -96,6 +110,37 @@ def check_training() -> None:
         before, after = float(loss(params)), float(loss(trained))
         print(f'  the loss fell from {before:.3f} to {after:.4f}')
         assert after < before / 20
+
+
+def check_sharding() -> None:
+    """Gradients are summed under shard_map, and those that JAX has summed already are refused."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, PartitionSpec
+
+    from rmsprop_jax import sharding
+
+    def gradient(weights: jax.Array, inputs: jax.Array) -> jax.Array:
+        own = jax.grad(lambda w: jnp.sum(w * inputs))(weights)
+        return sharding.reduce_scatter(own, PartitionSpec('data'))
+
+    def mapped(check_vma: bool) -> jax.Array:
+        return jax.shard_map(
+            gradient,
+            mesh=jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,)),
+            in_specs=(PartitionSpec(), PartitionSpec('data')),
+            out_specs=PartitionSpec('data'),
+            check_vma=check_vma,
+        )(jnp.ones(4), jnp.arange(4.0))
+
+    assert mapped(check_vma=False).tolist() == [0, 1, 2, 3]
+    try:
+        mapped(check_vma=True)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        refusal = ''
+    assert 'summed over' in refusal, f'a gradient may be summed twice: {refusal}'
 
 
 def check_flax() -> None:
@@ -130,3 +175,4 @@ if __name__ == '__main__':
     else:
         check_import()
         check_training()
+        check_sharding()
