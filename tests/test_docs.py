@@ -13,7 +13,8 @@ import pytest
 import rmsprop_jax
 from rmsprop_jax import dialects
 
-DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
 DECAYS, EPSILONS = ('alpha', 'rho', 'decay', 'gamma1'), ('eps', 'epsilon')
 RATES = ('lr', 'learning_rate')
 
@@ -119,13 +120,50 @@ def test_every_dialect_is_in_the_table():
     assert chains <= stated
 
 
-@pytest.mark.parametrize('page', sorted(path.name for path in DOCS.glob('*.md')))
-def test_links_between_pages_lead_somewhere(page):
-    text = re.sub(r'```.*?```', '', (DOCS / page).read_text(), flags=re.DOTALL)
-    for target, anchor in re.findall(r'\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)', text):
-        path = (DOCS / (target or page)).resolve()
-        assert path.exists(), target
+def links():
+    """Each page, with the target and the anchor of each of its links to a page or a figure."""
+    for path in sorted(DOCS.glob('*.md')):
+        text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)
+        for target, anchor in re.findall(r'\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)', text):
+            yield path.name, target or path.name, anchor
+
+
+def test_links_between_pages_lead_somewhere():
+    found = list(links())
+    assert len(found) > 30
+    assert len({page for page, _, _ in found}) > 5
+    for page, target, anchor in found:
+        path = (DOCS / target).resolve()
+        assert path.exists(), (page, target)
         if anchor:
             titles = re.findall(r'^#+ (.*)$', path.read_text(), re.MULTILINE)
             slugs = {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
-            assert anchor in slugs, anchor
+            assert anchor in slugs, (page, anchor)
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
+    named = set()
+    for path in (*DOCS.glob('*.md'), *(ROOT / name for name in TEXTS)):
+        # Within `make name`, and at the beginning of a line of a block.
+        found = re.findall(r'(?:`|^)make ([a-z-]+)', path.read_text(), re.MULTILINE)
+        named |= {(path.name, name) for name in found}
+    assert len(named) > 20
+    assert [(page, name) for page, name in sorted(named) if name not in targets] == []
+
+
+TEXTS = ('README.md', 'CHANGELOG.md', 'benchmarks/README.md', 'tests/mutation/README.md')
+
+
+def test_private_names_and_files_in_the_internals_exist():
+    code = ' '.join(re.findall(r'`([^`\n]+)`', (DOCS / 'internals.md').read_text()))
+    sources = {path.relative_to(ROOT): path for path in ROOT.glob('rmsprop_jax/**/*.py')}
+    words = {path.stem for path in sources}
+    words = words.union(*(re.findall(r'\w+', path.read_text()) for path in sources.values()))
+    private = set(re.findall(r'(?<!\w)_[A-Za-z]\w*', code))
+    assert len(private) > 10
+    assert private <= words
+    files = [str(path) for path in (*sources, *ROOT.glob('tests/**/*.py'))]
+    named = set(re.findall(r'[\w/]+\.py', code))
+    assert len(named) > 10
+    assert [name for name in named if not any(file.endswith(f'/{name}') for file in files)] == []

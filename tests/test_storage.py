@@ -557,8 +557,6 @@ def test_saturation_counts_entries_at_the_ends():
 
 @each_format
 def test_bytes(kept):
-    if kept.refusal('nu', (40, 30, 20), False):
-        return
     where = storage.large_leaves(kept, min_size=1)
     nu = rmsprop_jax.scale_by_rms(storage=where).init(jnp.zeros((40, 30, 20))).nu
     assert kept.nbytes((40, 30, 20)) == sum(x.nbytes for x in jax.tree.leaves(nu))
@@ -583,7 +581,8 @@ def test_reset_in_units_of_a_running_state():
         _, state = tx.update(params, state)
     mask = {'a': True, 'b': False}
     fresh = storage.read(rmsprop_jax.reset(tx, state, params, mask, where), where)
-    np.testing.assert_allclose(fresh[0].nu['a'], 1.0, rtol=0.25)
+    # Bytes are at most a quarter apart, and this one is to the nearest.
+    np.testing.assert_allclose(fresh[0].nu['a'], 1.0, rtol=0.125)
     chex.assert_trees_all_equal(fresh[0].nu['b'], storage.read(state, where)[0].nu['b'])
     with pytest.raises(ValueError, match='give the storage'):
         rmsprop_jax.reset(tx, state, params, mask)
