@@ -6,6 +6,9 @@ A mutant is a file, what stands there once, what is put in its place, and names 
 _OPTAX, _STABLE = 'tests/test_optax_equality.py', 'tests/test_stability.py'
 _STORAGE, _CONTRACT = 'tests/test_storage.py', 'tests/test_contract.py'
 _DIALECTS, _ERRORS = 'tests/test_dialects.py', 'tests/test_errors.py'
+_FAULTS, _INTERCHANGE = 'tests/test_faults.py', 'tests/test_interchange.py'
+_SHARDING, _DIAGNOSTICS = 'tests/test_sharding.py', 'tests/test_diagnostics.py'
+_RECIPES = 'tests/test_recipes.py'
 
 
 def _golden(*names: str) -> list[str]:
@@ -88,6 +91,58 @@ SELECTIONS: dict[str, list[str]] = {
     'converted': [
         f'{_STORAGE}::test_convert_goes_on_in_another_format',
         f'{_STORAGE}::test_saturation_counts_entries_at_the_ends',
+    ],
+    'skipped': [
+        f'{_FAULTS}::test_a_skipped_coordinate_goes_on_as_if_the_step_had_not_been[momentum]'
+    ],
+    'skipped leaf': [
+        f'{_FAULTS}::test_a_skipped_leaf_goes_on_as_if_the_step_had_not_been[float32]'
+    ],
+    'standing': [
+        f'{_FAULTS}::test_a_bias_corrected_average_stands_still_while_its_weight_grows[False]'
+    ],
+    'skips counted': [f'{_FAULTS}::test_the_count_saturates'],
+    'mended': [
+        f'{_FAULTS}::test_an_overflow_stops_its_coordinate_until_it_is_mended[float32-momentum]'
+    ],
+    'mended corrected': [
+        f'{_FAULTS}::test_an_overflow_stops_its_coordinate_until_it_is_mended[float32-corrected]'
+    ],
+    'mended complex': [f'{_FAULTS}::test_complex_numbers_are_mended_whole[plain-pairs]'],
+    'without entries': [f'{_FAULTS}::test_statistics_without_entries_mark_the_whole_parameter'],
+    'reset': [
+        f'{_INTERCHANGE}::'
+        'test_reset_gives_start_values_to_what_is_selected_and_leaves_the_rest[chain]'
+    ],
+    'reset weight': [
+        f'{_INTERCHANGE}::test_reset_starts_the_weights_again_where_all_that_share_them_do'
+    ],
+    'reset average': [
+        f'{_INTERCHANGE}::test_reset_starts_an_average_of_parameters_from_the_new_ones'
+    ],
+    'reset unit': [f'{_STORAGE}::test_reset_in_units_of_a_running_state'],
+    'branch': [f'{_SHARDING}::test_a_mask_may_leave_out_a_whole_branch[factored]'],
+    'wrapped': [f'{_SHARDING}::test_through_wrappers_and_formats[factored-chain]'],
+    'split': [f'{_SHARDING}::test_zero1_splits_the_first_axis_that_can_be_split'],
+    'zero1': [f'{_SHARDING}::test_zero1_splits_state_and_changes_no_number[float32-auto]'],
+    'scattered': [f'{_SHARDING}::test_reduce_scatter_is_the_sum_over_devices[unchecked]'],
+    'summed before': [f'{_SHARDING}::test_gradients_that_are_summed_already_are_refused'],
+    'step sizes': [
+        f'{_DIAGNOSTICS}::test_step_sizes_are_quantiles[float32-10]',
+        f'{_DIAGNOSTICS}::test_step_sizes_of_what_is_no_number',
+    ],
+    'counted': [f'{_DIAGNOSTICS}::test_counts_are_exact_beyond_the_integers_of_float32'],
+    'ratios': [f'{_DIAGNOSTICS}::test_ratios_at_zero'],
+    'epsilon shares': [f'{_DIAGNOSTICS}::test_epsilon_shares[True-True-False]'],
+    'compact shares': [f'{_DIAGNOSTICS}::test_compact_shares'],
+    'every': [f'{_DIAGNOSTICS}::test_every_so_many_steps'],
+    'rates': [f'{_RECIPES}::test_learning_rates'],
+    'decayed weights': [f'{_RECIPES}::test_updates_are_those_of_the_source'],
+    'weight average': [f'{_RECIPES}::test_average[True-0.995]'],
+    'critic': [f'{_RECIPES}::test_critic_is_clamped_before_each_step_there_and_after_it_here'],
+    'means': [
+        f'{_RECIPES}::test_dqn_takes_the_same_steps_on_a_mean',
+        f'{_RECIPES}::test_impala_takes_the_same_steps_on_a_mean[1000.0-impala_atari]',
     ],
 }
 
@@ -182,6 +237,8 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('x.astype(jnp.result_type(y)), tree', 'x, tree', ('dtypes',)),
         ('jnp.asarray(x, wide_dtype(dtype))', 'x', ('moments',)),
         ('if jnp.iscomplexobj(other) !=', 'if False !=', ('errors',)),
+        ('for path, node in nodes if is_masked(node)}', 'for path, _ in nodes[:0]}', ('branch',)),
+        ('return new if mark else old', 'return old if mark else new', ('reset',)),
     ],
     '_momentum': [
         (
@@ -315,5 +372,86 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             'np.uint32(0) if bits is None else bits)',
             ('moments', 'converted'),
         ),
+    ],
+    '_nonfinite': [
+        ("bad.any() if per == 'leaf' else bad", 'bad', ('skipped leaf',)),
+        ("bad.any() if per == 'leaf' else bad", 'bad.any()', ('skipped',)),
+        ('jnp.where(b, 0, x)', 'jnp.where(b, 1, x)', ('skipped',)),
+        ('return _zeroed(bad, new), Skip', 'return new, Skip', ('skipped',)),
+        ('bad, False), standing, after)', 'bad, False), before, after)', ('standing',)),
+        ('total > _MOST - more', 'total > _MOST', ('skips counted',)),
+        ('~jnp.isfinite(x), jnp.shape', 'jnp.isnan(x), jnp.shape', ('mended',)),
+        ('marks[number] |= _entries', 'marks[number] = _entries', ('mended',)),
+        ('bad.any(-1) if', 'bad.all(-1) if', ('mended complex',)),
+        ('else bad.any()\n', 'else jnp.broadcast_to(bad, shape)\n', ('without entries',)),
+    ],
+    '_reset': [
+        ('else mark.all() for mark', 'else mark.any() for mark', ('mended corrected',)),
+        ('operator.and_, marks, True', 'operator.or_, marks, False', ('reset weight',)),
+        ('_with_average(tx.init(params), params)', 'tx.init(params)', ('reset average',)),
+        ('_replace(unit=running.unit)', '_replace(unit=2 * running.unit)', ('reset unit',)),
+        ('(select, marks, start, state)', '(select, marks, state, start)', ('reset',)),
+    ],
+    'sharding': [
+        ('key=lambda dim: bool(entries[dim])', 'key=lambda dim: 0', ('split',)),
+        ('own = math.prod(sizes[name] for name in entries[dim])', 'own = 1', ('split',)),
+        ('if set(names) & {name for entry in entries for name in entry}:', 'if 0:', ('split',)),
+        ('if shape[dim] and shape', 'if shape', ('split',)),
+        ('return place(new, whole), place_state', 'return new, place_state', ('zero1',)),
+        ('found(params, split))', 'found(params, whole))', ('zero1',)),
+        ('stored.row.ndim + 1)', 'stored.row.ndim)', ('wrapped',)),
+        (
+            'rest = tuple(name for name in names if',
+            'rest = tuple(name for name in () if',
+            ('scattered',),
+        ),
+        ('for name, dim in owners:', 'for name, dim in reversed(owners):', ('scattered',)),
+        ('- _varies(g):', '- {name}:', ('summed before',)),
+    ],
+    'diagnostics': [
+        ('math.ceil(share * size)', 'math.floor(share * size)', ('step sizes',)),
+        (
+            'jnp.where(below < jnp.array(ranks',
+            'jnp.where(below <= jnp.array(ranks',
+            ('step sizes',),
+        ),
+        ('return jnp.abs(x).astype(jnp.float32)', 'return x.astype(jnp.float32)', ('step sizes',)),
+        ('< 2**24 else', '< 2**26 else', ('counted',)),
+        ('jnp.where(step == 0, 0, step', 'jnp.where(size == 0, 0, step', ('ratios',)),
+        ('moment / node.weight.astype', 'moment * node.weight.astype', ('epsilon shares',)),
+        ('eps_.at(node.count - 1)', 'eps_.at(node.count)', ('epsilon shares',)),
+        (
+            'moment if eps_in_sqrt else jnp.sqrt',
+            'moment if not eps_in_sqrt else jnp.sqrt',
+            ('epsilon shares',),
+        ),
+        ('same & driven', 'same', ('compact shares',)),
+        ('leaf.ends()[end]', 'leaf.ends()[1 - end]', ('compact shares',)),
+        ('count % every == 0', 'count % every == 1', ('every',)),
+    ],
+    'recipes/_schedules': [
+        ('jnp.where(count < warm', 'jnp.where(count <= warm', ('rates',)),
+        ('int(between) if stairs.truncated else between', 'between', ('rates',)),
+        ('// between.numerator', '/ between.numerator', ('rates',)),
+        ('start + _real(passed) * (', '_real(passed) * (', ('rates',)),
+        ('if last_of_share else 0.0', 'if 0 else 0.0', ('rates',)),
+        ('/ recipe.per_batch', '/ 256', ('rates',)),
+    ],
+    'recipes/_average': [
+        ('9.0 / (10.0 + taken)', '10.0 / (10.0 + taken)', ('weight average',)),
+        ('jnp.maximum(cast(rest', 'jnp.minimum(cast(rest', ('weight average',)),
+    ],
+    'recipes/_agents': [
+        ('r.eps / terms**2, centered', 'r.eps / terms, centered', ('means',)),
+        ('initial_scale=1.0 / terms**2', 'initial_scale=1.0', ('means',)),
+        ('r.max_norm / terms)', 'r.max_norm)', ('means',)),
+    ],
+    'recipes/_networks': [
+        (
+            "optax.chain(step, clip_parameters('clamp', r.clamp))",
+            'optax.chain(step)',
+            ('critic',),
+        ),
+        ("r.weight_decay, checked_mask('mask', mask)", 'r.weight_decay', ('decayed weights',)),
     ],
 }
