@@ -478,7 +478,7 @@ def test_caution_needs_momentum():
 CLIPS = ('clipnorm', 'clipvalue', 'global_clipnorm')
 
 
-@pytest.mark.parametrize(('one', 'other'), itertools.permutations(CLIPS, 2))
+@pytest.mark.parametrize(('one', 'other'), list(itertools.permutations(CLIPS, 2)))
 def test_two_kinds_of_clipping(one, other):
     with pytest.raises(ValueError, match='at most one of'):
         dialects.keras(**{one: 1.0, other: 1.0})
