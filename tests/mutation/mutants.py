@@ -448,10 +448,10 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     'recipes/_networks': [
         (
-            "optax.chain(step, clip_parameters('clamp', r.clamp))",
-            'optax.chain(step)',
+            "chain(step, clip_parameters('clamp', r.clamp))",
+            'chain(step)',
             ('critic',),
         ),
-        ("r.weight_decay, checked_mask('mask', mask)", 'r.weight_decay', ('decayed weights',)),
+        ('r.weight_decay, mask', 'r.weight_decay', ('decayed weights',)),
     ],
 }
