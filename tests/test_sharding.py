@@ -115,6 +115,22 @@ def test_through_wrappers_and_formats(name, kind):
     assert jax.tree.leaves(specs) == [place.spec for place in jax.tree.leaves(derived)]
 
 
+@pytest.mark.parametrize(
+    ('spec', 'row', 'col'),
+    [
+        (P('data', 'model'), P('data'), P('model')),
+        (P('data'), P('data'), P(None)),
+        (P(), P(None), P(None)),
+    ],
+    ids=str,
+)
+def test_factors_have_the_axes_that_are_left(spec, row, col):
+    """Also where a partition names the first axes only."""
+    tx = rmsprop_jax.scale_by_rms(storage=FORMATS['factored'].nu)
+    derived = sharding.state_shardings(tx, jax.ShapeDtypeStruct((8, 16), jnp.float32), spec)
+    assert derived.nu == storage.Factors(row=row, col=col)
+
+
 @pytest.mark.parametrize('name', FORMATS)
 def test_a_mask_may_leave_out_a_whole_branch(name):
     inner = rmsprop_jax.rmsprop(0.1, storage=FORMATS[name])

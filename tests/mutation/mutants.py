@@ -122,7 +122,7 @@ SELECTIONS: dict[str, list[str]] = {
     ],
     'reset unit': [f'{_STORAGE}::test_reset_in_units_of_a_running_state'],
     'branch': [f'{_SHARDING}::test_a_mask_may_leave_out_a_whole_branch[factored]'],
-    'wrapped': [f'{_SHARDING}::test_through_wrappers_and_formats[factored-chain]'],
+    'factors': [f'{_SHARDING}::test_factors_have_the_axes_that_are_left'],
     'split': [f'{_SHARDING}::test_zero1_splits_the_first_axis_that_can_be_split'],
     'zero1': [f'{_SHARDING}::test_zero1_splits_state_and_changes_no_number[float32-auto]'],
     'scattered': [f'{_SHARDING}::test_reduce_scatter_is_the_sum_over_devices[unchecked]'],
@@ -399,7 +399,7 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('if shape[dim] and shape', 'if shape', ('split',)),
         ('return place(new, whole), place_state', 'return new, place_state', ('zero1',)),
         ('found(params, split))', 'found(params, whole))', ('zero1',)),
-        ('stored.row.ndim + 1)', 'stored.row.ndim)', ('wrapped',)),
+        ('stored.row.ndim + 1)', 'stored.row.ndim)', ('factors',)),
         (
             'rest = tuple(name for name in names if',
             'rest = tuple(name for name in () if',
