@@ -282,11 +282,11 @@ def test_scan_equals_loop(drawn: Drawn) -> None:
         before = after
 
 
-# Of few shapes, since without jit each operation is compiled for each.
-EAGER = tuple(form._replace(shapes=((2, 3), (2,)), steps=2) for form in FORMS)
+# Of two shapes: meshes divide them, and without jit each operation is compiled for each shape.
+LEAVES = tuple(form._replace(shapes=((4, 4), (8,)), steps=2) for form in FORMS)
 
 
-@law(drawn=cases(EAGER), t=st.integers(0, 1))
+@law(drawn=cases(LEAVES), t=st.integers(0, 1))
 def test_jit_equals_no_jit(drawn: Drawn, t: int) -> None:
     form, _, numbers = drawn
     step = run(drawn)[t]
@@ -321,10 +321,7 @@ PLACES = {
     'explicit': (P('y', 'x'), P('x')),
     'zero1': (P(None, 'y'), P()),
 }
-SHARDED = {
-    form._replace(shapes=((4, 4), (8,)), steps=2): name
-    for form, name in zip(FORMS, sorted(PLACES) * len(FORMS), strict=False)
-}
+SHARDED = dict(zip(LEAVES, sorted(PLACES) * len(LEAVES), strict=False))
 
 
 @functools.cache
@@ -348,7 +345,7 @@ def on_mesh(form: Form) -> tuple[Any, Callable[..., Any]]:
     return places, jax.jit(step)
 
 
-@law(drawn=cases(tuple(SHARDED)), t=st.integers(0, 1))
+@law(drawn=cases(LEAVES), t=st.integers(0, 1))
 def test_sharded_equals_whole(drawn: Drawn, t: int) -> None:
     form, _, numbers = drawn
     step = run(drawn)[t]
@@ -535,8 +532,6 @@ def test_the_second_moment_is_bounded_and_monotonic(
 
 @law(decay=decays, start=real(0.0, 2.0**60), g=gradients(-100, 62))
 def test_the_variance_is_bounded(decay: np.float32, start: np.float32, g: np.ndarray) -> None:
-    # Decays of no use, below 1e-13, make more of the rounding of the mean than the variance is.
-    hypothesis.assume(decay == 0 or decay > 1e-6)
     _, before, after = moments_of(True)(decay, start, g)
     old, new, mean = (np.asarray(x, np.float64) for x in (before.var, after.var, before.mu))
     square = (g.astype(np.float64) - mean) ** 2
@@ -636,10 +631,16 @@ def test_what_is_reset_starts_again_and_nothing_else(
         np.testing.assert_array_equal(got['weight'], 0 if again else step.found['weight'])
 
 
-SKIPPED = {
-    form: unit if has_coordinates(form) or unit != 'coordinate' else 'leaf'
-    for form, unit in zip(FORMS, ['coordinate', 'leaf', 'step'] * len(FORMS), strict=False)
-}
+# Whole steps are skipped by Optax, and no sum of weights goes on.
+UNITS = {True: ('coordinate', 'leaf'), False: ('coordinate', 'leaf', 'step')}
+
+
+def unit_of(i: int, form: Form) -> str:
+    unit = UNITS[form.corrected][i % len(UNITS[form.corrected])]
+    return unit if has_coordinates(form) or unit != 'coordinate' else 'leaf'
+
+
+SKIPPED = {form: unit_of(i, form) for i, form in enumerate(FORMS)}
 
 
 @functools.cache
