@@ -175,7 +175,9 @@ def rmsprop(
 
             return either(plain, fused, grads, state, params)
 
-    return FusedTransformation(transformation.init, transformation.update, jax.jit(apply))
+    return FusedTransformation(
+        transformation.init, transformation.update, jax.jit(apply, inline=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
