@@ -71,10 +71,8 @@ def compiled(
     batch = jax.ShapeDtypeStruct((4096, width), jnp.float32, sharding=NamedSharding(mesh, P(axis)))
     tx, split = TX, [place] * layers
     if form != 'replicated':
-        tx, split = (
-            sharding.zero1(TX, params, axis=axis),
-            sharding.zero1_shardings(params, axis=axis),
-        )
+        tx = sharding.zero1(TX, params, axis=axis)
+        split = sharding.zero1_shardings(params, axis=axis)
     state = sharding.abstract_state(TX, params, split)
     specs = [x.spec for x in split]
     gradients = jax.grad(loss)

@@ -26,8 +26,6 @@ from rmsprop_jax._types import (
 )
 from rmsprop_jax.storage._choice import Storage
 
-Step = optax.GradientTransformation
-
 
 def rmsprop(
     learning_rate: ScalarOrSchedule,
@@ -124,7 +122,7 @@ def rmsprop(
         steps.append(trace(decay_rate('momentum', momentum).value, nesterov, storage=storage))
     if weight_decay is not None and not is_absent(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
-    return in_accumulator_precision(chain(*steps))
+    return precise_chain(*steps)
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -184,7 +182,9 @@ def add_decayed_weights(
     return _where(mask, decay, type(decay.init({})))
 
 
-def _where(mask: Any, decay: optax.GradientTransformation, kind: type) -> Step:
+def _where(
+    mask: Any, decay: optax.GradientTransformation, kind: type
+) -> optax.GradientTransformation:
     """A decay of weights, with a state of that kind, where `mask` is true."""
     mask, user = checked_mask('mask', mask), 'weight_decay'
     decay = guarded(decay, kind, user)
@@ -212,6 +212,13 @@ def in_accumulator_precision(
         return cast_like(wide, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def precise_chain(
+    *steps: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`chain`, run `in_accumulator_precision`."""
+    return in_accumulator_precision(chain(*steps))
 
 
 # What the factories of this package take that is no number to be changed while training.

@@ -29,6 +29,7 @@ from rmsprop_jax._momentum import trace
 from rmsprop_jax._optimizer import (
     add_decayed_weights,
     in_accumulator_precision,
+    precise_chain,
     rmsprop,
     scale_by_learning_rate,
     subtract_decayed_weights,
@@ -154,7 +155,7 @@ def torch(
     Source: PyTorch 2.13, torch/optim/rmsprop.py.
     """
     return as_pairs_of_reals(
-        _chain(
+        precise_chain(
             optax.scale(-1.0) if checked_flag('maximize', maximize) else None,
             _coupled_decay(weight_decay, mask),
             scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage),
@@ -273,7 +274,7 @@ def keras(
     if callable(learning_rate):
         # The k-th step is taken at the last call of its window.
         rate = functools.partial(_at_last_call, learning_rate, every)
-    step = _chain(
+    step = precise_chain(
         _clipping_unless_zero(
             clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm
         ),
@@ -288,7 +289,7 @@ def keras(
             storage=storage,
         ),
     )
-    step = _chain(
+    step = precise_chain(
         None if loss_scale_factor is None else unscale('loss_scale_factor', loss_scale_factor),
         step if gradient_accumulation_steps is None else accumulate(step, every),
     )
@@ -346,7 +347,7 @@ def keras_legacy(
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError('give clipnorm or global_clipnorm, not both.')
     plain = is_absent(momentum)
-    return _chain(
+    return precise_chain(
         _clipping(clipvalue=clipvalue),
         _clipping(clipnorm=clipnorm, global_clipnorm=global_clipnorm),
         rmsprop(
@@ -462,13 +463,13 @@ def timm(
     pace, velocity = scale_by_learning_rate(lr), _momentum(momentum, storage)
     order = (pace, velocity) if checked_flag('lr_in_momentum', lr_in_momentum) else (velocity, pace)
     root = scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage)
-    step = _chain(root, *order)
+    step = precise_chain(root, *order)
     if checked_flag('caution', caution) and velocity is not None:
         step = cautious(step)
     if not decoupled_decay:
-        return _chain(_coupled_decay(weight_decay, mask), step)
+        return precise_chain(_coupled_decay(weight_decay, mask), step)
     peak = (lr if max_lr is None else max_lr) if corrected_weight_decay else None
-    return _chain(step, _decoupled_decay(lr, weight_decay, peak, mask))
+    return precise_chain(step, _decoupled_decay(lr, weight_decay, peak, mask))
 
 
 @_framework()
@@ -496,7 +497,7 @@ def stable_baselines3(
 
     Source: Stable-Baselines3 2.9, stable_baselines3/common/sb2_compat/rmsprop_tf_like.py.
     """
-    return _chain(
+    return precise_chain(
         _coupled_decay(weight_decay, mask),
         scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage),
         _momentum(momentum, storage),
@@ -619,7 +620,7 @@ def mxnet1(
 
 
 def _mxnet(prepare: Sequence[Step | None], step: Step, clip_weights: ArrayLike | None) -> Optimizer:
-    chained = _chain(*prepare, step)
+    chained = precise_chain(*prepare, step)
     return (
         chained
         if clip_weights is None or is_absent(clip_weights)
@@ -664,10 +665,6 @@ def hinton(
     Source: Hinton, Srivastava and Swersky, Neural Networks for Machine Learning, lecture 6e.
     """
     return rmsprop(learning_rate, decay, eps=0.0, storage=storage)
-
-
-def _chain(*steps: Step | None) -> Optimizer:
-    return in_accumulator_precision(chain(*steps))
 
 
 def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | None:

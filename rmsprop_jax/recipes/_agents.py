@@ -6,8 +6,7 @@ from typing import Any
 import optax
 
 from rmsprop_jax import dialects
-from rmsprop_jax._lift import chain
-from rmsprop_jax._optimizer import in_accumulator_precision, rmsprop
+from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import checked_steps
 from rmsprop_jax.recipes import _records
@@ -91,7 +90,7 @@ def a3c(*, total_frames: float, frames_per_update: float, max_norm: float | None
     r = _records.A3C
     rate = _falling(r, total_frames, frames_per_update)
     step = rmsprop(rate, r.decay, r.eps)
-    return step if max_norm is None else _chain(clip_global_norm('max_norm', max_norm), step)
+    return step if max_norm is None else precise_chain(clip_global_norm('max_norm', max_norm), step)
 
 
 def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
@@ -113,7 +112,7 @@ def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
     total, share = ('total_timesteps', total_timesteps), ('batch_size', batch_size)
     rate = linear_to_zero(r.learning_rate, total, share, last_of_share=True)
     step = dialects.tensorflow(rate, r.decay, r.momentum, r.eps)
-    return _chain(clip_global_norm('max_norm', r.max_norm), step)
+    return precise_chain(clip_global_norm('max_norm', r.max_norm), step)
 
 
 def sb3_a2c() -> Optimizer:
@@ -135,7 +134,7 @@ def sb3_a2c() -> Optimizer:
     """
     r = _records.SB3_A2C
     step = dialects.torch(r.learning_rate, r.decay, r.eps)
-    return _chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
 def sb3_a2c_tf_like() -> Optimizer:
@@ -148,7 +147,7 @@ def sb3_a2c_tf_like() -> Optimizer:
     """
     r = _records.SB3_A2C_TF_LIKE
     step = dialects.stable_baselines3(r.learning_rate, r.decay, r.eps)
-    return _chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
 def impala_dmlab(*, total_frames: float, frames_per_update: float, mean_over: int = 1) -> Optimizer:
@@ -203,13 +202,9 @@ def _impala(r: Recipe, total_frames: float, frames_per_update: float, mean_over:
     )
     if math.isinf(r.max_norm):
         return step
-    return _chain(clip_global_norm('max_norm', r.max_norm / terms), step)
+    return precise_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
 
 
 def _falling(r: Recipe, total_frames: Any, frames_per_update: Any) -> Any:
     total, share = ('total_frames', total_frames), ('frames_per_update', frames_per_update)
     return linear_to_zero(r.learning_rate, total, share)
-
-
-def _chain(*steps: optax.GradientTransformation) -> Optimizer:
-    return in_accumulator_precision(chain(*steps))

@@ -8,8 +8,8 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
-from rmsprop_jax._lift import KeyPath, Statistic, chain
-from rmsprop_jax._optimizer import add_decayed_weights, in_accumulator_precision
+from rmsprop_jax._lift import KeyPath, Statistic
+from rmsprop_jax._optimizer import add_decayed_weights, precise_chain
 from rmsprop_jax._transforms import clip_parameters
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.recipes import _records
@@ -227,7 +227,7 @@ def wgan(*, network: Literal['critic', 'generator']) -> Optimizer:
         return step
     if network != 'critic':
         raise ValueError(f"network must be 'critic' or 'generator', got {network!r}.")
-    return in_accumulator_precision(chain(step, clip_parameters('clamp', r.clamp)))
+    return precise_chain(step, clip_parameters('clamp', r.clamp))
 
 
 def wgan_clamp(params: Any) -> Any:
@@ -256,4 +256,4 @@ def _timm(r: Recipe, peak: float, steps_per_epoch: Any, warmup_epochs: Any, mask
 
 def _decayed(r: Recipe, step: optax.GradientTransformation, mask: Any) -> Optimizer:
     """`step` on gradients of a loss with its L2 term."""
-    return in_accumulator_precision(chain(add_decayed_weights(r.weight_decay, mask), step))
+    return precise_chain(add_decayed_weights(r.weight_decay, mask), step)
