@@ -29,7 +29,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test slow bench storage-study aot check format notebooks docs golden parity fused bench-fused
+.PHONY: help demo test slow laws bench storage-study aot check format notebooks docs golden parity fused bench-fused
 .PHONY: coverage dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +50,9 @@ coverage: $(VENV)/.test  ## Run the test suite and say which lines and branches 
 
 slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
 	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+
+laws: $(VENV)/.test  ## Look for counterexamples of each law among new cases (CASES=2000)
+	LAW_CASES=$(or $(CASES),2000) $(BIN)/python -m pytest -n auto -m slow tests/test_laws.py $(ARGS)
 
 bench: $(VENV)/.bench $(BENCH_TORCH)/.installed  ## Measure steps against Optax, PyTorch and Keras (ARGS="--help" for parts)
 	$(BIN)/python -m benchmarks --torch-python $(CURDIR)/$(BENCH_TORCH)/bin/python $(ARGS)

@@ -83,10 +83,9 @@ def _step(
             more = _float32(
                 Range(np.maximum(centre - wrong, 0) ** 2, (centre + wrong) ** 2), 4 * EPS
             )
-            averaged = Range(
-                averaged.low + np.where(saturated, more.low, 0),
-                averaged.high + np.where(saturated, more.high, 0),
-            )
+            whole = _float32(Range(averaged.low + more.low, averaged.high + more.high), EPS)
+            ends = zip(whole, averaged, strict=True)
+            averaged = Range(*(np.where(saturated, x, y) for x, y in ends))
     else:
         square = _float32(Range(abs(g) ** 2, abs(g) ** 2), 2 * EPS)
         low, high = (decay * before['nu'] + rest * x for x in square)

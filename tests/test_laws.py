@@ -1,11 +1,12 @@
 """What holds for all gradients and hyperparameters, looked for with drawn ones.
 
-Each law is tried on a few cases that are always the same, and on 2000 new ones by `make slow`.
-Programs are compiled once for each form; numbers are their arguments, so that a case costs
-milliseconds.
+Each law is tried on a few cases, and on 2000 by `make slow`: always the same, so that a failure
+is the doing of a change. `make laws` draws new ones. Programs are compiled once for each form;
+numbers are their arguments, so that a case costs milliseconds.
 """
 
 import functools
+import os
 import pickle
 import re
 import warnings
@@ -22,7 +23,7 @@ import optax
 import pytest
 import reference
 from forms import FORMS, Form, forms
-from formula import EPS, TINY, Near
+from formula import EPS, SMALLEST, TINY, Near
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,6 +32,8 @@ import rmsprop_jax
 from rmsprop_jax import dialects, interchange, sharding, storage
 
 STEPS, ENTRIES = 4, 8
+# How many cases to draw anew.
+NEW = int(os.environ.get('LAW_CASES', '0'))
 
 
 def law(
@@ -50,7 +53,7 @@ def law(
             case.__name__ = re.sub(r'\W', '_', '_'.join([check.__name__, *name]))
             how = hypothesis.settings(
                 max_examples=cases,
-                derandomize=cases == 12,
+                derandomize=not NEW,
                 deadline=None,
                 database=None,
                 suppress_health_check=list(hypothesis.HealthCheck),
@@ -65,7 +68,7 @@ def law(
 
         whole = test if each is None else pytest.mark.parametrize('name', each)(test_each)
         whole.__name__, whole.__doc__ = check.__name__, check.__doc__
-        numbers = [12, pytest.param(2000, marks=pytest.mark.slow)]
+        numbers = [12, pytest.param(NEW or 2000, marks=pytest.mark.slow)]
         return pytest.mark.parametrize('cases', numbers)(whole)
 
     return decorate
@@ -113,6 +116,11 @@ def real(low: float, high: float) -> st.SearchStrategy[np.float32]:
     return st.floats(*ends, width=32, allow_subnormal=False).map(np.float32)
 
 
+def zero_or(numbers: st.SearchStrategy) -> st.SearchStrategy:
+    """Factors below 1e-38, which a schedule may halve, count as zero and are worth nothing."""
+    return st.one_of(st.just(np.float32(0)), numbers)
+
+
 # Decays of no use, below 1e-13, make more of the rounding of a mean than a variance is.
 decays = st.one_of(real(2.0**-5, 0.9375), st.sampled_from([0.0, 0.9, 0.99, 0.999]).map(np.float32))
 
@@ -129,12 +137,14 @@ def cases(draw: st.DrawFn, among: Sequence[Form] = FORMS) -> Drawn:
         g = g + 1j * draw(alike(-limit, limit, shape))
     # From a start of their size variances are far from the rounding of the mean.
     scale = min(float(np.abs(g).max(initial=0)) ** 2, 2.0**120) if draw(st.booleans()) else 1.0
+    # Parts of what is smaller are subnormal, which counts as zero.
+    scale = scale if scale > 16 * TINY else 0.0
     numbers = {
-        'rate': draw(real(0.0, 8.0)),
+        'rate': draw(zero_or(real(2.0**-20, 8.0))),
         'decay': draw(st.one_of(decays, real(0.9375, 0.999))),
         'eps': np.float32(draw(st.sampled_from([0.0, 1e-8, 1e-3, 2.0]))),
-        'start': np.float32(scale * draw(st.one_of(st.just(0.0), real(0.125, 1.0)))),
-        'momentum': draw(real(0.0, 0.9375)),
+        'start': np.float32(scale * draw(zero_or(real(0.125, 1.0)))),
+        'momentum': draw(zero_or(real(2.0**-20, 0.9375))),
     }
     return Drawn(form, g, numbers)
 
@@ -238,8 +248,11 @@ def assert_same_step(form: Form, update: Any, after: Any, decoded: Any, step: St
         if x.dtype == np.int32:
             np.testing.assert_array_equal(x, y)
         elif x.dtype.itemsize < 4:
+            # What underflows is zero in one program, and kept as the smallest number in another.
+            smallest = SMALLEST['bfloat16'] if x.dtype == jnp.bfloat16 else 1
             x, y = x.astype(float), y.astype(float)
-            other += np.sum((x != y) & ~(np.isnan(x) & np.isnan(y)))
+            same = (x == y) | (np.isnan(x) & np.isnan(y))
+            other += np.sum(~same & ~(np.maximum(np.abs(x), np.abs(y)) <= smallest))
     assert other <= 1
 
 
@@ -420,6 +433,8 @@ def test_updates_are_those_of_the_definition(drawn: Drawn) -> None:
     form, g, numbers = drawn
     size = np.abs(g)
     g = np.where((size < 1e-15) | (size > 1e18), 0, g).astype(g.dtype)
+    # The correction of the first steps divides by 0.001 or more.
+    numbers = numbers | {'start': np.minimum(numbers['start'], np.float32(2.0**117))}
     updates = np.stack([step.found['update'] for step in run(Drawn(form, g, numbers))])
     at = [form.at(numbers, t) for t in range(form.steps)]
     rate, decay, eps, momentum = (
@@ -520,7 +535,8 @@ def test_the_second_moment_is_bounded_and_monotonic(
     slack = 1 + 4 * EPS
     assert (new >= 0).all()
     assert (new <= np.maximum(old, square) * slack + TINY).all()
-    assert (new >= np.minimum(old, square) / slack - TINY).all()
+    # Both of the products of which it is the sum may underflow.
+    assert (new >= np.minimum(old, square) / slack - 2 * TINY).all()
     bound = slack / np.sqrt(1 - np.float64(decay))
     assert (np.abs(np.asarray(update, np.float64)) <= bound * slack).all()
     # Smaller gradients never have larger moments, and rounding does not change that.
