@@ -175,18 +175,18 @@ def subtract_decayed_weights(
 
 
 def add_decayed_weights(
-    weight_decay: ScalarOrSchedule, mask: Any = None
+    weight_decay: ScalarOrSchedule, mask: Any = None, name: str = 'weight_decay'
 ) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`: `u <- u + weight_decay p`."""
-    decay = optax.add_decayed_weights(Hyperparameter('weight_decay', weight_decay).value)
-    return _where(mask, decay, type(decay.init({})))
+    """`optax.add_decayed_weights`: `u <- u + weight_decay p`. `name` is what errors call it."""
+    decay = optax.add_decayed_weights(Hyperparameter(name, weight_decay).value)
+    return _where(mask, decay, type(decay.init({})), name)
 
 
 def _where(
-    mask: Any, decay: optax.GradientTransformation, kind: type
+    mask: Any, decay: optax.GradientTransformation, kind: type, user: str = 'weight_decay'
 ) -> optax.GradientTransformation:
     """A decay of weights, with a state of that kind, where `mask` is true."""
-    mask, user = checked_mask('mask', mask), 'weight_decay'
+    mask = checked_mask('mask', mask)
     decay = guarded(decay, kind, user)
     if mask is None:
         return decay

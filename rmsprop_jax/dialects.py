@@ -562,7 +562,7 @@ def mxnet(
     prepare = (
         rescale('rescale_grad', rescale_grad),
         _clipping_unless_zero(clip_gradient=clip_gradient),
-        _coupled_decay(wd, mask),
+        _coupled_decay(wd, mask, 'wd'),
     )
     centered = checked_flag('centered', centered)
     step = rmsprop(
@@ -605,7 +605,7 @@ def mxnet1(
     """
     prepare = (
         rescale('rescale_grad', rescale_grad),
-        _coupled_decay(wd, mask),
+        _coupled_decay(wd, mask, 'wd'),
         _clipping_unless_zero(clip_gradient=clip_gradient),
     )
     step = rmsprop(
@@ -673,10 +673,12 @@ def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | Non
     return trace(decay_rate('momentum', momentum).value, storage=storage)
 
 
-def _coupled_decay(weight_decay: ScalarOrSchedule, mask: Any) -> Step | None:
+def _coupled_decay(
+    weight_decay: ScalarOrSchedule, mask: Any, name: str = 'weight_decay'
+) -> Step | None:
     if is_absent(weight_decay):
         return None
-    return add_decayed_weights(weight_decay, mask)
+    return add_decayed_weights(weight_decay, mask, name)
 
 
 def _clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:

@@ -228,9 +228,13 @@ def test_foreign_states():
         tx.update(PARAMS, scale_by_rms(bias_correction=True).init(PARAMS))
 
 
-def test_weight_decay_without_params():
-    tx = rmsprop(0.1, weight_decay=0.1)
-    with pytest.raises(ValueError, match='weight_decay needs params'):
+@pytest.mark.parametrize(
+    ('make', 'name'),
+    [(rmsprop, 'weight_decay'), (dialects.torch, 'weight_decay'), (dialects.mxnet, 'wd')],
+)
+def test_weight_decay_without_params(make, name):
+    tx = make(0.1, **{name: 0.1})
+    with pytest.raises(ValueError, match=f'^{name} needs params'):
         tx.update(PARAMS, tx.init(PARAMS))
 
 
