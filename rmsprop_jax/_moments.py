@@ -67,24 +67,40 @@ def reciprocal_or_zero(x: Scalar) -> Scalar:
     return jnp.where(vanishes, 0, 1 / jnp.where(vanishes, 1, x))
 
 
-def direction(g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool) -> jax.Array:
+def direction(
+    g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool, rounds: bool = False
+) -> jax.Array:
     """`g / sqrt(moment + eps)`, or `g / (sqrt(moment) + eps)`; zero where the root underflows to
     zero.
 
     Subnormal numbers count as zero, as accelerators have it, and both square root and quotient are
     selected twice so that derivatives through a zero stay finite. Comparisons are written so that
-    NaN passes through. Where epsilon is known to be positive the root cannot vanish.
+    NaN passes through. Where epsilon is known to be positive the root cannot vanish. `rounds` says
+    that the moment is kept in a format that rounds.
     """
     if isinstance(eps, float) and eps >= _smallest_normal(moment):
-        root = jnp.sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
-        # The maximum never acts: it keeps XLA from multiplying with a reciprocal root, which rounds
-        # differently from the same step without jit.
-        root = jnp.maximum(root, _smallest_normal(root))
+        root = _apart(jnp.sqrt(moment + eps), rounds) if eps_in_sqrt else _sqrt(moment) + eps
         return componentwise(operator.truediv, g, root)
     root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
     vanishes = root < _smallest_normal(root)
     quotient = componentwise(operator.truediv, g, jnp.where(vanishes, 1, root))
     return jnp.where(vanishes, 0, quotient)
+
+
+def _apart(root: jax.Array, rounds: bool) -> jax.Array:
+    """A positive root that XLA does not make one operation with the quotient by it.
+
+    Multiplying with a reciprocal root rounds differently from the same step without jit. The
+    maximum never acts. With formats that round a TPU's compiler splits long steps where the two are
+    apart.
+    """
+
+    def apart(root: jax.Array) -> jax.Array:
+        return jnp.maximum(root, _smallest_normal(root))
+
+    if not rounds:
+        return apart(root)
+    return lax.platform_dependent(root, tpu=lambda root: root, default=apart)
 
 
 def componentwise(

@@ -161,10 +161,13 @@ def scale_by_rms(
             pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
             return *(cast(x, dtype) for x in (decay, rest, eps)), pair
 
-        def plain(g: jax.Array, nu: jax.Array, _: tuple[Format, ...]) -> tuple[jax.Array, ...]:
+        def plain(
+            g: jax.Array, nu: jax.Array, formats: tuple[Format, ...]
+        ) -> tuple[jax.Array, ...]:
             d, r, e, c = scalars(nu.dtype)
             nu = _moments.second_moment(nu, g, d, r)
-            return _moments.direction(g, nu if c is None else nu / c[1], e, eps_in_sqrt), nu
+            moment = nu if c is None else nu / c[1]
+            return _moments.direction(g, moment, e, eps_in_sqrt, formats[0].rounds), nu
 
         def central(
             g: jax.Array, var: jax.Array, mu: jax.Array, formats: tuple[Format, ...]
@@ -190,7 +193,7 @@ def scale_by_rms(
                 # the step is bounded as that of the plain form is.
                 centre = mu if c is None else _moments.componentwise(operator.truediv, mu, c[1])
                 moment += jnp.where(saturated, _moments.squared_magnitude(centre), 0)
-            return _moments.direction(g, moment, e, eps_in_sqrt), var, mu
+            return _moments.direction(g, moment, e, eps_in_sqrt, formats[0].rounds), var, mu
 
         trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(

@@ -79,9 +79,10 @@ def test_an_elementwise_step_is_one_kernel_at_the_minimum(configuration, target)
     report = aot.compile_update(tx, LARGE, target=target)
     assert report.kernels <= configuration.kernels(target)
     assert_self_contained(report)
-    if configuration.is_split(target):
-        assert report.bytes_moved <= report.bytes_minimum + 8.1 * LARGE.size
-        assert report.temporary_bytes <= 4.1 * LARGE.size
+    if beyond := configuration.beyond(target):
+        assert report.bytes_moved <= report.bytes_minimum + (beyond + 0.1) * LARGE.size
+        # What is written once and read once.
+        assert report.temporary_bytes <= (beyond / 2 + 0.1) * LARGE.size
     else:
         assert_minimal(report, tx, LARGE)
 
@@ -125,7 +126,7 @@ def test_bytes_of_a_large_float32_leaf(make, expected, target):
 @each(BOUNDED)
 def test_a_step_that_needs_more_than_one_pass_stays_below_its_ceiling(configuration, target):
     def at_most(ceilings, default=None):
-        return ceilings.get(target, ceilings.get(target.split('-')[0], default))
+        return ceilings.get(target.split('-')[0], default)
 
     tx = configuration.make()
     report = aot.compile_update(tx, LARGE, target=target)
@@ -164,14 +165,13 @@ def test_narrow_parameters_of_any_shape_are_one_kernel_too(shape, dtype, target)
 
 
 @everywhere
-def test_centered_with_narrow_parameters_may_take_a_kernel_for_the_mean_on_tpu(target):
-    leaf = jax.ShapeDtypeStruct(LARGE.shape, jnp.bfloat16)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_the_longest_chain_with_narrow_parameters_is_one_kernel_too(dtype, target):
+    leaf = jax.ShapeDtypeStruct(LARGE.shape, dtype)
     report = aot.compile_update(everything(), leaf, target=target)
-    tpu = target.startswith('tpu')
+    assert report.kernels == 1
     assert report.minimum_per_parameter == 30
-    assert report.bytes_per_parameter <= (36 if tpu else 30)
-    assert report.kernels <= (2 if tpu else 1)
-    assert report.temporary_bytes < leaf.size / 100
+    assert_minimal(report, everything(), leaf)
 
 
 class Network(nn.Module):

@@ -170,8 +170,8 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('return 1 / x if x else 0.0', 'return 1 / x if x else 1.0', ('moments',)),
         ('jnp.where(vanishes, 0, 1 / jnp', 'jnp.where(vanishes, 1, 1 / jnp', ('moments',)),
         (
-            'root = jnp.sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps\n        #',
-            'root = jnp.sqrt(moment) + eps if eps_in_sqrt else _sqrt(moment + eps)\n        #',
+            'root = _apart(jnp.sqrt(moment + eps), rounds) if eps_in_sqrt else _sqrt(moment) + eps',
+            'root = _apart(jnp.sqrt(moment), rounds) + eps if eps_in_sqrt else _sqrt(moment + eps)',
             ('equations',),
         ),
         (
