@@ -34,6 +34,7 @@ SELECTIONS: dict[str, list[str]] = {
         f'{_CONTRACT}::test_count_saturates',
         f'{_CONTRACT}::test_schedules_see_the_zero_based_count',
     ],
+    'loop': [f'{_CONTRACT}::test_scan_equals_loop[scale_by_rms]'],
     'dtypes': [f'{_CONTRACT}::test_dtypes', f'{_CONTRACT}::test_float64_and_strict_promotion'],
     'injected': [
         f'{_CONTRACT}::test_injected_hyperparameters_can_be_changed_between_steps',
@@ -180,6 +181,7 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ('schedules', 'moments'),
         ),
         ('return jnp.where(vanishes, 0, quotient)', 'return quotient', ('moments',)),
+        ('return jnp.maximum(root, _smallest_normal(root))', 'return root', ('loop',)),
         ('x.real * y.real + x.imag', 'x.real * y.real - x.imag', ('complex',)),
         ('return _real_product(x, x)', 'return jnp.abs(x)', ('equations',)),
         ('op(x.real, real), op(x.imag, real)', 'op(x.real, real), x.imag', ('complex',)),
