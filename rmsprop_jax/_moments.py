@@ -91,8 +91,8 @@ def _apart(root: jax.Array, rounds: bool) -> jax.Array:
     """A positive root that XLA does not make one operation with the quotient by it.
 
     Multiplying with a reciprocal root rounds differently from the same step without jit. The
-    maximum never acts. With formats that round a TPU's compiler splits long steps where the two are
-    apart.
+    maximum never acts. With formats that round it is left out on TPUs, whose compiler splits long
+    steps where the two are apart.
     """
 
     def apart(root: jax.Array) -> jax.Array:
