@@ -21,7 +21,13 @@ from rmsprop_jax._lift import (
     widen,
 )
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState, broadcast_prefix, checked_flag, checked_transformation
+from rmsprop_jax._types import (
+    RmsState,
+    broadcast_prefix,
+    checked_flag,
+    checked_transformation,
+    is_function,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import convert, read
 
@@ -85,7 +91,7 @@ def reset(
 
 
 def _chosen(params: Any, mask: Any) -> Any:
-    given = mask(params) if callable(mask) else mask
+    given = mask(params) if is_function(mask) else mask
     for path, value in tree_flatten_with_path(given)[0]:
         if not hasattr(value, 'dtype') or value.dtype.kind != 'b':
             checked_flag(f'mask{keystr(path)}', value)

@@ -65,23 +65,34 @@ def checked_state(state: Any, kind: type) -> Any:
     return state
 
 
+def is_function(given: Any) -> bool:
+    """Whether an argument is a function to a tree, rather than such a tree.
+
+    As in `optax.masked`, a tree that happens to be callable, such as an Equinox module of booleans,
+    is a tree: only what consists of functions is a function.
+    """
+    leaves = jax.tree.leaves(given)
+    return bool(leaves) and all(map(callable, leaves))
+
+
 def checked_mask(name: str, mask: Any) -> Any:
     """Returns `mask`, which may be None, a tree of booleans or a function to one.
 
-    What a function returns is checked when it is called.
+    What a function returns is checked by `whole_mask`.
     """
-    if mask is None:
-        return None
-    if callable(mask):
-        return lambda tree: checked_mask(name, mask(tree))
-    for path, value in tree_flatten_with_path(mask)[0]:
-        checked_flag(f'{name}{keystr(path)}', value)
+    if mask is not None and not is_function(mask):
+        for path, value in tree_flatten_with_path(mask)[0]:
+            checked_flag(f'{name}{keystr(path)}', value)
     return mask
 
 
 def whole_mask(name: str, mask: Any, tree: Any) -> Any:
-    """A boolean for each leaf of `tree`, of a checked mask that is a prefix of it or a function."""
-    return broadcast_prefix(name, mask(tree) if callable(mask) else mask, tree)
+    """A boolean for each leaf of `tree`, of a mask that is a prefix of it or a function to one."""
+    if is_function(mask):
+        mask = mask(tree)
+        if is_function(mask):
+            raise TypeError(f'{name} must return a tree of booleans, but returned a function.')
+    return broadcast_prefix(name, checked_mask(name, mask), tree)
 
 
 def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:

@@ -30,6 +30,7 @@ from rmsprop_jax._types import (
     checked_state,
     checked_steps,
     checked_transformation,
+    is_function,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
@@ -520,7 +521,7 @@ def _groups(params: Any, labels: Labels) -> dict[KeyPath, str]:
     """The name of the group that each leaf belongs to."""
     if labels is None:
         return {path: _name(path) for path, _ in tree_flatten_with_path(params)[0]}
-    chosen = broadcast_prefix('labels', labels(params) if callable(labels) else labels, params)
+    chosen = broadcast_prefix('labels', labels(params) if is_function(labels) else labels, params)
     groups = dict(tree_flatten_with_path(chosen)[0])
     for path, label in groups.items():
         if not isinstance(label, str):

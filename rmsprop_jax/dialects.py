@@ -154,14 +154,16 @@ def torch(
 
     Source: PyTorch 2.13, torch/optim/rmsprop.py.
     """
-    return as_pairs_of_reals(
-        precise_chain(
-            optax.scale(-1.0) if checked_flag('maximize', maximize) else None,
-            _coupled_decay(weight_decay, mask),
-            scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage),
-            _momentum(momentum, storage),
-            scale_by_learning_rate(lr),
-        )
+    velocity = _momentum(momentum, storage)
+    # Masks see the user's own arrays: only what keeps statistics sees pairs of reals.
+    return precise_chain(
+        optax.scale(-1.0) if checked_flag('maximize', maximize) else None,
+        _coupled_decay(weight_decay, mask),
+        as_pairs_of_reals(
+            scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage)
+        ),
+        None if velocity is None else as_pairs_of_reals(velocity),
+        scale_by_learning_rate(lr),
     )
 
 

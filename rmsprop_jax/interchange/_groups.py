@@ -82,7 +82,7 @@ def torch_optimizer(
     }
     problems.raise_if_any()
     tree = jax.tree_util.tree_map_with_path(lambda path, _: labels[path_name(path)], params)
-    return optax.partition({**transforms, _FROZEN: optax.set_to_zero()}, tree)
+    return optax.partition({**transforms, _FROZEN: optax.set_to_zero()}, lambda _: tree)
 
 
 def _dialect(
