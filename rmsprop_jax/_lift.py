@@ -225,14 +225,25 @@ def guarded(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, refusing updates that are no arrays of real or complex numbers, a state that is no
     `kind`, and, where `user` needs them, params unlike the updates."""
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = for_state(inner, kind)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         checked_updates(updates)
-        checked_state(state, kind)
         if user is not None:
             checked_params(user, updates, params)
         return inner_.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def for_state(
+    inner: optax.GradientTransformation, kind: type
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, refusing a state that is not of that kind."""
+    inner_ = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return inner_.update(updates, checked_state(state, kind), params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -1,30 +1,36 @@
 """`rmsprop`: preconditioner, learning rate, momentum and weight decay in Optax's order."""
 
+import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import cast_like, chain, checked_updates, guarded, widen
+from rmsprop_jax._lift import cast_like, chain, checked_updates, for_state, guarded, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
 from rmsprop_jax._types import (
     Hyperparameter,
+    Injected,
     ScalarOrSchedule,
     cast,
     checked_mask,
     decay_rate,
     is_absent,
+    rounded,
     whole_mask,
 )
 from rmsprop_jax.storage._choice import Storage
+
+Factory = Callable[..., optax.GradientTransformation]
 
 
 def rmsprop(
@@ -38,7 +44,7 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    weight_decay: ScalarOrSchedule | None = 0.0,
+    weight_decay: ScalarOrSchedule | None = None,
     mask: Any = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -131,9 +137,10 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
     if callable(learning_rate):
         schedule = optax.scale_by_schedule(lambda count: -rate.at(count))
         return guarded(schedule, optax.ScaleByScheduleState)
+    number = rate.at(0)
     return optax.stateless(
         lambda updates, _: jax.tree.map(
-            lambda u: componentwise(operator.mul, u, -cast(rate.value, u.real.dtype)), updates
+            lambda u: componentwise(operator.mul, u, -cast(number, u.real.dtype)), updates
         )
     )
 
@@ -165,7 +172,7 @@ def subtract_decayed_weights(
         now = rate.at(state.count), strength.at(state.count)
 
         def leaf(u: jax.Array, p: jax.Array) -> jax.Array:
-            lr, wd = (cast(x, u.real.dtype) for x in now)
+            lr, wd = (rounded(x, u.real.dtype) for x in now)
             return u - componentwise(operator.mul, p, lr * wd)
 
         new_updates = jax.tree.map(leaf, updates, params)
@@ -178,7 +185,8 @@ def add_decayed_weights(
     weight_decay: ScalarOrSchedule, mask: Any = None, name: str = 'weight_decay'
 ) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`: `u <- u + weight_decay p`. `name` is what errors call it."""
-    decay = optax.add_decayed_weights(Hyperparameter(name, weight_decay).value)
+    strength = Hyperparameter(name, weight_decay)
+    decay = optax.add_decayed_weights(strength.at if callable(weight_decay) else strength.at(0))
     return _where(mask, decay, type(decay.init({})), name)
 
 
@@ -221,8 +229,8 @@ def precise_chain(
     return in_accumulator_precision(chain(*steps))
 
 
-# What the factories of this package take that is no number to be changed while training.
-_NEVER_HYPERPARAMETERS = frozenset(
+# Arguments of this package's factories that must stay static.
+_STATIC = frozenset(
     {
         'ema_overwrite_frequency',
         'gradient_accumulation_steps',
@@ -236,18 +244,25 @@ _NONE_AT_ZERO = frozenset({'momentum', 'wd', 'weight_decay'})
 
 
 def inject_hyperparams(
-    inner_factory: Callable[..., optax.GradientTransformation],
+    inner_factory: Factory,
     static_args: str | Iterable[str] = (),
     hyperparam_dtype: Any = None,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`optax.inject_hyperparams` with settings that suit this package's factories.
 
-    It differs in three defaults. Hyperparameters are held in float32 (float64 with
-    `jax_enable_x64`) even where parameters are narrower, since bfloat16 turns a decay of 0.999
-    into 1. Arguments that decide what a program looks like, such as a `mask` or a number of
-    accumulation steps, are left alone. And a zero for weight decay or momentum stays a Python zero,
-    which means 'none' where the factory says so; pass `jnp.array(0.0)` to be able to raise it
-    later.
+    Hyperparameters are held in float32 (float64 with `jax_enable_x64`) even where parameters are
+    narrower, since bfloat16 turns a decay of 0.999 into 1. For factories of this package there are
+    three more differences:
+
+    - The optimizer takes the same steps as without injection, bit for bit, until somebody changes a
+      number: the complement of a decay is formed from the Python number that was given. The
+      complement of a changed decay is that of the float32 in the state, right to 3e-8. Under jit
+      the last bit may differ where a schedule multiplies and adds, or where `sparse` rows are
+      skipped, since XLA then rounds the two operations once in one program and twice in the other.
+    - Arguments that decide what a program looks like, such as a `mask` or a number of accumulation
+      steps, are left alone.
+    - A zero for weight decay or momentum stays a Python zero, which means 'none' where the factory
+      says so; pass `jnp.array(0.0)` to be able to raise it later.
 
     Args:
       inner_factory: `rmsprop`, or any function that returns a gradient transformation.
@@ -278,15 +293,42 @@ def inject_hyperparams(
     if hyperparam_dtype is not None:
         _check_floating('hyperparam_dtype', hyperparam_dtype)
     names = set(inspect.signature(inner_factory).parameters)
-    static = _checked_static(static_args, names) | (_NEVER_HYPERPARAMETERS & names)
+    own = _is_own(inner_factory)
+    static = _checked_static(static_args, names) | (_STATIC & names if own else set())
 
+    @functools.wraps(inner_factory)
     def wrapped(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        given = inspect.signature(inner_factory).bind(*args, **kwargs)
-        given.apply_defaults()
-        absent = {name for name in _NONE_AT_ZERO & names if is_absent(given.arguments[name])}
+        factory, absent = inner_factory, set()
+        if own:
+            bound = inspect.signature(inner_factory).bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            absent = {name for name in _NONE_AT_ZERO & names if is_absent(given[name])}
+            factory = _knowing(given, inner_factory)
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
-        tx = optax.inject_hyperparams(inner_factory, static | absent, dtype)(*args, **kwargs)
-        return guarded(tx, optax.InjectStatefulHyperparamsState)
+        tx = optax.inject_hyperparams(factory, static | absent, dtype)(*args, **kwargs)
+        return for_state(tx, optax.InjectStatefulHyperparamsState)
+
+    return wrapped
+
+
+def _is_own(factory: Any) -> bool:
+    """Whether a factory is one of this package, whose arguments are known."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return str(getattr(factory, '__module__', '')).partition('.')[0] == __name__.partition('.')[0]
+
+
+def _knowing(given: Mapping[str, Any], factory: Factory) -> Factory:
+    """`factory`, which is told of each number in the state what it was when it was given."""
+
+    @functools.wraps(factory)
+    def wrapped(**arguments: Any) -> optax.GradientTransformation:
+        for name, number in given.items():
+            held = arguments[name]
+            if isinstance(number, float | np.floating) and isinstance(held, jax.Array):
+                arguments[name] = Injected(held, float(number))
+        return factory(**arguments)
 
     return wrapped
 

@@ -17,9 +17,9 @@ from rmsprop_jax._types import (
     cast,
     checked_flag,
     checked_state,
-    complement,
     constant,
     decay_rate,
+    rounded,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage, rounds
 from rmsprop_jax.storage._formats import Format
@@ -147,8 +147,8 @@ def scale_by_rms(
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
         _check_configuration(checked_state(state, RmsState), centered, bias_correction, has_unit)
-        decay, eps = decay_.at(state.count), eps_.at(state.count)
-        rest = complement(decay)
+        decay, rest = decay_.with_complement_at(state.count)
+        eps = eps_.at(state.count)
         weights = None
         if state.weight is not None:
             dtype = state.weight.dtype
@@ -159,7 +159,7 @@ def scale_by_rms(
 
         def scalars(dtype: DTypeLike) -> tuple[Any, ...]:
             pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
-            return *(cast(x, dtype) for x in (decay, rest, eps)), pair
+            return rounded(decay, dtype), rounded(rest, dtype), cast(eps, dtype), pair
 
         def plain(
             g: jax.Array, nu: jax.Array, formats: tuple[Format, ...]

@@ -17,6 +17,25 @@ Schedule = Callable[[ArrayLike], ArrayLike]
 ScalarOrSchedule = ArrayLike | Schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class Injected:
+    """A number that `inject_hyperparams` holds in its state, where it may be changed.
+
+    Attributes:
+      value: What the state holds, of shape ().
+      given: The Python number that it started as.
+    """
+
+    value: jax.Array
+    given: float
+
+    def complement(self) -> jax.Array:
+        """`1 - given`, formed in double precision, until the number in the state is changed."""
+        unchanged = self.value == jnp.asarray(self.given, self.value.dtype)
+        exact = jnp.asarray(1 - self.given, self.value.dtype)
+        return jnp.where(unchanged, exact, 1 - self.value)
+
+
 def is_absent(value: Any) -> bool:
     """Whether a hyperparameter that means 'nothing' at zero is None or a Python or NumPy zero.
 
@@ -24,7 +43,7 @@ def is_absent(value: Any) -> bool:
     """
     if value is None:
         return True
-    if callable(value) or isinstance(value, jax.Array | str | bytes):
+    if callable(value) or isinstance(value, jax.Array | Injected | str | bytes):
         return False
     number = np.asarray(value)
     return not number.shape and bool(number == 0)
@@ -174,8 +193,8 @@ class Hyperparameter:
 
     Attributes:
       name: The argument's name, for error messages.
-      value: A Python or NumPy scalar, a JAX scalar (possibly traced), or a schedule, which maps the
-        0-based step count to one of those.
+      value: A Python or NumPy scalar, a JAX scalar (possibly traced), one that is `Injected`, or a
+        schedule, which maps the 0-based step count to one of those.
       lower: The smallest value allowed.
       below: The bound the value must stay under.
       exact: Whether dtypes narrower than float32 are refused: bfloat16 turns a decay of 0.999 into
@@ -189,12 +208,25 @@ class Hyperparameter:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.value):
+        if isinstance(self.value, Injected):
+            self._checked(self.value.value)
+        elif not callable(self.value):
             object.__setattr__(self, 'value', self._checked(self.value))
 
     def at(self, count: ArrayLike) -> Scalar:
         """The value at step `count`: a float where tracing knows it, else a scalar array."""
-        return self._checked(self.value(count)) if callable(self.value) else self.value
+        if callable(self.value):
+            return self._checked(self.value(count))
+        return self.value.value if isinstance(self.value, Injected) else self.value
+
+    def with_complement_at(self, count: ArrayLike) -> tuple[Scalar, Scalar]:
+        """The value at step `count`, and what it lacks to one.
+
+        The complement of a Python number is formed in double precision. A float32 decay of 0.999
+        carries a rounding error of up to 3e-8, so that `1 - decay` is right to 3e-5 only.
+        """
+        value = self.at(count)
+        return value, self.value.complement() if isinstance(self.value, Injected) else 1 - value
 
     def _checked(self, value: Any) -> Scalar:
         if isinstance(value, jax.Array):
@@ -239,21 +271,23 @@ def constant(name: str, value: Any, lower: float = 0.0) -> Scalar:
     """A number that may not be a schedule, with the checks of a hyperparameter."""
     if callable(value):
         raise TypeError(f'{name} cannot be a schedule.')
-    return Hyperparameter(name, value, lower).value
-
-
-def complement(decay: Scalar) -> Scalar:
-    """`1 - decay`: in double precision for a Python number, in the array's own precision otherwise.
-
-    A float32 decay of 0.999 carries a rounding error of up to 3e-8, so that its complement is right
-    to 3e-5 only.
-    """
-    return 1 - decay
+    return Hyperparameter(name, value, lower).at(0)
 
 
 def cast(value: Scalar, dtype: DTypeLike) -> Scalar:
     """Gives an array the dtype of the arithmetic; a Python number adapts by itself."""
     return lax.convert_element_type(value, dtype) if isinstance(value, jax.Array) else value
+
+
+def rounded(value: Scalar, dtype: DTypeLike) -> Any:
+    """A scalar of the dtype of the arithmetic, of a Python number too.
+
+    Products of such scalars are the same whether a program is given numbers or arrays.
+    """
+    if isinstance(value, jax.Array):
+        return cast(value, dtype)
+    with np.errstate(over='ignore'):
+        return np.dtype(dtype).type(value)
 
 
 def wide_dtype(dtype: DTypeLike) -> np.dtype:

@@ -716,7 +716,9 @@ def _decoupled_decay(
     decay = Hyperparameter('weight_decay', weight_decay)
 
     def corrected(count: ArrayLike) -> Any:
-        return decay.at(count) * (rate.at(count) / top)
+        now = (jnp.asarray(x, float) for x in (rate.at(count), decay.at(count), top))
+        pace, strength, peak = now
+        return strength * (pace / peak)
 
     return subtract_decayed_weights(lr, corrected, mask)
 

@@ -15,7 +15,6 @@ from rmsprop_jax._types import (
     Scalar,
     cast,
     checked_leaves,
-    complement,
     decay_rate,
     leaf_dtype,
     wide_dtype,
@@ -103,7 +102,7 @@ def _share(count: ArrayLike | None, decay: ArrayLike) -> Scalar:
     """The weight of the new values, `1 - d`."""
     if callable(decay):
         raise TypeError('decay cannot be a schedule.')
-    rest = complement(decay_rate('decay', decay).value)
+    _, rest = decay_rate('decay', decay).with_complement_at(0)
     if count is None:
         return rest
     taken = jnp.asarray(Hyperparameter('count', count).value, float)
