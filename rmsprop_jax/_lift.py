@@ -174,18 +174,18 @@ def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
     return x.astype(np.promote_types(wide, np.complex64) if jnp.iscomplexobj(x) else wide)
 
 
-def widen(name: str, tree: Any) -> Any:
+def widen(tree: Any) -> Any:
     """Casts floating and complex leaves to their accumulation dtype, and leaves others alone.
 
-    Raises:
-      TypeError: If a leaf is no array.
+    Those may be anything, such as the functions in an Equinox model: who reads them checks them.
     """
 
-    def leaf(path: KeyPath, x: Any) -> Any:
-        dtype = leaf_dtype(f'{name}{keystr(path)}', x)
-        return jnp.asarray(x, wide_dtype(dtype)) if jnp.issubdtype(dtype, jnp.inexact) else x
+    def leaf(x: Any) -> Any:
+        if not jnp.issubdtype(getattr(x, 'dtype', type(x)), jnp.inexact):
+            return x
+        return jnp.asarray(x, wide_dtype(jnp.result_type(x)))
 
-    return tree_map_with_path(leaf, tree)
+    return jax.tree.map(leaf, tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

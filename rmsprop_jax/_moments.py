@@ -21,6 +21,18 @@ def squared_magnitude(x: jax.Array) -> jax.Array:
     return _real_product(x, x)
 
 
+def magnitude(x: jax.Array) -> jax.Array:
+    """`|x|`, differentiable at zero for complex arrays too."""
+    return root_or_zero(squared_magnitude(x)) if jnp.iscomplexobj(x) else jnp.abs(x)
+
+
+def root_or_zero(x: jax.Array, order: float = 2) -> jax.Array:
+    """`x^(1 / order)`, differentiable at zero; its argument is not negative."""
+    vanishes = x == 0
+    positive = jnp.where(vanishes, 1, x)
+    return jnp.where(vanishes, 0, jnp.sqrt(positive) if order == 2 else positive ** (1 / order))
+
+
 def second_moment(nu: jax.Array, g: jax.Array, decay: Scalar, complement: Scalar) -> jax.Array:
     """`nu <- decay nu + (1 - decay) |g|^2`."""
     return decay * nu + complement * squared_magnitude(g)
@@ -59,10 +71,10 @@ def variance(
     return decay * var + _real_product(componentwise(operator.mul, deviation, share), deviation)
 
 
-def reciprocal_or_zero(x: Scalar) -> Scalar:
-    """`1 / x`, and 0 where that is not a normal number."""
+def reciprocal_or_zero(x: Any) -> Any:
+    """`1 / x`, and 0 where `x` is not a normal number."""
     if not isinstance(x, jax.Array):
-        return 1 / x if x else 0.0
+        return 1 / x if x >= _smallest_normal(x) else 0 * x
     vanishes = x < _smallest_normal(x)
     return jnp.where(vanishes, 0, 1 / jnp.where(vanishes, 1, x))
 
@@ -125,5 +137,5 @@ def _sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(vanishes, 0, jnp.sqrt(jnp.where(vanishes, 1, x)))
 
 
-def _smallest_normal(x: jax.Array) -> float:
-    return float(jnp.finfo(x.dtype).tiny)
+def _smallest_normal(x: Any) -> float:
+    return float(jnp.finfo(jnp.result_type(x)).tiny)

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rmsprop_jax._types import (
     Injected,
     ScalarOrSchedule,
     cast,
+    checked_flag,
     checked_mask,
     decay_rate,
     is_absent,
@@ -73,8 +75,8 @@ def rmsprop(
         (PyTorch).
       centered: Whether to divide by the standard deviation rather than by the root mean square.
       momentum: Decay of the velocity, in [0, 1), or None for no velocity at all.
-      nesterov: Whether momentum looks one step ahead; without effect where `momentum` is None, as
-        in Optax.
+      nesterov: Whether momentum looks one step ahead. Where `momentum` is None it has no effect, as
+        in Optax, and a warning says so.
       bias_correction: Whether the running averages are divided by the sum of their weights.
       weight_decay: Share of a parameter that is subtracted at each step, times the learning rate.
         A Python zero (or None) means none; otherwise `update` needs `params`.
@@ -112,6 +114,8 @@ def rmsprop(
       `optax.rmsprop`, whose results it reproduces where those are well-conditioned.
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
+    if checked_flag('nesterov', nesterov) and momentum is None:
+        warnings.warn('nesterov has no effect where momentum is None.', stacklevel=2)
     steps = [
         scale_by_rms(
             decay,
@@ -214,8 +218,8 @@ def in_accumulator_precision(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide_updates = widen('updates', checked_updates(updates))
-        wide_params = widen('params', params)
+        wide_updates = widen(checked_updates(updates))
+        wide_params = widen(params)
         wide, state = inner_.update(wide_updates, state, wide_params, **extra_args)
         return cast_like(wide, updates), state
 

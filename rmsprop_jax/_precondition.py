@@ -118,6 +118,8 @@ def scale_by_rms(
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)
+    if bias_correction and not isinstance(decay_.value, jax.Array) and decay_.value == 1:
+        raise ValueError('decay must be below 1 with bias_correction: weights add up to 1 - decay.')
 
     statistics = ('var', 'mu') if centered else ('nu',)
     check_storage(storage, *statistics)

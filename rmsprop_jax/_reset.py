@@ -132,7 +132,7 @@ def _with_average(start: Any, params: Any) -> Any:
     def leaf(node: Any) -> Any:
         if not is_average(node):
             return node
-        ema = map_with_moments(lambda p, _: p, widen('params', params), node.ema)
+        ema = map_with_moments(lambda p, _: p, widen(params), node.ema)
         return node._replace(ema=ema)
 
     return jax.tree.map(leaf, start, is_leaf=is_average)

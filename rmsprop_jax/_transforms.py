@@ -17,7 +17,7 @@ from rmsprop_jax._lift import (
     rms_states,
     widen,
 )
-from rmsprop_jax._moments import componentwise
+from rmsprop_jax._moments import componentwise, root_or_zero
 from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
@@ -40,9 +40,12 @@ def as_pairs_of_reals(inner: Step) -> Optimizer:
     inner_ = optax.with_extra_args_support(inner)
 
     def split(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x, tree
-        )
+        def leaf(x: Any) -> Any:
+            # Parameters may hold anything where nothing reads them.
+            is_complex = jnp.issubdtype(getattr(x, 'dtype', type(x)), jnp.complexfloating)
+            return jnp.stack([jnp.real(x), jnp.imag(x)], -1) if is_complex else x
+
+        return jax.tree.map(leaf, tree)
 
     def join(tree: Any, like: Any) -> Any:
         def leaf(x: jax.Array, y: Any) -> jax.Array:
@@ -95,8 +98,8 @@ def average_parameters(
         )
         step = state.count // every
         past = jnp.where(step == 0, 0.0, weight.at(state.count))
-        wide = widen('params', params)
-        target = jax.tree.map(jnp.add, wide, widen('updates', updates))
+        wide = widen(params)
+        target = jax.tree.map(jnp.add, wide, widen(updates))
 
         def average(a: jax.Array, p: jax.Array) -> jax.Array:
             w = cast(past, a.real.dtype)
@@ -117,12 +120,12 @@ def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
     bound = constant(name, limit)
 
     def clip(updates: Any, params: Any) -> Any:
-        wide = widen('params', checked_params(name, updates, params))
+        wide = widen(checked_params(name, updates, params))
 
         def leaf(p: jax.Array, u: jax.Array) -> jax.Array:
             return jnp.clip(p + u, -cast(bound, p.dtype), cast(bound, p.dtype)) - p
 
-        return cast_like(jax.tree.map(leaf, wide, widen('updates', updates)), params)
+        return cast_like(jax.tree.map(leaf, wide, widen(updates)), params)
 
     return optax.with_extra_args_support(optax.stateless(clip))
 
@@ -225,7 +228,7 @@ def accumulate(inner: Step, every: int) -> Optimizer:
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         checked_state(state, AccumulateState)
         check_alike('updates', updates, 'the state', state.total)
-        total = jax.tree.map(jnp.add, state.total, widen('updates', updates))
+        total = jax.tree.map(jnp.add, state.total, widen(updates))
 
         def step() -> tuple[Any, Any]:
             mean = scaled(total, 1 / every)
@@ -268,14 +271,19 @@ def clip_global_norm(name: str, limit: ArrayLike) -> Step:
     bound = constant(name, limit)
 
     def clip(updates: Any, _: Any) -> Any:
-        clipped, norm = _clipped_to_norm(updates, bound), optax.tree.norm(updates)
+        clipped, norm = _clipped_to_norm(updates, bound), norm_of(updates)
         return jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, jnp.nan), clipped)
 
     return optax.stateless(clip)
 
 
+def norm_of(updates: Any) -> jax.Array:
+    """The norm of all arrays of a tree together, differentiable at zero."""
+    return root_or_zero(jnp.asarray(optax.tree.norm(updates, squared=True)))
+
+
 def _clipped_to_norm(updates: Any, bound: Any) -> Any:
-    norm = optax.tree.norm(updates)
+    norm = norm_of(updates)
     bound = cast(bound, norm.dtype)
     return scaled(updates, bound / jnp.maximum(norm, bound))
 

@@ -196,7 +196,7 @@ class Hyperparameter:
       value: A Python or NumPy scalar, a JAX scalar (possibly traced), one that is `Injected`, or a
         schedule, which maps the 0-based step count to one of those.
       lower: The smallest value allowed.
-      below: The bound the value must stay under.
+      upper: The largest value allowed.
       exact: Whether dtypes narrower than float32 are refused: bfloat16 turns a decay of 0.999 into
         1.
     """
@@ -204,7 +204,7 @@ class Hyperparameter:
     name: str
     value: Any
     lower: float = 0.0
-    below: float = math.inf
+    upper: float = math.inf
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -257,14 +257,14 @@ class Hyperparameter:
     def _check_range(self, number: float) -> None:
         if not math.isfinite(number):
             raise ValueError(f'{self.name} must be finite, got {number}.')
-        if not self.lower <= number < self.below:
-            allowed = f'[{self.lower:g}, {self.below:g})'
+        if not self.lower <= number <= self.upper:
+            allowed = f'[{self.lower:g}, {self.upper:g}' + (')' if self.upper == math.inf else ']')
             raise ValueError(f'{self.name} must be in {allowed}, got {number}.')
 
 
 def decay_rate(name: str, value: Any) -> Hyperparameter:
-    """A hyperparameter in [0, 1) that must be held in float32 or wider."""
-    return Hyperparameter(name, value, below=1.0, exact=True)
+    """A hyperparameter in [0, 1] that must be held in float32 or wider."""
+    return Hyperparameter(name, value, upper=1.0, exact=True)
 
 
 def constant(name: str, value: Any, lower: float = 0.0) -> Scalar:

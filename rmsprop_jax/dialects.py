@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
 from rmsprop_jax._lift import chain
-from rmsprop_jax._moments import squared_magnitude
+from rmsprop_jax._moments import magnitude, root_or_zero
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._optimizer import (
     add_decayed_weights,
@@ -44,6 +44,7 @@ from rmsprop_jax._transforms import (
     clip_global_norm,
     clip_parameters,
     clip_value,
+    norm_of,
     rescale,
     scaled,
     skip_zero_rows,
@@ -71,9 +72,9 @@ _NAME = 'it names operations in a graph: leave it out'
 
 # Numbers that frameworks call otherwise than `rmsprop` does.
 _NUMBERS = {
-    'lr': functools.partial(Hyperparameter, lower=-math.inf),
     **dict.fromkeys(('alpha', 'rho', 'gamma1', 'gamma2'), decay_rate),
-    **dict.fromkeys(('epsilon', 'wd'), Hyperparameter),
+    # PyTorch and those who follow it refuse a negative rate.
+    **dict.fromkeys(('lr', 'epsilon', 'wd'), Hyperparameter),
 }
 
 
@@ -191,16 +192,23 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
         raise ValueError(f'norm_type must be positive, got {norm_type!r}.')
 
     def clip(updates: optax.Updates, _: Any) -> optax.Updates:
-        magnitudes = [jnp.sqrt(squared_magnitude(g)) for g in jax.tree.leaves(updates)]
+        magnitudes = [magnitude(g) for g in jax.tree.leaves(updates)]
         if math.isinf(norm_type):
             norm = functools.reduce(jnp.maximum, [x.max(initial=0) for x in magnitudes], 0.0)
         elif norm_type == 2:
-            norm = optax.tree.norm(updates)
+            norm = norm_of(updates)
         else:
-            norm = sum(jnp.sum(x**norm_type) for x in magnitudes) ** (1 / norm_type)
+            total = sum((jnp.sum(_power(x, norm_type)) for x in magnitudes), jnp.float32(0))
+            norm = root_or_zero(total, norm_type)
         return scaled(updates, jnp.minimum(1.0, limit / (norm + 1e-6)))
 
     return in_accumulator_precision(optax.stateless(clip))
+
+
+def _power(x: jax.Array, order: float) -> jax.Array:
+    """`x^order`, differentiable at zero for orders below one too."""
+    vanishes = x == 0
+    return jnp.where(vanishes, 0, jnp.where(vanishes, 1, x) ** order)
 
 
 @_framework(

@@ -22,7 +22,7 @@ from rmsprop_jax import (
 PARAMS = {'dense': {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones(3)}}
 
 BAD_HYPERPARAMETERS = [
-    ('decay', 1.0, ValueError, r'decay must be in \[0, 1\), got 1.0'),
+    ('decay', 1.5, ValueError, r'decay must be in \[0, 1\], got 1.5'),
     ('decay', -0.1, ValueError, 'decay must be in'),
     ('decay', float('nan'), ValueError, 'decay must be finite, got nan'),
     ('decay', np.float64('nan'), ValueError, 'decay must be finite'),
@@ -37,7 +37,7 @@ BAD_HYPERPARAMETERS = [
     ('decay', jnp.bfloat16(0.999), TypeError, 'decay has dtype bfloat16.*hyperparam_dtype'),
     ('decay', jnp.float16(0.999), TypeError, 'decay has dtype float16'),
     ('decay', np.float16(0.999), TypeError, 'decay has dtype float16'),
-    ('momentum', 1.5, ValueError, r'momentum must be in \[0, 1\)'),
+    ('momentum', 1.5, ValueError, r'momentum must be in \[0, 1\]'),
     ('momentum', jnp.bfloat16(0.9), TypeError, 'momentum has dtype bfloat16'),
     ('eps', -1e-8, ValueError, r'eps must be in \[0, inf\)'),
     ('eps', float('inf'), ValueError, 'eps must be finite'),
