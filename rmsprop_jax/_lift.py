@@ -28,6 +28,7 @@ from rmsprop_jax._types import (
 )
 from rmsprop_jax.storage._choice import Storage, format_of
 from rmsprop_jax.storage._formats import Format
+from rmsprop_jax.storage._place import possible_shapes, whole_shape
 
 KeyPath = tuple[Any, ...]
 
@@ -56,7 +57,14 @@ class Statistic:
 
         def leaf(path: KeyPath, param: Any) -> Any:
             dtype = self.dtype(f'params{keystr(path)}', param)
-            return self.format(path, param, dtype).init(param, fill, dtype)
+            chosen = {self.format(path, shape, dtype) for shape in possible_shapes(param)}
+            if len(chosen) > 1:
+                raise ValueError(
+                    f"params{keystr(path)} of shape {jnp.shape(param)} may be one device's share "
+                    f'of an array under jax.shard_map, and the format of its {self.name} depends '
+                    'on the shape of the whole array: call init outside of shard_map.'
+                )
+            return chosen.pop().init(param, fill, dtype)
 
         return tree_map_with_path(leaf, params)
 
@@ -65,10 +73,10 @@ class Statistic:
         dtype = wide_dtype(_inexact_dtype(name, param))
         return real_dtype(dtype) if self.real else dtype
 
-    def format(self, path: KeyPath, param: Any, dtype: Any) -> Format:
-        """How the leaf at `path` is kept."""
+    def format(self, path: KeyPath, shape: tuple[int, ...], dtype: Any) -> Format:
+        """How the leaf at `path` is kept, where the whole array has that shape."""
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        return format_of(self.storage, self.name, keystr(path), jnp.shape(param), is_complex)
+        return format_of(self.storage, self.name, keystr(path), shape, is_complex)
 
 
 def init_like(params: Any, fill: Any) -> Any:
@@ -125,9 +133,10 @@ def map_leaves(
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
         name, spec = f'updates{keystr(path)}', partition.get(path)
         _check_kind(name, g, [] if kind is None else [kind])
-        formats = [x.format(path, g, x.dtype(name, g)) for x in statistics]
+        shape = whole_shape(jnp.shape(g), spec)
+        formats = [x.format(path, shape, x.dtype(name, g)) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
-            _check_stored(name, g, statistic, kept, leaf)
+            _check_stored(name, g, statistic, kept, leaf, spec)
             _check_shard(name, g, kept, spec)
         keys = [
             kept.key(f'{statistic.name}{keystr(path)}')
@@ -405,13 +414,20 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ', '.join(ordered[:most] + more)
 
 
-def _check_stored(name: str, g: Any, statistic: Statistic, kept: Format, stored: Any) -> None:
+def _check_stored(
+    name: str, g: Any, statistic: Statistic, kept: Format, stored: Any, spec: PartitionSpec | None
+) -> None:
     fault = kept.fault(stored, jnp.shape(g))
     if fault is not None:
         message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
         # An array of the right shape is of another format.
         if getattr(stored, 'shape', None) == jnp.shape(g):
             message += ' If the storage has changed, use storage.convert.'
+            if spec is None and len(possible_shapes(g)) > 1:
+                message += (
+                    ' Under jax.shard_map a format is chosen by the shape of the whole array: give '
+                    'update the argument partition_specs.'
+                )
         raise ValueError(message)
     if not statistic.real:
         _check_kind(name, g, [stored])

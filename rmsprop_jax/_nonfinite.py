@@ -1,19 +1,21 @@
 """What to do about gradients and statistics that are infinite or NaN."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import (
     check_alike,
     check_storage_is_given,
     checked_updates,
-    guarded,
     map_rms_states,
     map_with_moments,
     placed,
@@ -23,6 +25,7 @@ from rmsprop_jax._transforms import AccumulateState
 from rmsprop_jax._types import checked_leaves, checked_state, checked_transformation
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import carried, read
+from rmsprop_jax.storage._place import split_axes, whole_sum
 
 Unit = Literal['step', 'leaf', 'coordinate']
 _MOST = np.iinfo(np.int32).max
@@ -74,7 +77,9 @@ def skip_nonfinite(
     Returns:
       An `optax.GradientTransformationExtraArgs`, with a `SkipNonfiniteState`, or an
       `optax.ApplyIfFiniteState` for whole steps: `optax.tree.get(state, 'total_notfinite')` is the
-      count of what has been skipped. Within `shard_map` leaf and count are those of the shard.
+      count of what has been skipped. Under `jax.shard_map` leaves and counts are those of whole
+      arrays where `update` is given `partition_specs` (see `scale_by_rms`) or `check_vma` is on;
+      otherwise they are those of the shard.
 
     Raises:
       TypeError: For another `per`, or a `storage` that is none.
@@ -94,12 +99,11 @@ def skip_nonfinite(
     check_storage(storage)
     inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
     if per == 'step':
-        whole = optax.apply_if_finite(inner_, max_consecutive_errors=_MOST)
-        return guarded(whole, optax.ApplyIfFiniteState)
+        return _skip_steps(inner_)
 
-    def is_bad(g: Any) -> jax.Array:
+    def is_bad(g: Any, axes: tuple[str, ...]) -> jax.Array:
         bad = ~jnp.isfinite(g)
-        return bad.any() if per == 'leaf' else bad
+        return whole_sum(bad.any().astype(jnp.int32), axes) > 0 if per == 'leaf' else bad
 
     def init(params: optax.Params) -> Any:
         state = inner_.init(params)
@@ -109,14 +113,65 @@ def skip_nonfinite(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         before = checked_state(state, SkipNonfiniteState).inner_state
         check_storage_is_given(before, storage)
-        bad = jax.tree.map(is_bad, checked_updates(updates))
+        leaves, treedef = tree_flatten_with_path(checked_updates(updates))
+        partition = _partition(extra_args)
+        axes = [split_axes(g, partition.get(path)) for path, g in leaves]
+        bads = [is_bad(g, own) for (_, g), own in zip(leaves, axes, strict=True)]
+        bad = treedef.unflatten(bads)
         new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
-        standing = map_rms_states(functools.partial(carried, storage=storage), before, after)
+        carry = functools.partial(carried, storage=storage, partition=partition)
+        standing = map_rms_states(carry, before, after)
         after = jax.tree.map(select, placed(inner_, before, bad, False), standing, after)
-        total = functools.reduce(_saturating_add, jax.tree.leaves(bad), state.total_notfinite)
+        total = state.total_notfinite
+        for x, own in zip(bads, axes, strict=True):
+            more = jnp.sum(x, dtype=jnp.int32)
+            total = _saturating_add(total, whole_sum(more, own if per == 'coordinate' else ()))
         return _zeroed(bad, new), SkipNonfiniteState(total, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _skip_steps(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.apply_if_finite` without an end, for whole arrays: it looks at one device's shares."""
+
+    def init(params: optax.Params) -> Any:
+        none = jnp.zeros([], jnp.int32)
+        return optax.ApplyIfFiniteState(none, jnp.array(True), none.copy(), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        checked_state(state, optax.ApplyIfFiniteState)
+        partition, finite = _partition(extra_args), jnp.array(True)
+        for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
+            bad = ~jnp.isfinite(g).all()
+            axes = split_axes(g, partition.get(path))
+            finite &= whole_sum(bad.astype(jnp.int32), axes) == 0
+
+        def step() -> tuple[Any, Any]:
+            return inner.update(updates, state.inner_state, params, **extra_args)
+
+        def hold() -> tuple[Any, Any]:
+            new, _ = jax.eval_shape(step)
+            return optax.tree.zeros_like(new), state.inner_state
+
+        new, after = lax.cond(finite, step, hold)
+        once_more = [
+            optax.safe_increment(n) for n in (state.notfinite_count, state.total_notfinite)
+        ]
+        return new, optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, once_more[0]),
+            last_finite=finite,
+            total_notfinite=jnp.where(finite, state.total_notfinite, once_more[1]),
+            inner_state=after,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _partition(extra_args: Mapping[str, Any]) -> dict[Any, Any]:
+    """The partition of each gradient under `jax.shard_map`, by path, where it is given."""
+    return dict(tree_flatten_with_path(extra_args.get('partition_specs'))[0])
 
 
 def nonfinite_entries(
@@ -187,8 +242,7 @@ def _zeroed(bad: Any, tree: Any) -> Any:
     return jax.tree.map(lambda b, x: jnp.where(b, 0, x), bad, tree)
 
 
-def _saturating_add(total: Any, bad: jax.Array) -> jax.Array:
-    more = jnp.sum(bad, dtype=jnp.int32)
+def _saturating_add(total: Any, more: jax.Array) -> jax.Array:
     return jnp.where(total > _MOST - more, _MOST, total + more)
 
 

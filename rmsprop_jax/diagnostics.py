@@ -35,6 +35,7 @@ from rmsprop_jax._types import (
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
 from rmsprop_jax.storage._convert import stored_leaves
+from rmsprop_jax.storage._place import split_axes, whole_sum
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -383,8 +384,9 @@ def measured(
         not those of the parameters.
       TypeError: For labels that are not strings.
 
-    Where a program does not return the measurements, compilers drop them. Within `jax.shard_map`
-    each shard measures its own part; under `jax.jit` meshes do not matter.
+    Where a program does not return the measurements, compilers drop them. Under `jax.jit` meshes do
+    not matter, nor do they under `jax.shard_map`; with `check_vma=False`, however, each shard
+    measures its own part.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -546,23 +548,33 @@ def _stacked(measured: dict[str, jax.Array], dtype: Any = jnp.float32) -> jax.Ar
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """How many are true. Sums of float32 are twice as fast on a CPU, but exact to 2^24 only."""
-    mask = jnp.atleast_1d(mask)
-    dtype = jnp.float32 if mask.shape[-1] < 2**24 else jnp.uint32
-    return jnp.sum(jnp.sum(mask, axis=-1, dtype=dtype).astype(jnp.uint32), dtype=jnp.uint32)
+    """How many are true, on all devices that hold a share under `jax.shard_map`.
+
+    Sums of float32 are twice as fast on a CPU, but exact to 2^24 only.
+    """
+    rows = jnp.atleast_1d(mask)
+    dtype = jnp.float32 if rows.shape[-1] < 2**24 else jnp.uint32
+    own = jnp.sum(jnp.sum(rows, axis=-1, dtype=dtype).astype(jnp.uint32), dtype=jnp.uint32)
+    return whole_sum(own, split_axes(mask))
+
+
+def _size(x: jax.Array) -> int:
+    """How many entries there are on all those devices."""
+    return x.size * math.prod(map(lax.axis_size, split_axes(x)))
 
 
 def _shares(groups: dict[KeyPath, str], masks: Leaves) -> dict[str, jax.Array]:
     def share(leaves: list[jax.Array]) -> jax.Array:
         # In float32 the counts of leaves add up to a share that is right to 1e-7.
         counts = [_count(leaf).astype(jnp.float32) for leaf in leaves]
-        return sum(counts, jnp.float32(0)) / max(1, sum(leaf.size for leaf in leaves))
+        return sum(counts, jnp.float32(0)) / max(1, sum(map(_size, leaves)))
 
     return {name: share(leaves) for name, leaves in _grouped(groups, masks).items()}
 
 
 def _length(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.asarray(optax.tree.norm([_as_float32(x) for x in leaves]), jnp.float32)
+    squares = [whole_sum(jnp.sum(jnp.square(_as_float32(x))), split_axes(x)) for x in leaves]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def _as_float32(x: jax.Array) -> jax.Array:
@@ -581,7 +593,7 @@ def _checked_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
 
 
 def _ranks(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> tuple[int, ...]:
-    size = sum(leaf.size for leaf in leaves)
+    size = sum(map(_size, leaves))
     if size >= 2**32:
         raise ValueError(f'the group {name!r} has more than 2^32 entries: give finer labels.')
     return tuple(max(1, math.ceil(share * size)) for share in shares)

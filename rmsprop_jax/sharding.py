@@ -18,7 +18,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 from rmsprop_jax._lift import check_alike, checked_params, checked_updates, map_with_moments
 from rmsprop_jax._types import broadcast_prefix, checked_leaves, checked_transformation
 from rmsprop_jax.storage._formats import Factors, factored
-from rmsprop_jax.storage._place import axis_names
+from rmsprop_jax.storage._place import axis_names, varying_axes
 
 KeyPath = tuple[Any, ...]
 
@@ -260,7 +260,7 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
 
     def leaf(path: KeyPath, g: jax.Array, sharding: Any) -> jax.Array:
         for name in names:
-            if name in _varies(lax.axis_index(name)) - _varies(g):
+            if name in varying_axes(lax.axis_index(name)) - varying_axes(g):
                 raise ValueError(
                     f'gradients{keystr(path)} is summed over {name!r} already: give jax.shard_map '
                     'check_vma=False, or parameters to jax.grad through jax.lax.pcast.'
@@ -391,15 +391,6 @@ def _constrained(x: Any, sharding: Any) -> Any:
     if AxisType.Explicit in sharding.mesh.axis_types:
         return reshard(x, sharding)
     return lax.with_sharding_constraint(x, sharding)
-
-
-def _varies(x: Any) -> frozenset[str]:
-    """The mesh axes along which devices differ in `x`, as far as shard_map keeps track of it."""
-    kind = jax.typeof(x)
-    # JAX before 0.10 has the set by itself.
-    return frozenset(
-        kind.manual_axis_type.varying if hasattr(kind, 'manual_axis_type') else kind.vma
-    )
 
 
 def _replicated(shardings: Any) -> Any:

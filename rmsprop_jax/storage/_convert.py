@@ -2,11 +2,13 @@
 
 import operator
 import reprlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._moments import componentwise
@@ -20,9 +22,11 @@ from rmsprop_jax._types import (
 )
 from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
 from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
+from rmsprop_jax.storage._place import whole_shape
 
 _VERSION = 1
 KeyPath = tuple[Any, ...]
+Partition = Mapping[KeyPath, PartitionSpec]
 
 
 class Saturation(NamedTuple):
@@ -111,13 +115,16 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     return _map_statistics(leaf, state, from_, unit)
 
 
-def carried(old: RmsState, new: RmsState, storage: Storage | None) -> RmsState:
+def carried(
+    old: RmsState, new: RmsState, storage: Storage | None, partition: Partition
+) -> RmsState:
     """The averages of `old`, kept as those of `new` are: with its sum of weights, in its unit.
 
     Args:
       old: A state before a step.
       new: The same state after it. Its rounding bits are those of the step.
       storage: What the transformation was given.
+      partition: The partition of each parameter under `jax.shard_map`, by path.
     """
     if old.weight is None and old.unit is None:
         return old
@@ -132,9 +139,10 @@ def carried(old: RmsState, new: RmsState, storage: Storage | None) -> RmsState:
             x = componentwise(operator.mul, x, factor.astype(real_dtype(x.dtype)))
         key = leaf.format.key(f'{leaf.statistic}{keystr(leaf.path)}')
         unit = None if leaf.unit is None else new.unit
-        return leaf.format.encode(x, leaf.format.bits(key, old.count, x.shape), unit)
+        bits = leaf.format.bits(key, old.count, x.shape, partition.get(leaf.path))
+        return leaf.format.encode(x, bits, unit)
 
-    return _map_statistics(leaf, old, storage)
+    return _map_statistics(leaf, old, storage, partition=partition)
 
 
 def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
@@ -337,6 +345,7 @@ def _map_statistics(
     state: Any,
     storage: Storage | None,
     new_unit: Callable[[RmsState], Any] = lambda node: node.unit,
+    partition: Partition = types.MappingProxyType({}),
 ) -> Any:
     """Replaces every stored leaf of a state, and units; the rest of the state stays what it is."""
     check_storage(storage)
@@ -360,7 +369,8 @@ def _map_statistics(
             factors = isinstance(stored, Factors)
             shape = stored.row.shape + stored.col.shape[-1:] if factors else jnp.shape(stored)
             is_complex = not factors and jnp.issubdtype(stored.dtype, jnp.complexfloating)
-            kept = format_of(storage, statistic, keystr(path), shape, is_complex)
+            whole = whole_shape(shape, partition.get(path))
+            kept = format_of(storage, statistic, keystr(path), whole, is_complex)
             name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
             if fault is not None:
                 raise ValueError(f'state{name} {fault}.')

@@ -13,11 +13,10 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax._types import constant, leaf_dtype, real_dtype
-from rmsprop_jax.storage._place import full_like, without_axis
+from rmsprop_jax.storage._place import full_like, manual_axes, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
     leaf_key,
-    manual_axes,
     power_below,
     random_bits,
     salt,

@@ -1,5 +1,6 @@
-"""Constant arrays that are sharded and placed like a parameter."""
+"""Where arrays are: constants placed like a parameter, and shares of arrays under shard_map."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +53,59 @@ def without_axis(spec: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
 def axis_names(entry: str | Iterable[str] | None) -> tuple[str, ...]:
     """The mesh axes in one entry of a `PartitionSpec`."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
+    """The mesh axes that an axis of an array is split over by `jax.shard_map`."""
+    entry = spec[axis] if spec is not None and axis < len(spec) else None
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in axis_names(entry) if name in manual)
+
+
+def whole_shape(shape: tuple[int, ...], spec: PartitionSpec | None) -> tuple[int, ...]:
+    """The shape of an array, given the shape of one device's share of it and its partition."""
+    return tuple(n * _devices(manual_axes(spec, axis)) for axis, n in enumerate(shape))
+
+
+def possible_shapes(x: Any) -> list[tuple[int, ...]]:
+    """Shapes that the array may have of which `x` is one device's share under `jax.shard_map`.
+
+    That is its own where shard_map knows that devices do not differ in it.
+    """
+    unknown = {
+        name
+        for name in jax.sharding.get_abstract_mesh().manual_axes
+        if name in varying_axes(x) or name not in varying_axes(lax.axis_index(name))
+    }
+    shape, parts = jnp.shape(x), _devices(tuple(unknown))
+    split = [(*shape[:i], n * parts, *shape[i + 1 :]) for i, n in enumerate(shape)]
+    return [shape, *split] if parts > 1 else [shape]
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes along which devices differ in `x`, as far as shard_map keeps track of it."""
+    kind = jax.typeof(x)
+    # JAX before 0.10 has the set by itself.
+    return frozenset(
+        kind.manual_axis_type.varying if hasattr(kind, 'manual_axis_type') else kind.vma
+    )
+
+
+def split_axes(x: Any, spec: PartitionSpec | None = None) -> tuple[str, ...]:
+    """The mesh axes whose devices hold different parts of `x` under `jax.shard_map`: those of its
+    partition, and without one those that shard_map keeps track of."""
+    if spec is None:
+        return tuple(sorted(varying_axes(x)))
+    return tuple(name for axis in range(len(spec)) for name in manual_axes(spec, axis))
+
+
+def whole_sum(x: Any, axes: tuple[str, ...]) -> jax.Array:
+    """The sum over devices that hold different parts."""
+    return lax.psum(x, axes) if axes else x
+
+
+def _devices(names: tuple[str, ...]) -> int:
+    return math.prod(map(lax.axis_size, names))
 
 
 def _without_axis(sharding: Any, axis: int, ndim: int) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax._types import Scalar, cast
-from rmsprop_jax.storage._place import axis_names
+from rmsprop_jax.storage._place import manual_axes, whole_shape
 
 # Of the bits this rounds to the nearest.
 HALF = np.uint32(2**31)
@@ -45,23 +45,16 @@ def random_bits(
       spec: How the array is partitioned under `jax.shard_map`; None means not at all. Entries are
         then counted in the whole array.
     """
-    names = [manual_axes(spec, axis) for axis in range(len(shape))]
-    whole = [n * math.prod(map(lax.axis_size, own)) for n, own in zip(shape, names, strict=True)]
+    whole = whole_shape(shape, spec)
     index = jnp.zeros(shape, jnp.uint32)
-    for axis, own in enumerate(names):
+    for axis in range(len(shape)):
+        own = manual_axes(spec, axis)
         stride = np.uint32(math.prod(whole[axis + 1 :]) % 2**32)
         place = lax.broadcasted_iota(jnp.uint32, shape, axis)
         if own:
             place += lax.axis_index(own).astype(jnp.uint32) * np.uint32(shape[axis])
         index += place * stride
     return _hashed(index ^ salt)
-
-
-def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
-    """The mesh axes that an axis of an array is split over by `jax.shard_map`."""
-    entry = spec[axis] if spec is not None and axis < len(spec) else None
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(name for name in axis_names(entry) if name in manual)
 
 
 def _hashed(x: jax.Array) -> jax.Array:
