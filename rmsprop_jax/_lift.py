@@ -20,6 +20,8 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._types import (
     RmsState,
+    by_path,
+    canonical,
     checked_leaves,
     checked_state,
     leaf_dtype,
@@ -27,7 +29,7 @@ from rmsprop_jax._types import (
     wide_dtype,
 )
 from rmsprop_jax.storage._choice import Storage, format_of
-from rmsprop_jax.storage._formats import Format
+from rmsprop_jax.storage._formats import Format, held_as
 from rmsprop_jax.storage._place import possible_shapes, whole_shape
 
 KeyPath = tuple[Any, ...]
@@ -76,7 +78,7 @@ class Statistic:
     def format(self, path: KeyPath, shape: tuple[int, ...], dtype: Any) -> Format:
         """How the leaf at `path` is kept, where the whole array has that shape."""
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        return format_of(self.storage, self.name, keystr(path), shape, is_complex)
+        return format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
 
 
 def init_like(params: Any, fill: Any) -> Any:
@@ -128,10 +130,10 @@ def map_leaves(
         # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
         # this would compile anew at every update, because `step` is a new function each time.
         leaf_step = jax.jit(leaf_step, static_argnums=(0, 1))
-    partition = dict(tree_flatten_with_path(specs)[0])
+    partition = by_path(specs)
     results = []
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
-        name, spec = f'updates{keystr(path)}', partition.get(path)
+        name, spec = f'updates{keystr(path)}', partition.get(canonical(path))
         _check_kind(name, g, [] if kind is None else [kind])
         shape = whole_shape(jnp.shape(g), spec)
         formats = [x.format(path, shape, x.dtype(name, g)) for x in statistics]
@@ -139,10 +141,12 @@ def map_leaves(
             _check_stored(name, g, statistic, kept, leaf, spec)
             _check_shard(name, g, kept, spec)
         keys = [
-            kept.key(f'{statistic.name}{keystr(path)}')
+            kept.key(f'{statistic.name}{keystr(canonical(path))}')
             for kept, statistic in zip(formats, statistics, strict=True)
         ]
-        results.append(leaf_step(tuple(formats), spec, g, stored, keys))
+        update, *new = leaf_step(tuple(formats), spec, g, stored, keys)
+        kinds_of_new = zip(new, stored, strict=True)
+        results.append((update, *(held_as(x, old) for x, old in kinds_of_new)))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
 

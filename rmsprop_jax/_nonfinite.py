@@ -22,7 +22,13 @@ from rmsprop_jax._lift import (
     select,
 )
 from rmsprop_jax._transforms import AccumulateState
-from rmsprop_jax._types import checked_leaves, checked_state, checked_transformation
+from rmsprop_jax._types import (
+    by_path,
+    canonical,
+    checked_leaves,
+    checked_state,
+    checked_transformation,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import carried, read
 from rmsprop_jax.storage._place import split_axes, whole_sum
@@ -115,7 +121,7 @@ def skip_nonfinite(
         check_storage_is_given(before, storage)
         leaves, treedef = tree_flatten_with_path(checked_updates(updates))
         partition = _partition(extra_args)
-        axes = [split_axes(g, partition.get(path)) for path, g in leaves]
+        axes = [split_axes(g, partition.get(canonical(path))) for path, g in leaves]
         bads = [is_bad(g, own) for (_, g), own in zip(leaves, axes, strict=True)]
         bad = treedef.unflatten(bads)
         new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
@@ -145,7 +151,7 @@ def _skip_steps(
         partition, finite = _partition(extra_args), jnp.array(True)
         for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
             bad = ~jnp.isfinite(g).all()
-            axes = split_axes(g, partition.get(path))
+            axes = split_axes(g, partition.get(canonical(path)))
             finite &= whole_sum(bad.astype(jnp.int32), axes) == 0
 
         def step() -> tuple[Any, Any]:
@@ -171,7 +177,7 @@ def _skip_steps(
 
 def _partition(extra_args: Mapping[str, Any]) -> dict[Any, Any]:
     """The partition of each gradient under `jax.shard_map`, by path, where it is given."""
-    return dict(tree_flatten_with_path(extra_args.get('partition_specs'))[0])
+    return by_path(extra_args.get('partition_specs'))
 
 
 def nonfinite_entries(

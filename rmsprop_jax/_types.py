@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array
@@ -120,6 +120,19 @@ def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
         return jax.tree.broadcast(prefix, tree)
     except ValueError as error:
         raise ValueError(f'{name} is neither like params nor a prefix of them: {error}') from None
+
+
+def canonical(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A leaf's path without the `.value` of a Flax NNX variable.
+
+    `nnx.Optimizer` gives `init` trees of variables, and `update` trees of arrays.
+    """
+    return path[:-1] if len(path) > 1 and path[-1] == GetAttrKey('value') else path
+
+
+def by_path(tree: Any) -> dict[tuple[Any, ...], Any]:
+    """The leaves of a tree by their canonical paths."""
+    return {canonical(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
 
 
 def leaves_with_path(name: str, tree: Any) -> list[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import check_alike, checked_params, checked_updates, rms_states
@@ -24,6 +24,8 @@ from rmsprop_jax._types import (
     Hyperparameter,
     ScalarOrSchedule,
     broadcast_prefix,
+    by_path,
+    canonical,
     cast,
     checked_flag,
     checked_leaves,
@@ -58,7 +60,7 @@ def by_depth(depth: int) -> Callable[[Any], Any]:
       {'dense': {'bias': 'dense', 'kernel': 'dense'}}
     """
     depth = checked_steps('depth', depth, least=1)
-    return lambda params: tree_map_with_path(lambda path, _: _name(path[:depth]), params)
+    return lambda params: tree_map_with_path(lambda path, _: _name(canonical(path)[:depth]), params)
 
 
 def step_sizes(
@@ -512,7 +514,7 @@ def read(state: Any, params: Any, labels: Labels = None) -> dict[str, Any]:
 
 
 def _leaves(name: str, tree: Any) -> list[tuple[KeyPath, Any]]:
-    return [(path, jnp.asarray(leaf)) for path, leaf in checked_leaves(name, tree)]
+    return [(canonical(path), jnp.asarray(leaf)) for path, leaf in checked_leaves(name, tree)]
 
 
 def _name(path: KeyPath) -> str:
@@ -522,9 +524,9 @@ def _name(path: KeyPath) -> str:
 def _groups(params: Any, labels: Labels) -> dict[KeyPath, str]:
     """The name of the group that each leaf belongs to."""
     if labels is None:
-        return {path: _name(path) for path, _ in tree_flatten_with_path(params)[0]}
+        return {path: _name(path) for path in by_path(params)}
     chosen = broadcast_prefix('labels', labels(params) if is_function(labels) else labels, params)
-    groups = dict(tree_flatten_with_path(chosen)[0])
+    groups = by_path(chosen)
     for path, label in groups.items():
         if not isinstance(label, str):
             raise TypeError(f'labels{keystr(path)} must be a string, got {label!r}.')

@@ -12,11 +12,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._lift import check_alike, checked_params, checked_updates, map_with_moments
-from rmsprop_jax._types import broadcast_prefix, checked_leaves, checked_transformation
+from rmsprop_jax._types import (
+    broadcast_prefix,
+    by_path,
+    canonical,
+    checked_leaves,
+    checked_transformation,
+)
 from rmsprop_jax.storage._formats import Factors, factored
 from rmsprop_jax.storage._place import axis_names, varying_axes
 
@@ -60,7 +67,26 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     """
     checked_transformation('tx', tx)
     places = _of_params(params, shardings)
-    return _of_state(tx, jax.eval_shape(tx.init, params), params, places)
+    program, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
+    # `zero1` constrains what `init` makes, wherever in the optimizer it stands.
+    constrained = _constraints(program.jaxpr)
+    leaves, treedef = jax.tree.flatten(_of_state(tx, state, params, places))
+    chosen = [own or place for own, place in zip(constrained, leaves, strict=True)]
+    return treedef.unflatten(
+        own.spec if isinstance(place, PartitionSpec) and isinstance(own, NamedSharding) else own
+        for own, place in zip(chosen, leaves, strict=True)
+    )
+
+
+def _constraints(program: Any) -> list[Any]:
+    """The sharding that a program gives each of its results, or None."""
+    given = {
+        out: eqn.params.get('sharding', eqn.params.get('dst_sharding'))
+        for eqn in program.eqns
+        if eqn.primitive.name in ('sharding_constraint', 'reshard')
+        for out in eqn.outvars
+    }
+    return [None if isinstance(out, Literal) else given.get(out) for out in program.outvars]
 
 
 def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
@@ -185,15 +211,15 @@ def zero1(
     Models, arXiv:1910.02054, section 5.1; Xu et al., Automatic Cross-Replica Sharding of Weight
     Update in Data-Parallel Training, arXiv:2004.13336.
     """
-    whole = _by_path(_of_params(params, shardings))
-    split = _by_path(zero1_shardings(params, shardings, axis))
+    whole = by_path(_of_params(params, shardings))
+    split = by_path(zero1_shardings(params, shardings, axis))
     inner = optax.with_extra_args_support(checked_transformation('tx', tx))
 
     def found(tree: Any, shardings: dict[KeyPath, NamedSharding]) -> Any:
         def leaf(path: KeyPath, _: Any) -> NamedSharding:
-            if path not in shardings:
+            if canonical(path) not in shardings:
                 raise ValueError(f'zero1 was not told of params{keystr(path)}.')
-            return shardings[path]
+            return shardings[canonical(path)]
 
         return tree_map_with_path(leaf, tree)
 
@@ -376,10 +402,6 @@ def _split(shape: tuple[int, ...], sharding: NamedSharding, names: tuple[str, ..
                 *[tuple(e) if len(e) > 1 else next(iter(e), None) for e in entries]
             )
     return spec
-
-
-def _by_path(tree: Any) -> dict[KeyPath, Any]:
-    return dict(tree_flatten_with_path(tree)[0])
 
 
 def _constrained(x: Any, sharding: Any) -> Any:

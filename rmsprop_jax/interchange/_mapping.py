@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 
-from rmsprop_jax._types import checked_flag, checked_steps
+from rmsprop_jax._types import canonical, checked_flag, checked_steps
 
 
 class InterchangeError(ValueError):
@@ -196,9 +196,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path as `named_leaves` writes it."""
-    if len(path) > 1 and path[-1] == GetAttrKey('value'):
-        path = path[:-1]
-    return keystr(path, simple=True, separator='/')
+    return keystr(canonical(path), simple=True, separator='/')
 
 
 def paired(

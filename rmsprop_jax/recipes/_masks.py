@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import GetAttrKey, keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_map_with_path
 
-from rmsprop_jax._types import checked_leaves, checked_mask, whole_mask
+from rmsprop_jax._types import canonical, checked_leaves, checked_mask, whole_mask
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
@@ -112,6 +112,4 @@ def _matches(pattern: re.Pattern[str], path: Any) -> bool:
 
 def _parts(path: Any) -> list[str]:
     """The names on the way to a leaf, without the `value` that nnx's variables add."""
-    if len(path) > 1 and path[-1] == GetAttrKey('value'):
-        path = path[:-1]
-    return [keystr((key,), simple=True) for key in path]
+    return [keystr((key,), simple=True) for key in canonical(path)]

@@ -15,13 +15,23 @@ from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
     RmsState,
     TraceState,
+    by_path,
+    canonical,
     checked_leaves,
     leaf_dtype,
     real_dtype,
     wide_dtype,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage, format_of, rounds
-from rmsprop_jax.storage._formats import MAGNITUDES, STATISTICS, Factors, Format, float32
+from rmsprop_jax.storage._formats import (
+    MAGNITUDES,
+    STATISTICS,
+    Factors,
+    Format,
+    as_factors,
+    factored,
+    float32,
+)
 from rmsprop_jax.storage._place import whole_shape
 
 _VERSION = 1
@@ -87,7 +97,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
       >>> state[0].nu['kernel'].dtype
       dtype('uint8')
     """
-    known = dict(tree_flatten_with_path(params)[0])
+    known = by_path(params)
 
     def leaf(leaf: Leaf) -> Any:
         if leaf.path not in known:
@@ -333,6 +343,12 @@ class Leaf(NamedTuple):
         return size == self.format.smallest, size == self.format.largest
 
 
+def _are_means(means: Factors) -> bool:
+    """Whether two arrays have the shapes that means over rows and columns have."""
+    shapes = [getattr(x, 'shape', None) for x in means]
+    return all(shapes) and shapes[0][:-1] == shapes[1][:-1]  # pyright: ignore[reportOptionalSubscript]
+
+
 def stored_leaves(state: Any, storage: Storage | None) -> list[Leaf]:
     """Every leaf of every statistic in an optimizer's state, in the order of the state."""
     found: list[Leaf] = []
@@ -369,14 +385,29 @@ def _map_statistics(
             factors = isinstance(stored, Factors)
             shape = stored.row.shape + stored.col.shape[-1:] if factors else jnp.shape(stored)
             is_complex = not factors and jnp.issubdtype(stored.dtype, jnp.complexfloating)
-            whole = whole_shape(shape, partition.get(path))
-            kept = format_of(storage, statistic, keystr(path), whole, is_complex)
+            own = canonical(path)
+            whole = whole_shape(shape, partition.get(own))
+            kept = format_of(storage, statistic, keystr(own), whole, is_complex)
             name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
             if fault is not None:
                 raise ValueError(f'state{name} {fault}.')
-            return function(Leaf(name, statistic, path, stored, kept, unit))
+            return function(Leaf(name, statistic, own, stored, kept, unit))
 
         moments = getattr(part, statistic)
-        return tree_map_with_path(leaf, moments, is_leaf=lambda x: isinstance(x, Factors))
+
+        def is_stored(path: KeyPath, x: Any) -> bool:
+            means = as_factors(x)
+            if isinstance(means, Factors) and means is not x and _are_means(means):
+                shape = means.row.shape + means.col.shape[-1:]
+                chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
+                if isinstance(chosen, factored):
+                    raise ValueError(
+                        f"state{keystr((*prefix, *path))} has 'row' and 'col', which may be two "
+                        'parameters, or the means of one that Flax NNX has turned into a mapping: '
+                        'put storage.Factors(row, col) in their place.'
+                    )
+            return isinstance(x, Factors)
+
+        return tree_map_with_path(leaf, moments, is_leaf=is_stored, is_leaf_takes_path=True)
 
     return tree_map_with_path(node, state, is_leaf=lambda x: isinstance(x, RmsState | TraceState))

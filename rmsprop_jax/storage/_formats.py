@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -357,6 +358,20 @@ class Factors(NamedTuple):
     col: Any
 
 
+def as_factors(stored: Any) -> Any:
+    """`stored`, or the `Factors` that Flax NNX has turned into a mapping of its own."""
+    if isinstance(stored, Mapping) and set(stored) == set(Factors._fields):
+        return Factors(**stored)
+    return stored
+
+
+def held_as(new: Any, old: Any) -> Any:
+    """New factors as a mapping where the old ones are one."""
+    if isinstance(new, Factors) and isinstance(old, Mapping):
+        return type(old)(new._asdict())  # pyright: ignore[reportCallIssue]
+    return new
+
+
 @dataclasses.dataclass(frozen=True)
 class factored(Format):
     """The means of `nu` over its last two axes, in the place of `nu`; earlier axes are a batch.
@@ -403,8 +418,9 @@ class factored(Format):
         del bits, unit
         return Factors(row=jnp.mean(x, axis=-1), col=jnp.mean(x, axis=-2))
 
-    def decode(self, stored: Factors, unit: Any = None) -> jax.Array:
+    def decode(self, stored: Any, unit: Any = None) -> jax.Array:
         del unit
+        stored = as_factors(stored)
         if not isinstance(stored, Factors):
             raise ValueError('stored is not in the format storage.factored.')
         total = jnp.mean(stored.row, axis=-1, keepdims=True)
@@ -413,6 +429,7 @@ class factored(Format):
         return share[..., :, None] * stored.col[..., None, :]
 
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+        stored = as_factors(stored)
         if not isinstance(stored, Factors):
             return 'is not stored in the format storage.factored'
         if (jnp.shape(stored.row), jnp.shape(stored.col)) != (
