@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.extend.core import Literal
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, reshard
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._lift import check_alike, checked_params, checked_updates, map_with_moments
@@ -79,13 +79,17 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
 
 
 def _constraints(program: Any) -> list[Any]:
-    """The sharding that a program gives each of its results, or None."""
-    given = {
-        out: eqn.params.get('sharding', eqn.params.get('dst_sharding'))
-        for eqn in program.eqns
-        if eqn.primitive.name in ('sharding_constraint', 'reshard')
-        for out in eqn.outvars
-    }
+    """The sharding on a mesh of devices that a program gives each of its results, or None.
+
+    Those on abstract meshes JAX gives to constants of its own accord.
+    """
+    given = {}
+    for eqn in program.eqns:
+        if eqn.primitive.name in ('sharding_constraint', 'reshard'):
+            found = eqn.params.get('sharding', eqn.params.get('dst_sharding'))
+            mesh = eqn.params.get('concrete_mesh') or getattr(found, 'mesh', None)
+            if isinstance(mesh, Mesh):
+                given[eqn.outvars[0]] = NamedSharding(mesh, found.spec)
     return [None if isinstance(out, Literal) else given.get(out) for out in program.outvars]
 
 
