@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from rmsprop_jax._described import described
 from rmsprop_jax._lift import cast_like, chain, checked_updates, guarded, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
@@ -27,6 +28,7 @@ from rmsprop_jax._types import (
 from rmsprop_jax.storage._choice import Storage
 
 
+@described
 def rmsprop(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,

@@ -3,6 +3,10 @@
 Every function here is a short chain of this package's transformations and Optax's. Frameworks that
 compute one of these under another name are listed by `table()`, with the call that reproduces them.
 
+    >>> from rmsprop_jax import dialects
+    >>> dialects.hinton(1e-3)
+    rmsprop_jax.dialects.hinton(learning_rate=0.001, decay=0.9)
+
 Three things apply to all. Where a framework subtracts `mu^2` from `nu` and turns NaN on gradients
 that hardly change, we carry the variance itself and stay finite. Accumulators are float32 for
 narrower parameters. And a Python zero for momentum or weight decay means, as in the frameworks,
@@ -21,6 +25,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from rmsprop_jax._described import described
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
 from rmsprop_jax._lift import chain
@@ -90,6 +95,7 @@ def _framework(**refused: str) -> Callable[[Callable[P, Optimizer]], Callable[P,
             number = _NUMBERS[name](name, value)
             return number.at if callable(value) else number.value
 
+        @described
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
             for name in kwargs.keys() & refused.keys():
@@ -628,6 +634,7 @@ def _mxnet(prepare: Sequence[Step | None], step: Step, clip_weights: ArrayLike |
     )
 
 
+@_framework()
 def graves(
     learning_rate: ScalarOrSchedule = 1e-4,
     decay: ScalarOrSchedule = 0.95,
@@ -652,6 +659,7 @@ def graves(
     return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum, storage=storage)
 
 
+@_framework()
 def hinton(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,
