@@ -2,6 +2,7 @@
 
 Every function here is a short chain of this package's transformations and Optax's. Frameworks that
 compute one of these under another name are listed by `table()`, with the call that reproduces them.
+What they return prints as the call that made it:
 
     >>> from rmsprop_jax import dialects
     >>> dialects.hinton(1e-3)
@@ -158,7 +159,7 @@ def torch(
       >>> round(float(update), 4)
       -1.0
 
-    Source: PyTorch 2.13, torch/optim/rmsprop.py.
+    Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py.
     """
     return as_pairs_of_reals(
         precise_chain(
@@ -186,7 +187,7 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
     Raises:
       ValueError: For an order that is not positive, which PyTorch accepts but which is no norm.
 
-    Source: PyTorch 2.13, torch/nn/utils/clip_grad.py.
+    Source: PyTorch 2.13 to 2.15, torch/nn/utils/clip_grad.py.
     """
     limit = constant('max_norm', max_norm)
     if not isinstance(norm_type, int | float | np.number) or isinstance(norm_type, bool):
