@@ -316,6 +316,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RmspropJaxFusedApply, Apply,
                                   .Attr<int32_t>("momentum")
                                   .Attr<ffi::Span<const int64_t>>("keys"));
 
+// An older JAX than the headers cannot register the handler, and would lose its CPU backend by that.
+extern "C" int RmspropJaxFusedApiMinor() { return XLA_FFI_API_MINOR; }
+
 // Without fused multiply-add the plain path rounds differently, and software is slow.
 extern "C" int RmspropJaxFusedSupported() {
 #if defined(__x86_64__)

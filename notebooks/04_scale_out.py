@@ -231,9 +231,9 @@ for name, state in {'whole': whole, 'divided': divided}.items():
 # The TPU's own compiler makes the program from shapes, without a TPU, and says what memory each
 # chip needs and what it sends. Compiled is not executed: see docs/backends.md.
 #
-# The compiler comes with `pip install 'rmsprop_jax[notebooks,aot-tpu]'`, best in an environment of
-# its own, where `python notebooks/04_scale_out.py` runs all of this notebook. Without it, the table
-# is the one recorded there.
+# The compiler comes with `pip install '.[notebooks,aot-tpu]'` in a checkout, best in an environment
+# of its own, where `python notebooks/04_scale_out.py` runs all of this notebook. Without it, the
+# table is the one recorded there.
 
 
 # %%

@@ -4,6 +4,11 @@ import argparse
 from typing import NoReturn
 
 
+def install(extra: str) -> str:
+    """How an extra of this package is installed, for messages."""
+    return f"in a checkout, pip install '.[{extra}]'"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, without the usage."""
 

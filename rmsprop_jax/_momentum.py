@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmsprop_jax._described import described
 from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
@@ -21,6 +22,7 @@ from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._formats import Format
 
 
+@described
 def trace(
     decay: ScalarOrSchedule, nesterov: bool = False, *, storage: Storage | None = None
 ) -> optax.GradientTransformationExtraArgs:

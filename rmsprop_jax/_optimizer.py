@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from rmsprop_jax._described import described
 from rmsprop_jax._lift import cast_like, chain, checked_updates, for_state, guarded, widen
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._momentum import trace
@@ -35,6 +36,7 @@ from rmsprop_jax.storage._choice import Storage
 Factory = Callable[..., optax.GradientTransformation]
 
 
+@described
 def rmsprop(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,

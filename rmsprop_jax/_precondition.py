@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import _moments
+from rmsprop_jax._described import described
 from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._types import (
     Hyperparameter,
@@ -26,6 +27,7 @@ from rmsprop_jax.storage._formats import Format
 from rmsprop_jax.storage._rounding import next_unit
 
 
+@described
 def scale_by_rms(
     decay: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-8,
@@ -219,6 +221,7 @@ def scale_by_rms(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@described
 def scale_by_stddev(
     decay: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-8,

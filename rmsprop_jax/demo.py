@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import diagnostics, rmsprop
-from rmsprop_jax._command import OneLineParser
+from rmsprop_jax._command import OneLineParser, install
 
 EXTRAS = ('flax.nnx', 'matplotlib', 'orbax.checkpoint', 'sklearn.datasets', 'tqdm')
 TEST_IMAGES = 360
@@ -484,7 +484,7 @@ def check_extras() -> None:
         for name in EXTRAS:
             importlib.import_module(name)
     except ImportError as error:
-        raise DemoError(f"{error}: pip install 'rmsprop_jax[demo]'") from error
+        raise DemoError(f'{error}: {install("demo")}') from error
 
 
 def run(config: Config, output: Path, every: int, comparison: bool) -> str:

@@ -2,6 +2,11 @@
 
 Every function here is a short chain of this package's transformations and Optax's. Frameworks that
 compute one of these under another name are listed by `table()`, with the call that reproduces them.
+What they return prints as the call that made it:
+
+    >>> from rmsprop_jax import dialects
+    >>> dialects.hinton(1e-3)
+    rmsprop_jax.dialects.hinton(learning_rate=0.001, decay=0.9)
 
 Three things apply to all. Where a framework subtracts `mu^2` from `nu` and turns NaN on gradients
 that hardly change, we carry the variance itself and stay finite. Accumulators are float32 for
@@ -21,6 +26,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from rmsprop_jax._described import described
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
 from rmsprop_jax._lift import chain
@@ -91,6 +97,7 @@ def _framework(**refused: str) -> Callable[[Callable[P, Optimizer]], Callable[P,
             number = _NUMBERS[name](name, value)
             return number.at if callable(value) else number.value
 
+        @described
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
             for name in kwargs.keys() & refused.keys():
@@ -153,7 +160,7 @@ def torch(
       >>> round(float(update), 4)
       -1.0
 
-    Source: PyTorch 2.13, torch/optim/rmsprop.py.
+    Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py.
     """
     velocity = _momentum(momentum, storage)
     # Masks see the user's own arrays: only what keeps statistics sees pairs of reals.
@@ -183,7 +190,7 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
     Raises:
       ValueError: For an order that is not positive, which PyTorch accepts but which is no norm.
 
-    Source: PyTorch 2.13, torch/nn/utils/clip_grad.py.
+    Source: PyTorch 2.13 to 2.15, torch/nn/utils/clip_grad.py.
     """
     limit = constant('max_norm', max_norm)
     if not isinstance(norm_type, int | float | np.number) or isinstance(norm_type, bool):
@@ -638,6 +645,7 @@ def _mxnet(prepare: Sequence[Step | None], step: Step, clip_weights: ArrayLike |
     )
 
 
+@_framework()
 def graves(
     learning_rate: ScalarOrSchedule = 1e-4,
     decay: ScalarOrSchedule = 0.95,
@@ -662,6 +670,7 @@ def graves(
     return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum, storage=storage)
 
 
+@_framework()
 def hinton(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,

@@ -149,7 +149,9 @@ def without_plugins(monkeypatch):
 
 @pytest.mark.parametrize(('target', 'extra'), [('tpu-v5e', 'aot-tpu'), ('cuda-h100', 'aot-cuda')])
 def test_a_missing_compiler_is_named(target, extra, without_plugins):
-    with pytest.raises(aot.MissingPluginError, match=rf'rmsprop_jax\[{extra}\]'):
+    with pytest.raises(
+        aot.MissingPluginError, match=rf"in a checkout, pip install '\.\[{extra}\]'"
+    ):
         aot.devices(target)
 
 
@@ -201,14 +203,21 @@ def test_the_command_takes_storage_formats_and_optax(capsys):
     assert ' 12 ' in capsys.readouterr().out
 
 
+def test_options_without_an_optimizer_are_those_of_rmsprop(capsys):
+    for line in ('rmsprop momentum=0.9', 'momentum=0.9', 'momentum=0.9 nesterov=true'):
+        assert run(f'{line} --model 64x64 --target cpu') == 0
+        # With momentum: four arrays are read and three written.
+        assert ' 28 ' in capsys.readouterr().out
+
+
 def test_the_command_says_in_one_line_which_extra_is_missing(capsys, without_plugins):
     assert command.main(['--model', '64']) == 0
     captured = capsys.readouterr()
-    assert captured.err == "for TPUs and GPUs: pip install 'rmsprop_jax[aot-tpu,aot-cuda]'\n"
+    assert captured.err == "for TPUs and GPUs: in a checkout, pip install '.[aot-tpu,aot-cuda]'\n"
     with pytest.raises(SystemExit):
         command.main(['--model', '64', '--target', 'tpu-v4'])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("pip install 'rmsprop_jax[aot-tpu]'")
+    assert line.endswith("in a checkout, pip install '.[aot-tpu]'")
 
 
 @pytest.mark.parametrize(
@@ -220,8 +229,14 @@ def test_the_command_says_in_one_line_which_extra_is_missing(capsys, without_plu
         ('torch momentum=lots', 'must give a number'),
         ('torch momentum=2', 'momentum must be in'),
         ('torch speed=2', 'speed'),
+        ('momentum', 'optimizer must be'),
         ('--model vgg', 'model must be'),
-        ('--storage tape', "no format 'tape'"),
+        ('--model 0x0', "without zeros; got '0x0'"),
+        ('--model 4096x0', "without zeros; got '4096x0'"),
+        ('--model transformer-0', 'layers, at least 1'),
+        ('--storage bf16', "storage must be bfloat16, factored, float32 or uint8, got 'bf16'"),
+        ('--storage per_leaf', 'storage must be bfloat16'),
+        ('--storage Format', 'storage must be bfloat16'),
         ('--dtype float7', 'float7'),
         ('--topology 3x3', 'topology'),
     ],

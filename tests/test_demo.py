@@ -315,7 +315,7 @@ def test_a_missing_extra_is_named(name: str, tmp_path: Path) -> None:
     code = f'import sys; sys.modules[{name!r}] = None; from rmsprop_jax import demo; demo.main()'
     assert python('-c', code, '--help').returncode == 0
     done = python('-c', code, '--output', tmp_path / 'new')
-    assert_refused(done, rf"{name}.*pip install 'rmsprop_jax\[demo\]'")
+    assert_refused(done, rf"{name}.*in a checkout, pip install '\.\[demo\]'")
     assert not (tmp_path / 'new').exists()
 
 

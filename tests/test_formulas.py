@@ -121,6 +121,39 @@ def test_the_pytorch_defaults_are_another_rule(notebook):
     assert np.all(np.abs(curves['with eps outside the root'] - formula)[1:] < 0.2 * gap)
 
 
+# --- The program of the first text, as PyTorch ran it --------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def recorded() -> dict[str, np.ndarray]:
+    """What golden/record_worked_example.py wrote."""
+    with np.load(NOTEBOOK.parent / 'data' / 'worked_example.npz') as file:
+        return dict(file)
+
+
+def test_the_recorded_run_follows_the_equations(recorded):
+    arrays = as_float64(*(recorded[f'fc{n}.{kind}'] for n in (1, 2) for kind in ('weight', 'bias')))
+    x, y = as_float64(recorded['x'], recorded['y'])
+    losses, _ = net_reference([w.T for w in arrays], x, y, 0.99, outside_root)
+    np.testing.assert_allclose(recorded['losses_float64'], losses, rtol=0, atol=1e-12)
+    required = (Path(__file__).parent / 'golden' / 'requirements' / 'torch.txt').read_text()
+    version = str(recorded['about']).split('+')[0].removeprefix('PyTorch ')
+    assert f'torch=={version}\n' in required
+
+
+@pytest.mark.parametrize(('dtype', 'atol'), [('float32', 1e-6), ('float64', 1e-12)])
+def test_flax_prints_the_lines_of_pytorch(notebook, recorded, dtype, atol):
+    losses, lines = notebook['ours'][dtype], recorded[f'lines_{dtype}']
+    assert losses.dtype == dtype
+    np.testing.assert_allclose(losses, recorded[f'losses_{dtype}'], rtol=0, atol=atol)
+    assert notebook['lines_of'](losses) == lines.tolist()
+    assert len(lines) == 100
+    assert (lines[0], lines[99]) == (
+        'Epoch [1/100], Loss: 0.9970',
+        'Epoch [100/100], Loss: 0.2636',
+    )
+
+
 # --- Bias correction -----------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import rmsprop_jax
 PACKAGE = pathlib.Path(rmsprop_jax.__file__).parent
 # Each module (or folder of modules) of the trunk may import only from those before it.
 TRUNK = [
+    '_described',
     '_types',
     '_moments',
     'storage',

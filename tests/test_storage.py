@@ -537,10 +537,43 @@ def test_a_checkpoint_of_an_older_release_is_refused_by_name_and_version():
     with pytest.raises(ValueError, match='is of another state') as refusal:
         storage.check(older, state, None)
     head, *lines = str(refusal.value).splitlines()
-    assert f'rmsprop_jax 0.0.9 wrote it, and this is rmsprop_jax {rmsprop_jax.__version__}' in head
+    release = rmsprop_jax.__version__
+    assert f'rmsprop_jax 0.0.9 wrote it, and this is rmsprop_jax {release}; it has' in head
+    assert head.endswith('it has other leaves.')
     assert [line.split(':')[0] for line in lines] == ['  .count', '  .steps']
     # What has not changed since loads.
     storage.check(description | {'rmsprop_jax': '0.0.9'}, state, None)
+
+
+OTHER_SEED = storage.per_statistic(nu=storage.uint8(seed=3), trace=storage.bfloat16())
+WITH_FACTORS = storage.per_statistic(nu=storage.factored(), trace=storage.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ('tx', 'choice', 'difference'),
+    [
+        (wrapped(None), None, 'dtypes, formats'),
+        (wrapped(OTHER_SEED), OTHER_SEED, 'formats'),
+        (wrapped(WITH_FACTORS), WITH_FACTORS, 'formats'),
+        (optax.adam(0.1), None, 'leaves, formats'),
+    ],
+    ids=['float32', 'another seed', 'factored', 'Adam'],
+)
+def test_a_checkpoint_of_this_release_is_refused_by_what_differs(tx, choice, difference):
+    description = json.loads(json.dumps(storage.describe(wrapped(MIXED).init(PARAMS), MIXED)))
+    with pytest.raises(ValueError, match='is of another state') as refusal:
+        storage.check(description, tx.init(PARAMS), choice)
+    head = str(refusal.value).splitlines()[0]
+    assert f'is of another state: it has other {difference}.' in head
+    assert 'wrote it' not in head
+    assert ('storage.convert returns' in head) == ('leaves' not in difference)
+
+
+def test_the_way_that_a_refusal_names_is_passable():
+    """Restored with the old storage, converted, and checked against the new one."""
+    _, state = wrapped(MIXED).update(PARAMS, wrapped(MIXED).init(PARAMS))
+    converted = storage.convert(state, PARAMS, MIXED, None)
+    storage.check(storage.describe(converted, None), wrapped(None).init(PARAMS), None)
 
 
 def test_saturation_counts_entries_at_the_ends():

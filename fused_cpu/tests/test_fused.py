@@ -1,6 +1,7 @@
 """The fused step is the plain one: same results, same state, everywhere it may run."""
 
 import functools
+import importlib.metadata
 import itertools
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import rmsprop_jax_fused
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rmsprop_jax_fused import _optimizer
+from rmsprop_jax_fused import _library, _optimizer
 
 import rmsprop_jax
 from rmsprop_jax import storage
@@ -319,6 +320,21 @@ def test_without_the_library(monkeypatch):
         jax.jit(step)(params, state, params),
         jax.jit(plain_step(learning_rate=0.1))(params, state, params),
     )
+
+
+def test_without_a_jax_that_can_load_the_library(monkeypatch, tmp_path):
+    header = tmp_path / 'xla' / 'ffi' / 'api' / 'c_api.h'
+    header.parent.mkdir(parents=True)
+    header.write_text('#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 1\n')
+    assert _library.available.__wrapped__()
+    monkeypatch.setattr(jax.ffi, 'include_dir', lambda: str(tmp_path))
+    assert not _library.available.__wrapped__()
+
+
+def test_the_jax_that_it_needs_is_required():
+    assert 'jax>=0.10.0' in importlib.metadata.requires('rmsprop_jax_fused')
+    # An attribute that JAX 0.9 does not have.
+    assert hasattr(jax.typeof(jnp.ones(2)), 'manual_axis_type')
 
 
 def test_lowers_for_other_platforms():

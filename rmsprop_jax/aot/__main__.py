@@ -14,7 +14,8 @@ import optax
 
 import rmsprop_jax
 from rmsprop_jax import aot, dialects
-from rmsprop_jax._command import OneLineParser
+from rmsprop_jax import storage as formats
+from rmsprop_jax._command import OneLineParser, install
 from rmsprop_jax.aot import _models
 
 _DIALECTS = (
@@ -28,6 +29,11 @@ _DIALECTS = (
     'mxnet1',
     'graves',
     'hinton',
+)
+_FORMATS = sorted(
+    name
+    for name, thing in vars(formats).items()
+    if inspect.isclass(thing) and issubclass(thing, formats.Format) and thing is not formats.Format
 )
 _WORDS = {'true': True, 'false': False, 'none': None}
 
@@ -59,7 +65,7 @@ def _parser() -> OneLineParser:
     made.add_argument(
         '--storage',
         metavar='NAME',
-        help='how moments are kept: a format of rmsprop_jax.storage, such as bfloat16',
+        help=f'how moments are kept: {_either(_FORMATS)}, of rmsprop_jax.storage',
     )
     made.add_argument(
         '--model',
@@ -123,22 +129,22 @@ def _targets(chosen: Sequence[str] | None) -> list[str]:
         except aot.MissingPluginError as error:
             missing[error.extra] = None
     if missing:
-        extras = ','.join(missing)
-        print(f"for TPUs and GPUs: pip install 'rmsprop_jax[{extras}]'", file=sys.stderr)
+        print(f'for TPUs and GPUs: {install(",".join(missing))}', file=sys.stderr)
     return found
 
 
 def _optimizer(name: str, options: Sequence[str], storage: str | None) -> Any:
     """The optimizer of that name, with what it needs and the options leave out."""
+    if '=' in name:
+        name, options = 'rmsprop', [name, *options]
     make = _factory(name)
     arguments = dict(map(_option, options))
     parameters = list(inspect.signature(make).parameters)
     if parameters[0] in ('lr', 'learning_rate'):
         arguments.setdefault(parameters[0], 1e-3)
     if storage is not None:
-        formats = getattr(rmsprop_jax, 'storage', None)
-        if not hasattr(formats, storage):
-            raise ValueError(f'rmsprop_jax.storage has no format {storage!r}.')
+        if storage not in _FORMATS:
+            raise ValueError(f'storage must be {_either(_FORMATS)}, got {storage!r}.')
         arguments['storage'] = getattr(formats, storage)()
     return functools.partial(make, **arguments)()
 
@@ -151,8 +157,12 @@ def _factory(name: str) -> Any:
     if name.startswith('optax.') and hasattr(optax, name.removeprefix('optax.')):
         return getattr(optax, name.removeprefix('optax.'))
     raise ValueError(
-        f'optimizer must be rmsprop, {", ".join(_DIALECTS)} or optax.NAME, got {name!r}.'
+        f'optimizer must be {_either(["rmsprop", *_DIALECTS, "optax.NAME"])}, got {name!r}.'
     )
+
+
+def _either(names: Sequence[str]) -> str:
+    return f'{", ".join(names[:-1])} or {names[-1]}'
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -16,15 +16,17 @@ def shapes(model: str, dtype: DTypeLike = jnp.float32) -> Any:
     Raises:
       ValueError: For any other name.
     """
-    if _LEAF.fullmatch(model):
-        tree: Any = {'w': tuple(map(int, model.split('x')))}
+    sizes = [int(number) for number in re.findall(r'\d+', model)]
+    if _LEAF.fullmatch(model) and all(sizes):
+        tree: Any = {'w': tuple(sizes)}
     elif model == 'resnet50':
         tree = _resnet50()
-    elif layers := re.fullmatch(r'transformer-(\d+)', model):
-        tree = _transformer(int(layers[1]))
+    elif re.fullmatch(r'transformer-\d+', model) and all(sizes):
+        tree = _transformer(*sizes)
     else:
         raise ValueError(
-            f'model must be a shape such as 4096x4096, resnet50 or transformer-12, got {model!r}.'
+            'model must be resnet50, transformer-12 (or another number of layers, at least 1) or a '
+            f'shape such as 4096x4096, without zeros; got {model!r}.'
         )
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype), tree, is_leaf=lambda x: type(x) is tuple

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from rmsprop_jax._command import install
+
 
 class MissingPluginError(ImportError):
     """The compiler for a target is not installed.
@@ -22,9 +24,7 @@ class MissingPluginError(ImportError):
     """
 
     def __init__(self, target: str, extra: str) -> None:
-        super().__init__(
-            f"compiling for {target} needs its compiler: pip install 'rmsprop_jax[{extra}]'"
-        )
+        super().__init__(f'compiling for {target} needs its compiler: {install(extra)}')
         self.extra = extra
 
 

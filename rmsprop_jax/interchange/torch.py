@@ -121,7 +121,7 @@ def from_torch(
       [[0. 2. 4.]
        [1. 3. 5.]] 7
 
-    Source: PyTorch 2.13, torch/optim/rmsprop.py and optimizer.py.
+    Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py and optimizer.py.
     """
     problems = Problems('the PyTorch state cannot be converted')
     checked_transformation('tx', tx)

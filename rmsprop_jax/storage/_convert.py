@@ -3,7 +3,7 @@
 import operator
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -236,7 +236,8 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
 
     Raises:
       ValueError: If they differ, or if the description has a version this release cannot read; the
-        message names the release that wrote it and this one, and lists the differences by path.
+        message says what differs, names the release that wrote it where that is another one, and
+        lists the differences by path.
       TypeError: If the description is no mapping.
 
     Example:
@@ -262,18 +263,50 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
             f'{_VERSION}.'
         )
     here = describe(state, storage)['leaves']
-    lines = [
-        f'  {path}: {_differing(there.get(path), here.get(path))} in the checkpoint, '
-        f'{_differing(here.get(path), there.get(path))} here'
+    pairs = {
+        path: (there.get(path), here.get(path))
         for path in sorted(here.keys() | there.keys(), key=str)
-        if not _same(here.get(path), there.get(path))
-    ]
-    if lines:
-        head = (
-            f'the checkpoint is of another state: rmsprop_jax {writer} wrote it, and this is '
-            f'rmsprop_jax {_release()}.'
+        if not _same(there.get(path), here.get(path))
+    }
+    if pairs:
+        lines = [
+            f'  {path}: {_differing(old, new)} in the checkpoint, {_differing(new, old)} here'
+            for path, (old, new) in pairs.items()
+        ]
+        paths, kinds = here.keys() | there.keys(), set[str]()
+        for path, (old, new) in pairs.items():
+            kinds |= _kinds(str(path), old, new, paths)
+        raise ValueError('\n'.join([_summary(writer, kinds), *lines]))
+
+
+def _summary(writer: str, found: Set[str]) -> str:
+    """The kinds of differences between a checkpoint and a state, and what to do."""
+    kinds = [kind for kind in ('leaves', 'shapes', 'dtypes', 'formats') if kind in found]
+    head = 'the checkpoint is of another state: '
+    if writer != _release():
+        head += f'rmsprop_jax {writer} wrote it, and this is rmsprop_jax {_release()}; '
+    head += f'it has other {", ".join(kinds)}.'
+    if found <= {'dtypes', 'formats'} and 'formats' in found:
+        head += (
+            ' Restore it with the storage that it was written with, and go on from what '
+            'storage.convert returns.'
         )
-        raise ValueError('\n'.join([head, *lines]))
+    return head
+
+
+def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
+    """What differs between two descriptions of a leaf, each of which may be None."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        # A rounded moment has a unit, and a factored one two leaves in the place of one.
+        whole = path.removesuffix('.row').removesuffix('.col')
+        of_format = path.endswith('.unit') or {whole, f'{whole}.row'} <= paths
+        return {'formats' if of_format else 'leaves'}
+    names = {'shape': 'shapes', 'dtype': 'dtypes'}
+    return {
+        names.get(name, 'formats')
+        for name in old.keys() | new.keys()
+        if not _same(old.get(name), new.get(name))
+    }
 
 
 def _differing(leaf: Any, other: Any) -> Any:

@@ -324,8 +324,8 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ),
         ('eps_in_sqrt=centered,', 'eps_in_sqrt=not centered,', ('equations',)),
         (
-            '_clipping_unless_zero(clip_gradient=clip_gradient),\n        _coupled_decay(wd, mask),',
-            '_coupled_decay(wd, mask),\n        _clipping_unless_zero(clip_gradient=clip_gradient),',
+            "_clipping_unless_zero(clip_gradient=clip_gradient),\n        _coupled_decay(wd, mask, 'wd'),",
+            "_coupled_decay(wd, mask, 'wd'),\n        _clipping_unless_zero(clip_gradient=clip_gradient),",
             ('equations',),
         ),
         ('eps, centered=True, momentum=momentum', 'eps, momentum=momentum', ('equations',)),
