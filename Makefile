@@ -90,6 +90,7 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
+	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_groups interchange_data/groups.npz)
 
 parity: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Compare drawn configurations and moved checkpoints with the frameworks
 	rm -rf $(PARITY) && mkdir -p $(PARITY)

@@ -43,6 +43,7 @@ GROUP = {
     'weight_decay': 0,
     'momentum': 0.0,
     'centered': False,
+    'maximize': False,
 }
 ENTRIES = {
     0: {'step': 1.0, 'square_avg': np.ones((3, 4), 'f')},
@@ -504,7 +505,10 @@ RULES: dict[str, tuple[Any, Any, str]] = {
     'mask': ({'dense': 3}, TypeError, r"\['dense'\] must be True or False, got 3"),
     'mapping': (3, TypeError, r'must hold pairs \(interchange.Pair\), got 3'),
     'names': (3, TypeError, 'must be a list of names, got 3'),
-    'fresh': ('x', TypeError, "must be a collection of names, got 'x'"),
+    **dict.fromkeys(
+        ('fresh', 'frozen'), ('x', TypeError, "must be a collection of names, got 'x'")
+    ),
+    'dialect': (3, TypeError, r'must be dialects\.torch, dialects\.timm or .*, got 3'),
     'labels': (3, TypeError, r"\['dense'\].* must be a string, got 3"),
     'quantiles': ('x', ValueError, "must be one or more numbers in .*, got 'x'"),
     'shardings': (3, TypeError, r"\['dense'\].* must be a sharding or a PartitionSpec, got 3"),

@@ -234,7 +234,7 @@ def _fc(*, bias: bool = True) -> tuple[interchange.Pair, ...]:
 
 def _group(numbers: list[int], **settings: Any) -> dict[str, Any]:
     defaults = {'lr': 0.1, 'alpha': 0.99, 'eps': 1e-8, 'weight_decay': 0, 'momentum': 0}
-    return {**defaults, 'centered': False, **settings, 'params': numbers}
+    return {**defaults, 'centered': False, 'maximize': False, **settings, 'params': numbers}
 
 
 def _theirs(**more: Any) -> dict[str, Any]:
@@ -361,7 +361,8 @@ def test_every_offending_entry_is_listed():
         "square_avg of 'fc.weight' is not finite",
         "momentum_buffer of 'fc.weight' is missing",
         "square_avg of 'fc.bias' has dtype int64, not a floating or complex one",
-        "momentum_buffer of 'fc.bias' has shape (4,) where ours is (3,)",
+        "momentum_buffer of 'fc.bias' has shape (4,) with our axes where 'fc/bias' has (3,): "
+        "are the names in the optimizer's order?",
         "exp_avg of 'fc.bias' is nothing that RMSProp keeps",
         "step of 'fc.bias' is missing or no step count",
         'state 2 belongs to no parameter of the groups',
@@ -438,7 +439,7 @@ def test_parameters_without_state_are_named_fresh():
     found = _problems(
         lambda: interchange.from_torch(_theirs(), _schedules(), params, _fc(), fresh=['fc.bias'])
     )
-    assert found[0].startswith("square_avg of 'fc.bias' has no place")
+    assert found == ("'fc.bias', said to be fresh, has an entry in the state",)
 
 
 def test_a_count_can_be_given_where_steps_differ():
@@ -461,10 +462,10 @@ def test_a_step_that_counts_nothing_is_refused(step: Any):
 
 def test_groups_of_another_optimizer_are_refused():
     theirs, params = _theirs(), _params()
-    theirs['param_groups'][0] |= {'lr_in_momentum': True, 'alpha': 2.0}
+    theirs['param_groups'][0] |= {'betas': (0.9, 0.99), 'alpha': 2.0}
     del theirs['param_groups'][0]['eps']
     found = _problems(lambda: interchange.torch_optimizer(theirs, params, _fc()))
-    assert "group 0: 'lr_in_momentum' is no setting of torch.optim.RMSprop" in found
+    assert "group 0: 'betas' is no setting of torch.optim.RMSprop" in found
     assert "group 0: 'eps' is missing" in found
     assert any('alpha must be in [0, 1)' in line for line in found)
 

@@ -236,11 +236,11 @@ def checked_names(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def checked_fresh(fresh: Any) -> Collection[str]:
-    """Names of parameters without moments."""
-    if isinstance(fresh, str) or not isinstance(fresh, Collection):
-        raise TypeError(f'fresh must be a collection of names, got {fresh!r}.')
-    return fresh
+def checked_collection(name: str, value: Any) -> Collection[str]:
+    """Returns `value`, refusing what is not a collection of names."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise TypeError(f'{name} must be a collection of names, got {value!r}.')
+    return value
 
 
 def checked_count(count: Any) -> int:
