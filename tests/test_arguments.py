@@ -392,6 +392,7 @@ VALID: dict[Any, dict[str, Any]] = {
     recipes.impala_atari: {'total_frames': 9, 'frames_per_update': 1},
     recipes.impala_dmlab: {'total_frames': 9, 'frames_per_update': 1},
     recipes.impala_dmlab30: {'total_frames': 9, 'frames_per_update': 1},
+    recipes.impala_torchbeast: {'total_steps': 9, 'steps_per_update': 1},
     recipes.inception_v3: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.efficientnet: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.efficientnet_timm: {'steps_per_epoch': 99, 'warmup_epochs': 1, 'batch_size': 1},
@@ -483,6 +484,7 @@ FLAGS = (
 )
 AMOUNTS = (
     *('total_frames', 'frames_per_update', 'total_timesteps', 'batch_size', 'steps_per_epoch'),
+    *('total_steps', 'steps_per_update'),
 )
 STEPS = (
     *('mean_over', 'warmup_epochs', 'ema_overwrite_frequency', 'gradient_accumulation_steps'),
