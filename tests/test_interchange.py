@@ -311,6 +311,43 @@ def test_flax_nnx_parameters_are_named_without_their_value():
     assert {name: x.shape for name, x in names.items()} == {'fc.weight': (3, 2), 'fc.bias': (3,)}
 
 
+NNX_STATES = {
+    'plain': lambda: dialects.torch(momentum=0.9),
+    'MultiSteps': lambda: optax.MultiSteps(
+        dialects.torch(momentum=0.9), 2
+    ).gradient_transformation(),
+    'inject': lambda: rmsprop_jax.inject_hyperparams(dialects.torch)(0.25, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize('name', NNX_STATES)
+def test_the_state_of_an_nnx_optimizer_goes_out_as_the_plain_one_does(name: str):
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    params, tx = nnx.state(model, nnx.Param), NNX_STATES[name]()
+    optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    for _ in range(4):
+        optimizer.update(model, gradients)
+        _, state = tx.update(gradients, state, params)
+    groups = _theirs()['param_groups']
+    found, wanted = (
+        interchange.to_torch(x, params, _fc(), groups) for x in (optimizer.opt_state, state)
+    )
+    assert wanted['state'][0]['step'] == (2 if name == 'MultiSteps' else 4)
+    assert_same(found['state'], wanted['state'])
+    lost = _problems(lambda: interchange.to_torch(nnx.state(optimizer), params, _fc(), groups))
+    assert 'pass what tx.init or tx.update returned, or opt_state of an nnx.Optimizer' in lost[0]
+
+
+def test_the_rate_that_an_nnx_optimizer_holds_goes_to_keras():
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    tx = rmsprop_jax.inject_hyperparams(dialects.keras)(0.25)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    pairs = [interchange.Pair(name, name) for name in ('fc/kernel', 'fc/bias')]
+    found = interchange.to_keras(optimizer.opt_state, nnx.state(model, nnx.Param), pairs)
+    assert found['learning_rate'] == np.float32(0.25)
+
+
 def test_written_state_lies_where_the_parameters_do():
     mesh = jax.make_mesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
@@ -401,6 +438,25 @@ def test_arrays_of_the_wrong_kind_are_refused(array: Any, complaint: str):
     found = _problems(lambda: interchange.from_torch(theirs, _schedules(), _params(), _fc()))
     assert complaint in found[0]
     assert "square_avg of 'fc.weight'" in found[0]
+
+
+class BFloat16:
+    """A tensor as PyTorch's are whose dtype NumPy does not have."""
+
+    shape = (3, 2)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError('Got unsupported ScalarType BFloat16')
+
+
+def test_tensors_in_bfloat16_are_to_be_widened():
+    theirs = _theirs()
+    theirs['state'][0]['square_avg'] = BFloat16()
+    found = _problems(lambda: interchange.from_torch(theirs, _schedules(), _params(), _fc()))
+    assert found == (
+        "square_avg of 'fc.weight' cannot be read as an array: Got unsupported ScalarType "
+        'BFloat16. Pass tensor.float(), which loses nothing',
+    )
 
 
 def test_a_shared_second_moment_of_complex_parameters_does_not_become_pytorchs():

@@ -196,9 +196,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path as `named_leaves` writes it."""
-    if len(path) > 1 and path[-1] == GetAttrKey('value'):
-        path = path[:-1]
-    return keystr(path, simple=True, separator='/')
+    return keystr(bare(path), simple=True, separator='/')
+
+
+def bare(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the `.value` of a Flax NNX variable."""
+    return path[:-1] if len(path) > 1 and path[-1] == GetAttrKey('value') else path
 
 
 def paired(
@@ -281,7 +284,10 @@ def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        problems.add(f'{name} cannot be read as an array: {error}')
+        # Of PyTorch, for dtypes that NumPy does not have, such as bfloat16.
+        unknown = 'unsupported ScalarType' in str(error)
+        advice = '. Pass tensor.float(), which loses nothing' if unknown else ''
+        problems.add(f'{name} cannot be read as an array: {error}{advice}')
         return None
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         problems.add(f'{name} has dtype {array.dtype}, not a floating or complex one')
