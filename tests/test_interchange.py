@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from interchange_data import ours, problem
+from interchange_data import ours, problem, record_float64
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange
@@ -130,6 +130,37 @@ def test_float32_round_trips_and_keeps_their_dtype():
     assert optax.tree.get(state, 'nu')['fc']['kernel'].dtype == jnp.float32
     found = interchange.to_torch(state, params, pairs, theirs['param_groups'], names=['fc.weight'])
     assert_same(found, theirs)
+
+
+FIRST_STEPS = {
+    'torch': dialects.torch,
+    'keras': dialects.keras,
+    'keras with a schedule': dialects.keras,
+    # Of TensorFlow 2.11 and newer.
+    'tf_keras': dialects.keras,
+    'tf_keras with a schedule': dialects.keras,
+    'keras_legacy': dialects.keras_legacy,
+    'tensorflow': dialects.tensorflow,
+}
+
+
+@pytest.mark.usefixtures('x64')
+def test_how_near_a_first_step_in_float64_comes():
+    """PyTorch computes with the numbers it is given; Keras and TensorFlow round them to float32."""
+    there = {
+        name: steps
+        for path in problem.FOLDER.glob('float64_*.json')
+        for name, steps in json.loads(path.read_text()).items()
+    }
+    assert set(there) == set(FIRST_STEPS)
+    p, g = jnp.array(record_float64.PARAMS), jnp.array(record_float64.GRADIENTS)
+    numbers = (record_float64.RATE, record_float64.DECAY)
+    for name, dialect in FIRST_STEPS.items():
+        eps = {'eps' if name == 'torch' else 'epsilon': record_float64.EPS}
+        tx = dialect(*numbers, **eps)
+        apart = np.abs(tx.update(g, tx.init(p), p)[0] / np.array(there[name]) - 1).max()
+        low, high = (0.0, 1e-15) if name == 'torch' else (1e-8, 2e-7)
+        assert low <= apart <= high, name
 
 
 # Optax: live, both ways.
