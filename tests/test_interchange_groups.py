@@ -1,6 +1,8 @@
 """What PyTorch's parameter groups say of a run, and what they leave open."""
 
 import copy
+import pathlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from rmsprop_jax import dialects, interchange
 HALF, END, RATE = recorded.HALF, recorded.END, recorded.RATE
 LATER, NEVER = recorded.LATER, recorded.NEVER
 EXACT = 1e-12
+ROOT = pathlib.Path(__file__).parents[1]
 PAIRS = (*interchange.torch.linear('a', 'a'), *interchange.torch.linear('b', 'b'))
 NAMES = list(recorded.SHAPES)
 
@@ -102,6 +105,29 @@ def test_a_parameter_without_state_moves_once_it_is_said_to_be_fresh():
     np.testing.assert_allclose(found[NEVER], p, rtol=0, atol=EXACT)
 
 
+def test_a_norm_counts_the_gradients_that_it_is_given():
+    run, clip = run_of('clipped'), dialects.torch_clip_grad_norm(recorded.MAX_NORM)
+    params = ours(run['params'])
+    inner = described(run)
+    state = interchange.from_torch(run['state'], inner, params, PAIRS)
+    tx = optax.chain(clip, inner)
+    for stopped in (True, False):
+
+        def update(gradients: Any, state: Any, params: Any, stopped: bool = stopped) -> Any:
+            if stopped:
+                untouched = {'a': {'kernel': 1, 'bias': 1}, 'b': {'kernel': 0, 'bias': 0}}
+                gradients = jax.tree.map(lambda g, keep: g * keep, gradients, untouched)
+            return tx.update(gradients, state, params)
+
+        found = trained(
+            optax.GradientTransformation(tx.init, update), params, (optax.EmptyState(), state)
+        )
+        if stopped:
+            assert_goes_on(run, found)
+        else:
+            assert abs(found['a.bias'] - run['end']['a.bias']).max() > 1e-6
+
+
 def test_an_entry_without_anything_in_it_is_none():
     run = run_of('gradless')
     names = [name for group in run['state']['param_groups'] for name in group['param_names']]
@@ -137,6 +163,18 @@ def test_what_is_said_of_parameters_must_fit():
         for name in ('fresh', 'frozen'):
             with pytest.raises(TypeError, match=f'{name} must be a collection of names'):
                 convert(**{name: NEVER})
+
+
+def test_a_transformation_that_moves_a_frozen_parameter_is_refused():
+    run = run_of('gradless')
+    del run['state']['state'][0], run['state']['state'][2]
+    tx, params = dialects.torch(momentum=0.9), ours(run['params'])
+    given = {'frozen': [LATER], 'fresh': ['a.weight', 'a.bias', NEVER]}
+    found = problems(lambda: interchange.from_torch(run['state'], tx, params, PAIRS, **given))
+    assert found.split('\n') == [
+        f'{slot} of {LATER!r}, said to be frozen but with a place in tx, is missing'
+        for slot in ('square_avg', 'momentum_buffer')
+    ]
 
 
 def test_a_state_of_other_numbers_is_refused():
@@ -225,6 +263,14 @@ def test_the_state_of_timm_is_recognised():
         assert "timm's RMSpropTF does" in found
     del run['state']['param_groups'][0]['max_lr_snapshot']
     assert "'max_lr_snapshot', the rate" in problems(lambda: described(run))
+
+
+def test_layers_of_timm_with_rates_of_their_own():
+    """timm's schedulers multiply every group's rate by its lr_scale; the optimizer does not."""
+    run = run_of('timm')
+    run['state']['param_groups'][0] |= {'lr_scale': 0.5, 'initial_lr': RATE / 2}
+    assert 'initial_lr tells' in problems(lambda: described(run))
+    assert_goes_on(run, moved(run, lr_in_momentum=True, learning_rate=[RATE / 2]))
 
 
 # The keys that `torch.optim.RMSprop` of these releases writes.
@@ -318,12 +364,76 @@ def test_groups_with_rates_of_their_own_want_one_each():
     run = run_of('gradless')
     assert run['state']['param_groups'][1]['lr'] == RATE / 4
     assert 'give a list with one for each' in problems(lambda: described(run, learning_rate=0.1))
+    for group in run['state']['param_groups']:
+        group['initial_lr'] = RATE  # As with LambdaLR(optimizer, [f, g]).
+    assert 'give a list with one for each' in problems(lambda: described(run, learning_rate=0.1))
     found = problems(lambda: described(run, learning_rate=[0.1]))
     assert found == 'learning_rate has 1 entries for 2 groups'
     with pytest.raises(TypeError, match=r"learning_rate\[1\] must be a real scalar, got 'x'"):
         described(run, learning_rate=[0.1, 'x'])
     rates = (RATE, lambda count: RATE / 4 + 0 * count)
     assert_goes_on(run, moved(run, frozen=[LATER], learning_rate=rates))
+
+
+# What the pages tell PyTorch's users to write.
+
+
+class Tensor:
+    """As much of a parameter as the pages use."""
+
+    def __init__(self, array: Any):
+        self.array = np.asarray(array, 'f')
+
+    def detach(self) -> np.ndarray:
+        return self.array
+
+
+def snippet(page: str, start: str) -> str:
+    """The block of a page that begins so; it is for PyTorch, and does not run with the others."""
+    blocks = (ROOT / page).read_text().split('```')[1::2]
+    (found,) = (block for block in blocks if block.startswith('\n' + start))
+    return found
+
+
+def test_the_snippet_of_the_readme():
+    shapes = {'conv.weight': (2, 1, 3, 3), 'conv.bias': (2,), 'fc.weight': (4, 3), 'fc.bias': (4,)}
+    tensors = {name: Tensor(problem.wave(shape, 0.7)) for name, shape in shapes.items()}
+    group = run_of('lambda')['state']['param_groups'][0]
+    del group['initial_lr']
+    group |= {'params': [0, 1, 2, 3], 'param_names': list(shapes)[::-1]}
+    entries = {
+        i: {'step': 3.0, 'square_avg': tensors[name].array ** 2}
+        for i, name in enumerate(group['param_names'])
+    }
+    like = {
+        'conv': {'kernel': jnp.zeros((3, 3, 1, 2)), 'bias': jnp.zeros(2)},
+        'fc': {'kernel': jnp.zeros((3, 4)), 'bias': jnp.zeros(4)},
+    }
+    dictionary = {'state': entries, 'param_groups': [group]}
+    place = {
+        'interchange': interchange,
+        'model': types.SimpleNamespace(named_parameters=tensors.items),
+        'optimizer': types.SimpleNamespace(state_dict=lambda: dictionary),
+        'like': like,
+    }
+    exec(snippet('README.md', 'pairs = '), place)
+    nu = optax.tree.get_all_with_path(place['state'], 'nu')[0][1]
+    np.testing.assert_array_equal(
+        nu['fc']['kernel'], np.float32(place['params']['fc']['kernel']) ** 2
+    )
+
+
+def test_the_names_that_the_porting_page_reads_off_an_optimizer():
+    """Recorded in PyTorch by the same two lines, for groups in another order than the model's."""
+    tensors = {name: Tensor(array) for name, array in recorded.params().items()}
+    order = run_of('reordered')['names']['found'].tolist()
+    groups = [{'params': [tensors[n] for n in names]} for names in (order[:2], order[2:])]
+    place = {
+        'model': types.SimpleNamespace(named_parameters=tensors.items),
+        'optimizer': types.SimpleNamespace(param_groups=groups),
+    }
+    exec(snippet('docs/porting.md', 'names = '), place)
+    assert place['names'] == order
 
 
 # Whose memory it is.

@@ -86,7 +86,7 @@ def torch_optimizer(
       >>> print(update['w'].round(3))
       [-1. -1.]
 
-    Source: the optimizers of PyTorch 1.10 to 2.13, timm 1.0.31 and Stable-Baselines3 2.9.
+    Source: the optimizers of PyTorch 1.10 to 2.15, timm 1.0.31 and Stable-Baselines3 2.9.
     """
     problems = Problems('the parameter groups cannot be converted')
     groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)

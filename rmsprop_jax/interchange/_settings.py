@@ -38,7 +38,7 @@ _CYCLED = ('base_momentum', 'max_momentum')
 _IMMATERIAL = frozenset(
     {
         *('params', 'param_names', 'name', 'foreach', 'capturable', 'differentiable', _PEAK),
-        *('initial_lr', 'max_lr', 'min_lr', 'swa_lr', *_CYCLED),
+        *('initial_lr', 'lr_scale', 'max_lr', 'min_lr', 'swa_lr', *_CYCLED),
     }
 )
 
@@ -95,8 +95,8 @@ def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) 
     else:
         Hyperparameter('learning_rate', learning_rate)
         rates = [learning_rate] * len(groups)
-        theirs = [group.get('initial_lr', group.get('lr')) for group in groups]
-        if len({repr(rate if callable(rate) else as_number(rate)) for rate in theirs}) > 1:
+        theirs = {_rates_of(group) for group in groups}
+        if len(theirs) > 1:
             problems.add(
                 'learning_rate is one for all groups, whose own differ: give a list with one for '
                 'each'
@@ -105,6 +105,12 @@ def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) 
         problems.add(f'learning_rate has {len(rates)} entries for {len(groups)} groups')
         return groups
     return [{**group, 'lr': rate} for group, rate in zip(groups, rates, strict=True)]
+
+
+def _rates_of(group: Group) -> tuple[str, ...]:
+    """Today's and the first learning rate of a group, as something that can be compared."""
+    rates = (group.get('lr'), group.get('initial_lr'))
+    return tuple(repr(rate if callable(rate) else as_number(rate)) for rate in rates)
 
 
 def optimizer_of(

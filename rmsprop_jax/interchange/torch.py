@@ -162,8 +162,10 @@ def from_torch(
         problems.add(f'parameters have taken different numbers of steps ({listed}): pass count')
 
     def describe(moment: str, path: str) -> str:
-        name = repr(pairs[path].theirs) if path in pairs else f'the parameter of {path!r}'
-        return f'{SLOTS.get(moment, moment)} of {name}'
+        name = pairs[path].theirs if path in pairs else None
+        label = f'the parameter of {path!r}' if name is None else repr(name)
+        said = ', said to be frozen but with a place in tx,' if name in frozen else ''
+        return f'{SLOTS.get(moment, moment)} of {label}{said}'
 
     started = {str(by_name[name].ours) for name in fresh if name in by_name}
     writer = Writer(columns, describe, problems, started)

@@ -23,6 +23,8 @@ HALF, END = 20, 40
 SHAPES = {'a.weight': (3, 2), 'a.bias': (3,), 'b.weight': (3, 2), 'b.bias': (3,)}
 # Of the case 'gradless': one parameter never has a gradient, another only in the first half.
 NEVER, LATER = 'b.bias', 'b.weight'
+# Of the case 'clipped', where neither has one, and the others are clipped at every step.
+MAX_NORM = 0.5
 # Of the case 'reordered': the optimizer is given the second layer first.
 ORDER = ['b.weight', 'b.bias', 'a.weight', 'a.bias']
 # Of the schedules: Stable-Baselines3 counts 5 environment steps an update here.
@@ -48,10 +50,14 @@ class Run:
         self.rates: list[float] = []
         self.optimizer: Any = None
 
-    def step(self, update: int, skipped: tuple[str, ...] = ()) -> None:
+    def step(
+        self, update: int, skipped: tuple[str, ...] = (), max_norm: float | None = None
+    ) -> None:
         now = {name: p.detach().numpy() for name, p in self.p.items()}
         for name, g in problem.gradient(now, update).items():
             self.p[name].grad = None if name in skipped else self.torch.tensor(g)
+        if max_norm is not None:
+            self.torch.nn.utils.clip_grad_norm_(self.p.values(), max_norm)
         self.rates.append(self.optimizer.param_groups[0]['lr'])
         self.optimizer.step()
 
@@ -86,6 +92,12 @@ def gradless(torch: Any) -> dict[str, Any]:
         weight_decay=0.5,
     )
     return run.record(lambda update: run.step(update, (NEVER, LATER)[: 1 + (update >= HALF)]))
+
+
+def clipped(torch: Any) -> dict[str, Any]:
+    run = Run(torch)
+    run.optimizer = torch.optim.RMSprop(run.p.items(), lr=RATE)
+    return run.record(lambda update: run.step(update, (NEVER, LATER), MAX_NORM))
 
 
 def reordered(torch: Any) -> dict[str, Any]:
@@ -164,6 +176,7 @@ def main(target: str) -> None:
     torch: Any = importlib.import_module('torch')
     cases = {
         'gradless': gradless(torch),
+        'clipped': clipped(torch),
         'reordered': reordered(torch),
         'stable_baselines3': stable_baselines3(torch),
         'timm': timm(torch),
