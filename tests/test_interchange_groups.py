@@ -223,6 +223,12 @@ def test_arrays_of_another_shape_than_their_parameter_name_both():
         assert all(line in found for line in lines)
 
 
+def test_without_names_that_is_all_there_is_to_say():
+    run = run_of('reordered')
+    found = problems(lambda: described(run))
+    assert found == "the groups have no param_names: pass names, in the optimizer's order"
+
+
 def test_names_that_are_those_of_the_groups_in_another_order_are_refused():
     run = run_of('timm')
     found = problems(lambda: described(run, names=NAMES[::-1]))

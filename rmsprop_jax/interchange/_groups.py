@@ -99,10 +99,11 @@ def torch_optimizer(
     for number, (name, group) in parameters.items():
         if name not in by_name:
             problems.add(f'{name!r} is in no pair')
-        elif name not in idle:
-            pair = by_name[name]
-            labels[str(pair.ours)] = f'group {group}'
-            misshapen(state.get(number, {}), pair, leaves.get(str(pair.ours)), problems)
+            continue
+        path = str(by_name[name].ours)
+        misshapen(state.get(number, {}), by_name[name], leaves.get(path), problems)
+        if name not in idle:
+            labels[path] = f'group {group}'
     factory = source(groups, dialect, problems)
     transforms = {
         f'group {i}': optimizer_of(f'group {i}', group, factory, problems)
@@ -141,9 +142,11 @@ def untouched(
     for label, chosen in (('fresh', fresh), ('frozen', frozen)):
         for name in sorted(set(checked_collection(label, chosen)) - by_name.keys(), key=str):
             problems.add(f'{name!r}, said to be {label}, is in no pair')
-    for name in sorted(set(fresh) & set(frozen)):
+    for name in sorted(set(fresh) & set(frozen), key=str):
         problems.add(f'{name!r} is said to be fresh and to be frozen')
-    for number in sorted(state.keys() - parameters.keys(), key=str):
+    # Without names there are no parameters, which has been noted.
+    strays = state.keys() - parameters.keys() if parameters else ()
+    for number in sorted(strays, key=str):
         problems.add(f'state {number!r} belongs to no parameter of the groups')
     for number, (name, _) in parameters.items():
         if name in fresh and state.get(number):

@@ -49,7 +49,7 @@ def source(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory
     Raises:
       TypeError: If `dialect` is no dialect whose states look like this.
     """
-    if dialect is not None and dialect not in _NAMES:
+    if dialect is not None and not any(dialect is known for known in _NAMES):
         raise TypeError(
             'dialect must be dialects.torch, dialects.timm or dialects.stable_baselines3, got '
             f'{dialect!r}.'

@@ -152,9 +152,10 @@ def from_torch(
     for number, (name, _) in parameters.items():
         if name not in by_name:
             problems.add(f'{name!r} is in no pair')
-        elif held.get(number) and name not in idle and name not in fresh:
-            entry, pair = held[number], by_name[name]
-            wrong = misshapen(entry, pair, leaves.get(str(pair.ours)), problems)
+            continue
+        entry, pair = held.get(number), by_name[name]
+        wrong = misshapen(entry or {}, pair, leaves.get(str(pair.ours)), problems)
+        if entry and name not in idle and name not in fresh:
             _read_entry(entry, pair, lr_in_momentum, columns, problems, wrong)
             steps.setdefault(_step(name, entry, problems), []).append(name)
     if count is None and len(steps) > 1:
