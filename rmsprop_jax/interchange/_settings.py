@@ -47,7 +47,7 @@ def source(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory
     """The dialect of the optimizer that wrote the groups, which the caller may have to name.
 
     Raises:
-      TypeError: If `dialect` is no dialect whose states look like this.
+      TypeError: If `dialect` is not the dialect of an optimizer with such groups.
     """
     if dialect is not None and not any(dialect is known for known in _NAMES):
         raise TypeError(
@@ -77,7 +77,7 @@ def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) 
     """The groups with the caller's learning rates, which scheduled runs must have.
 
     Raises:
-      TypeError: If the caller's is no number, schedule or list of these.
+      TypeError: If the caller's rate is not a number, a schedule or a list of these.
     """
     if learning_rate is None:
         for i, group in enumerate(groups):
