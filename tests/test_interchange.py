@@ -134,6 +134,8 @@ def test_float32_round_trips_and_keeps_their_dtype():
 
 FIRST_STEPS = {
     'torch': dialects.torch,
+    'timm': dialects.timm,
+    'stable_baselines3': dialects.stable_baselines3,
     'keras': dialects.keras,
     'keras with a schedule': dialects.keras,
     # Of TensorFlow 2.11 and newer.
@@ -156,10 +158,11 @@ def test_how_near_a_first_step_in_float64_comes():
     p, g = jnp.array(record_float64.PARAMS), jnp.array(record_float64.GRADIENTS)
     numbers = (record_float64.RATE, record_float64.DECAY)
     for name, dialect in FIRST_STEPS.items():
-        eps = {'eps' if name == 'torch' else 'epsilon': record_float64.EPS}
+        of_torch = name in ('torch', 'timm', 'stable_baselines3')
+        eps = {'eps' if of_torch else 'epsilon': record_float64.EPS}
         tx = dialect(*numbers, **eps)
         apart = np.abs(tx.update(g, tx.init(p), p)[0] / np.array(there[name]) - 1).max()
-        low, high = (0.0, 1e-15) if name == 'torch' else (1e-8, 2e-7)
+        low, high = (0.0, 1e-15) if of_torch else (1e-8, 2e-7)
         assert low <= apart <= high, name
 
 

@@ -321,13 +321,19 @@ def test_a_scheduler_counts_its_own_steps(case: str, ahead: int):
     run = run_of(case)
 
     def schedule(count: Any) -> Any:
-        return RATE * (1 - (count + ahead) * (1 / END))  # JAX divides integers in float32.
+        return RATE * (1 - (count + ahead) * (1 / END))
 
     np.testing.assert_allclose(run['rates']['used'], schedule(np.arange(END)), rtol=1e-12)
     assert_goes_on(run, moved(run, learning_rate=schedule))
     assert_goes_on(run, moved(run, learning_rate=[schedule]))
     run['state']['param_groups'][0]['lr'] = schedule
     assert_goes_on(run, moved(run))
+
+
+def test_jax_divides_integers_in_float32():
+    """Even where everything else is float64, so that schedules multiply by a reciprocal."""
+    assert (jnp.int32(1) / 3).dtype == jnp.float32
+    assert (jnp.int32(1) * (1 / 3)).dtype == jnp.float64
 
 
 def test_a_scheduled_rate_is_not_frozen_silently():

@@ -21,10 +21,18 @@ RATE, DECAY, EPS = 0.1, 0.95, 1e-3
 
 def torch() -> dict[str, Any]:
     module: Any = importlib.import_module('torch')
-    p = module.tensor(PARAMS, dtype=module.float64, requires_grad=True)
-    p.grad = module.tensor(GRADIENTS, dtype=module.float64)
-    module.optim.RMSprop([p], lr=RATE, alpha=DECAY, eps=EPS).step()
-    return {'torch': p.tolist()}
+    copies: Any = importlib.import_module('golden.record_torch')
+    found: dict[str, Any] = {}
+    for name, optimizer in (
+        ('torch', module.optim.RMSprop),
+        ('timm', copies.rmsprop_tf()),
+        ('stable_baselines3', copies.rmsprop_tf_like()),
+    ):
+        p = module.tensor(PARAMS, dtype=module.float64, requires_grad=True)
+        p.grad = module.tensor(GRADIENTS, dtype=module.float64)
+        optimizer([p], lr=RATE, alpha=DECAY, eps=EPS).step()
+        found[name] = p.tolist()
+    return found
 
 
 def _step(optimizers: Any, make: Any, rate: Any, tensor: Any) -> list[float]:
