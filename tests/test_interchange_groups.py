@@ -14,7 +14,7 @@ import pytest
 from interchange_data import problem
 from interchange_data import record_groups as recorded
 
-from rmsprop_jax import dialects, interchange
+from rmsprop_jax import dialects, interchange, recipes
 
 HALF, END, RATE = recorded.HALF, recorded.END, recorded.RATE
 LATER, NEVER = recorded.LATER, recorded.NEVER
@@ -39,11 +39,12 @@ def ours(theirs: Any) -> Any:
     return interchange.parameters_from(theirs, like, PAIRS)
 
 
-def trained(tx: Any, params: Any, state: Any) -> dict[str, np.ndarray]:
+def trained(tx: Any, params: Any, state: Any, scale: float = 1.0) -> dict[str, np.ndarray]:
     """Their names, after the second half of the recorded run."""
     update = jax.jit(tx.update)
     for step in range(HALF, END):
         gradients = ours(problem.gradient(interchange.parameters_to(params, PAIRS), step))
+        gradients = jax.tree.map(lambda g: scale * g, gradients)
         updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return interchange.parameters_to(params, PAIRS)
@@ -328,6 +329,15 @@ def test_a_scheduler_counts_its_own_steps(case: str, ahead: int):
     assert_goes_on(run, moved(run, learning_rate=[schedule]))
     run['state']['param_groups'][0]['lr'] = schedule
     assert_goes_on(run, moved(run))
+
+
+def test_a_run_of_torchbeast_goes_on_with_its_recipe():
+    run = run_of('torchbeast')
+    tx = recipes.impala_torchbeast(total_steps=recorded.TOTAL, steps_per_update=recorded.BATCH)
+    params = ours(run['params'])
+    state = interchange.from_torch(run['state'], tx, params, PAIRS, names=NAMES)
+    assert_goes_on(run, trained(tx, params, state, recorded.SCALE))
+    assert 'initial_lr tells' in problems(lambda: described(run, names=NAMES))
 
 
 def test_jax_divides_integers_in_float32():

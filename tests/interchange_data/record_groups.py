@@ -25,6 +25,8 @@ SHAPES = {'a.weight': (3, 2), 'a.bias': (3,), 'b.weight': (3, 2), 'b.bias': (3,)
 NEVER, LATER = 'b.bias', 'b.weight'
 # Of the case 'clipped', where neither has one, and the others are clipped at every step.
 MAX_NORM = 0.5
+# Of the case 'torchbeast', whose gradients are clipped at some steps.
+SCALE = 10.0
 # Of the case 'reordered': the optimizer is given the second layer first.
 ORDER = ['b.weight', 'b.bias', 'a.weight', 'a.bias']
 # Of the schedules: Stable-Baselines3 counts 5 environment steps an update here.
@@ -51,11 +53,15 @@ class Run:
         self.optimizer: Any = None
 
     def step(
-        self, update: int, skipped: tuple[str, ...] = (), max_norm: float | None = None
+        self,
+        update: int,
+        skipped: tuple[str, ...] = (),
+        max_norm: float | None = None,
+        scale: float = 1.0,
     ) -> None:
         now = {name: p.detach().numpy() for name, p in self.p.items()}
         for name, g in problem.gradient(now, update).items():
-            self.p[name].grad = None if name in skipped else self.torch.tensor(g)
+            self.p[name].grad = None if name in skipped else self.torch.tensor(scale * g)
         if max_norm is not None:
             self.torch.nn.utils.clip_grad_norm_(self.p.values(), max_norm)
         self.rates.append(self.optimizer.param_groups[0]['lr'])
@@ -152,6 +158,25 @@ def scheduled(torch: Any, early: bool) -> dict[str, Any]:
     return run.record(each)
 
 
+def torchbeast(torch: Any) -> dict[str, Any]:
+    """Its optimizer, its scheduler and the last four lines of `learn`, with its default flags."""
+    run = Run(torch)
+    run.optimizer = torch.optim.RMSprop(
+        run.p.values(), lr=0.00048, momentum=0, eps=0.01, alpha=0.99
+    )
+
+    def lr_lambda(epoch: int) -> float:
+        return 1 - min(epoch * BATCH, TOTAL) / TOTAL
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lr_lambda)
+
+    def each(update: int) -> None:
+        run.step(update, max_norm=40.0, scale=SCALE)
+        scheduler.step()
+
+    return run.record(each)
+
+
 def keys(torch: Any) -> dict[str, Any]:
     """What schedulers leave in the groups."""
 
@@ -182,6 +207,7 @@ def main(target: str) -> None:
         'timm': timm(torch),
         'lambda': scheduled(torch, early=False),
         'lambda_early': scheduled(torch, early=True),
+        'torchbeast': torchbeast(torch),
         'keys': {'left': keys(torch)},
     }
     arrays: Arrays = {}
