@@ -91,6 +91,8 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
+	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_groups interchange_data/groups.npz)
+	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_float64,$(name)))
 
 parity: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Compare drawn configurations and moved checkpoints with the frameworks
 	rm -rf $(PARITY) && mkdir -p $(PARITY)
@@ -110,6 +112,10 @@ $(call in,$1) interchange_data.frameworks $1 $2
 endef
 define record_identification
 $1 identify_data.record_$2
+
+endef
+define record_float64
+$(call in,$1) interchange_data.record_float64 $1 interchange_data/float64_$1.json
 
 endef
 define move_both_ways

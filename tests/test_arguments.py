@@ -43,6 +43,7 @@ GROUP = {
     'weight_decay': 0,
     'momentum': 0.0,
     'centered': False,
+    'maximize': False,
 }
 ENTRIES = {
     0: {'step': 1.0, 'square_avg': np.ones((3, 4), 'f')},
@@ -391,6 +392,7 @@ VALID: dict[Any, dict[str, Any]] = {
     recipes.impala_atari: {'total_frames': 9, 'frames_per_update': 1},
     recipes.impala_dmlab: {'total_frames': 9, 'frames_per_update': 1},
     recipes.impala_dmlab30: {'total_frames': 9, 'frames_per_update': 1},
+    recipes.impala_torchbeast: {'total_steps': 9, 'steps_per_update': 1},
     recipes.inception_v3: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.efficientnet: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.efficientnet_timm: {'steps_per_epoch': 99, 'warmup_epochs': 1, 'batch_size': 1},
@@ -482,6 +484,7 @@ FLAGS = (
 )
 AMOUNTS = (
     *('total_frames', 'frames_per_update', 'total_timesteps', 'batch_size', 'steps_per_epoch'),
+    *('total_steps', 'steps_per_update'),
 )
 STEPS = (
     *('mean_over', 'warmup_epochs', 'ema_overwrite_frequency', 'gradient_accumulation_steps'),
@@ -504,7 +507,10 @@ RULES: dict[str, tuple[Any, Any, str]] = {
     'mask': ({'dense': 3}, TypeError, r"\['dense'\] must be True or False, got 3"),
     'mapping': (3, TypeError, r'must hold pairs \(interchange.Pair\), got 3'),
     'names': (3, TypeError, 'must be a list of names, got 3'),
-    'fresh': ('x', TypeError, "must be a collection of names, got 'x'"),
+    **dict.fromkeys(
+        ('fresh', 'frozen'), ('x', TypeError, "must be a collection of names, got 'x'")
+    ),
+    'dialect': (3, TypeError, r'must be dialects\.torch, dialects\.timm or .*, got 3'),
     'labels': (3, TypeError, r"\['dense'\].* must be a string, got 3"),
     'quantiles': ('x', ValueError, "must be one or more numbers in .*, got 'x'"),
     'shardings': (3, TypeError, r"\['dense'\].* must be a sharding or a PartitionSpec, got 3"),

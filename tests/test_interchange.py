@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from interchange_data import ours, problem
+from interchange_data import ours, problem, record_float64
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange
@@ -132,6 +132,40 @@ def test_float32_round_trips_and_keeps_their_dtype():
     assert_same(found, theirs)
 
 
+FIRST_STEPS = {
+    'torch': dialects.torch,
+    'timm': dialects.timm,
+    'stable_baselines3': dialects.stable_baselines3,
+    'keras': dialects.keras,
+    'keras with a schedule': dialects.keras,
+    # Of TensorFlow 2.11 and newer.
+    'tf_keras': dialects.keras,
+    'tf_keras with a schedule': dialects.keras,
+    'keras_legacy': dialects.keras_legacy,
+    'tensorflow': dialects.tensorflow,
+}
+
+
+@pytest.mark.usefixtures('x64')
+def test_how_near_a_first_step_in_float64_comes():
+    """PyTorch computes with the numbers it is given; Keras and TensorFlow round them to float32."""
+    there = {
+        name: steps
+        for path in problem.FOLDER.glob('float64_*.json')
+        for name, steps in json.loads(path.read_text()).items()
+    }
+    assert set(there) == set(FIRST_STEPS)
+    p, g = jnp.array(record_float64.PARAMS), jnp.array(record_float64.GRADIENTS)
+    numbers = (record_float64.RATE, record_float64.DECAY)
+    for name, dialect in FIRST_STEPS.items():
+        of_torch = name in ('torch', 'timm', 'stable_baselines3')
+        eps = {'eps' if of_torch else 'epsilon': record_float64.EPS}
+        tx = dialect(*numbers, **eps)
+        apart = np.abs(tx.update(g, tx.init(p), p)[0] / np.array(there[name]) - 1).max()
+        low, high = (0.0, 1e-15) if of_torch else (1e-8, 2e-7)
+        assert low <= apart <= high, name
+
+
 # Optax: live, both ways.
 
 
@@ -234,7 +268,7 @@ def _fc(*, bias: bool = True) -> tuple[interchange.Pair, ...]:
 
 def _group(numbers: list[int], **settings: Any) -> dict[str, Any]:
     defaults = {'lr': 0.1, 'alpha': 0.99, 'eps': 1e-8, 'weight_decay': 0, 'momentum': 0}
-    return {**defaults, 'centered': False, **settings, 'params': numbers}
+    return {**defaults, 'centered': False, 'maximize': False, **settings, 'params': numbers}
 
 
 def _theirs(**more: Any) -> dict[str, Any]:
@@ -311,6 +345,43 @@ def test_flax_nnx_parameters_are_named_without_their_value():
     assert {name: x.shape for name, x in names.items()} == {'fc.weight': (3, 2), 'fc.bias': (3,)}
 
 
+NNX_STATES = {
+    'plain': lambda: dialects.torch(momentum=0.9),
+    'MultiSteps': lambda: optax.MultiSteps(
+        dialects.torch(momentum=0.9), 2
+    ).gradient_transformation(),
+    'inject': lambda: rmsprop_jax.inject_hyperparams(dialects.torch)(0.25, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize('name', NNX_STATES)
+def test_the_state_of_an_nnx_optimizer_goes_out_as_the_plain_one_does(name: str):
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    params, tx = nnx.state(model, nnx.Param), NNX_STATES[name]()
+    optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    for _ in range(4):
+        optimizer.update(model, gradients)
+        _, state = tx.update(gradients, state, params)
+    groups = _theirs()['param_groups']
+    found, wanted = (
+        interchange.to_torch(x, params, _fc(), groups) for x in (optimizer.opt_state, state)
+    )
+    assert wanted['state'][0]['step'] == (2 if name == 'MultiSteps' else 4)
+    assert_same(found['state'], wanted['state'])
+    lost = _problems(lambda: interchange.to_torch(nnx.state(optimizer), params, _fc(), groups))
+    assert 'pass what tx.init or tx.update returned, or opt_state of an nnx.Optimizer' in lost[0]
+
+
+def test_the_rate_that_an_nnx_optimizer_holds_goes_to_keras():
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    tx = rmsprop_jax.inject_hyperparams(dialects.keras)(0.25)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    pairs = [interchange.Pair(name, name) for name in ('fc/kernel', 'fc/bias')]
+    found = interchange.to_keras(optimizer.opt_state, nnx.state(model, nnx.Param), pairs)
+    assert found['learning_rate'] == np.float32(0.25)
+
+
 def test_written_state_lies_where_the_parameters_do():
     mesh = jax.make_mesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
@@ -361,7 +432,8 @@ def test_every_offending_entry_is_listed():
         "square_avg of 'fc.weight' is not finite",
         "momentum_buffer of 'fc.weight' is missing",
         "square_avg of 'fc.bias' has dtype int64, not a floating or complex one",
-        "momentum_buffer of 'fc.bias' has shape (4,) where ours is (3,)",
+        "momentum_buffer of 'fc.bias' has shape (4,) with our axes where 'fc/bias' has (3,): "
+        "are the names in the optimizer's order?",
         "exp_avg of 'fc.bias' is nothing that RMSProp keeps",
         "step of 'fc.bias' is missing or no step count",
         'state 2 belongs to no parameter of the groups',
@@ -402,6 +474,25 @@ def test_arrays_of_the_wrong_kind_are_refused(array: Any, complaint: str):
     assert "square_avg of 'fc.weight'" in found[0]
 
 
+class BFloat16:
+    """A tensor as PyTorch's are whose dtype NumPy does not have."""
+
+    shape = (3, 2)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError('Got unsupported ScalarType BFloat16')
+
+
+def test_tensors_in_bfloat16_are_to_be_widened():
+    theirs = _theirs()
+    theirs['state'][0]['square_avg'] = BFloat16()
+    found = _problems(lambda: interchange.from_torch(theirs, _schedules(), _params(), _fc()))
+    assert found == (
+        "square_avg of 'fc.weight' cannot be read as an array: Got unsupported ScalarType "
+        'BFloat16. Pass tensor.float(), which loses nothing',
+    )
+
+
 def test_a_shared_second_moment_of_complex_parameters_does_not_become_pytorchs():
     params = {'w': jnp.zeros(2, jnp.complex64)}
     pairs, groups = [interchange.Pair('w', 'w')], [_group([0]) | {'param_names': ['w']}]
@@ -438,7 +529,7 @@ def test_parameters_without_state_are_named_fresh():
     found = _problems(
         lambda: interchange.from_torch(_theirs(), _schedules(), params, _fc(), fresh=['fc.bias'])
     )
-    assert found[0].startswith("square_avg of 'fc.bias' has no place")
+    assert found == ("'fc.bias', said to be fresh, has an entry in the state",)
 
 
 def test_a_count_can_be_given_where_steps_differ():
@@ -461,10 +552,10 @@ def test_a_step_that_counts_nothing_is_refused(step: Any):
 
 def test_groups_of_another_optimizer_are_refused():
     theirs, params = _theirs(), _params()
-    theirs['param_groups'][0] |= {'lr_in_momentum': True, 'alpha': 2.0}
+    theirs['param_groups'][0] |= {'betas': (0.9, 0.99), 'alpha': 2.0}
     del theirs['param_groups'][0]['eps']
     found = _problems(lambda: interchange.torch_optimizer(theirs, params, _fc()))
-    assert "group 0: 'lr_in_momentum' is no setting of torch.optim.RMSprop" in found
+    assert "group 0: 'betas' is no setting of torch.optim.RMSprop" in found
     assert "group 0: 'eps' is missing" in found
     assert any('alpha must be in [0, 1)' in line for line in found)
 

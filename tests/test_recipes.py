@@ -35,6 +35,7 @@ VALUES = {
     'impala_dmlab': (0.00048, 0.99, 0, 0.1, False, 0, None, None, None),
     'impala_dmlab30': (0.00031866995608948655, 0.99, 0, 0.1, False, 0, None, None, None),
     'impala_atari': (0.0006, 0.99, 0, 0.01, False, 0, 40, None, None),
+    'impala_torchbeast': (0.00048, 0.99, 0, 0.01, False, 0, 40, None, None),
     'inception_v3': (0.165, 0.9, 0.9, 1.0, False, 0.00004, None, None, 0.995),
     'mnasnet': (0.016, 0.9, 0.9, 0.001, False, 1e-5, None, None, 0.9999),
     'efficientnet': (0.016, 0.9, 0.9, 0.001, False, 1e-5, None, None, 0.9999),
@@ -53,6 +54,7 @@ ARGUMENTS: dict[str, Tree] = {
     'impala_dmlab': FRAMES,
     'impala_dmlab30': FRAMES,
     'impala_atari': FRAMES,
+    'impala_torchbeast': {'total_steps': 400, 'steps_per_update': 10},
     'inception_v3': IMAGES,
     'mnasnet': IMAGES,
     'efficientnet': IMAGES,
@@ -316,7 +318,7 @@ def tensorflow(
 
 
 def torch(
-    rate: float,
+    rate: Callable[[int], float],
     alpha: float,
     eps: float,
     *,
@@ -335,7 +337,7 @@ def torch(
             for k in p:
                 grad = g[k] * factor
                 nu[k] = alpha * nu[k] + (1 - alpha) * grad * grad
-                p[k] = p[k] - rate * grad / (
+                p[k] = p[k] - rate(t) * grad / (
                     np.sqrt(nu[k] + eps) if inside else np.sqrt(nu[k]) + eps
                 )
         return p
@@ -361,6 +363,11 @@ def constant(rate: float) -> Callable[[int], float]:
 
 def falling(first: float) -> Callable[[int], float]:
     return lambda t: first * max(0.0, 1 - 10 * t / 400)
+
+
+def lr_lambda(first: float) -> Callable[[int], float]:
+    """torchbeast's, with an update of 10 of 400 steps."""
+    return lambda epoch: first * (1 - min(epoch * 10, 400) / 400)
 
 
 def build_learning_rate(initial: float) -> Callable[[int], float]:
@@ -397,11 +404,14 @@ REFERENCES = {
         1e-5,
         clip=clip_by_global_norm(0.5),
     ),
-    'sb3_a2c': torch(7e-4, 0.99, 1e-5, clip=clip_grad_norm_(0.5)),
-    'sb3_a2c_tf_like': torch(7e-4, 0.99, 1e-5, inside=True, start=1, clip=clip_grad_norm_(0.5)),
+    'sb3_a2c': torch(constant(7e-4), 0.99, 1e-5, clip=clip_grad_norm_(0.5)),
+    'sb3_a2c_tf_like': torch(
+        constant(7e-4), 0.99, 1e-5, inside=True, start=1, clip=clip_grad_norm_(0.5)
+    ),
     'impala_dmlab': tensorflow(falling(4.8e-4), 0.99, 0, 0.1),
     'impala_dmlab30': tensorflow(falling(3.1866995608948655e-4), 0.99, 0, 0.1),
     'impala_atari': tensorflow(falling(6e-4), 0.99, 0, 0.01, clip=clip_by_global_norm(40)),
+    'impala_torchbeast': torch(lr_lambda(4.8e-4), 0.99, 0.01, clip=clip_grad_norm_(40)),
     'inception_v3': tensorflow(
         lambda t: 0.33 * 0.94 ** (t // 15), 0.9, 0.9, 1.0, l2=4e-5, decayed=('dense/kernel',)
     ),
@@ -463,7 +473,9 @@ def test_dqn_takes_the_same_steps_on_a_mean():
         assert np.abs(wrong[key] - of_sum[key]).max() > 1e-4
 
 
-@pytest.mark.parametrize('name', ['impala_dmlab', 'impala_dmlab30', 'impala_atari'])
+@pytest.mark.parametrize(
+    'name', ['impala_dmlab', 'impala_dmlab30', 'impala_atari', 'impala_torchbeast']
+)
 @pytest.mark.parametrize('scale', [1.0, 1e3])
 def test_impala_takes_the_same_steps_on_a_mean(name: str, scale: float):
     params = random_tree(2)
@@ -767,6 +779,13 @@ def test_missing_arguments(name: str, missing: str):
         ('efficientnet_timm', {'warmup_epochs': -1}, ValueError, 'warmup_epochs must be an'),
         ('impala_dmlab', {'total_frames': 5}, ValueError, 'total_frames must be at least frames_'),
         ('impala_atari', {'mean_over': 0}, ValueError, 'mean_over must be an integer'),
+        ('impala_torchbeast', {'mean_over': 0}, ValueError, 'mean_over must be an integer'),
+        (
+            'impala_torchbeast',
+            {'total_steps': 5},
+            ValueError,
+            'total_steps must be at least steps_',
+        ),
         ('dqn_nature', {'mean_over': 0.5}, ValueError, 'mean_over must be an integer'),
         ('baselines_a2c', {'batch_size': 1000}, ValueError, 'total_timesteps must be at least bat'),
         ('a3c', {'max_norm': -1.0}, ValueError, 'max_norm must be in'),

@@ -234,11 +234,11 @@ def checked_names(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def checked_fresh(fresh: Any) -> Collection[str]:
-    """Names of parameters without moments."""
-    if isinstance(fresh, str) or not isinstance(fresh, Collection):
-        raise TypeError(f'fresh must be a collection of names, got {fresh!r}.')
-    return fresh
+def checked_collection(name: str, value: Any) -> Collection[str]:
+    """Returns `value`, refusing what is not a collection of names."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise TypeError(f'{name} must be a collection of names, got {value!r}.')
+    return value
 
 
 def checked_count(count: Any) -> int:
@@ -279,7 +279,10 @@ def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        problems.add(f'{name} cannot be read as an array: {error}')
+        # Of PyTorch, for dtypes that NumPy does not have, such as bfloat16.
+        unknown = 'unsupported ScalarType' in str(error)
+        advice = '. Pass tensor.float(), which loses nothing' if unknown else ''
+        problems.add(f'{name} cannot be read as an array: {error}{advice}')
         return None
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         problems.add(f'{name} has dtype {array.dtype}, not a floating or complex one')

@@ -16,8 +16,14 @@ from jax.tree_util import (
 )
 
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState, TraceState, checked_leaves
-from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
+from rmsprop_jax._types import RmsState, TraceState, canonical, checked_leaves
+from rmsprop_jax.interchange._mapping import (
+    Pair,
+    Problems,
+    as_array,
+    laid_out,
+    named_leaves,
+)
 from rmsprop_jax.storage._formats import STATISTICS, Factors
 
 # By name, since Optax exports only two of these classes.
@@ -36,6 +42,11 @@ MOMENTS = ('nu', 'mu', 'trace', 'ema')
 COMPACT = (
     'the state is in compact storage: storage.read decodes it, and storage.convert brings a '
     'float32 state into other formats'
+)
+
+NO_STATISTICS = (
+    'the state has no statistics of RMSProp in it: pass what tx.init or tx.update returned, or '
+    'opt_state of an nnx.Optimizer; in nnx.state of one they cannot be told apart'
 )
 
 
@@ -80,7 +91,7 @@ def is_average(node: Any) -> bool:
 
 def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf counts steps: those are integers, and parameters are none."""
-    named = path and path[-1] in (GetAttrKey('count'), GetAttrKey('gradient_step'))
+    named = path and canonical(path)[-1] in (GetAttrKey('count'), GetAttrKey('gradient_step'))
     return bool(named) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
 
 
@@ -99,7 +110,10 @@ def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
     checked_leaves(name, state)
     columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in MOMENTS}
     weights: dict[str, tuple[int, float | None]] = {}
-    for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=is_node) if is_node(node)]
+    if not nodes:
+        problems.add(NO_STATISTICS)
+    for node in nodes:
         if is_compact(node):
             problems.add(COMPACT)
             continue
@@ -113,7 +127,7 @@ def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
             weights.update(dict.fromkeys(found['nu'], (int(np.asarray(node.count)), weight)))
     counts: set[int] = set()
     for path, leaf in tree_flatten_with_path(state, is_leaf=is_average)[0]:
-        is_mini = bool(path) and path[-1] == GetAttrKey('mini_step')
+        is_mini = bool(path) and canonical(path)[-1] == GetAttrKey('mini_step')
         if is_average(leaf) or not (is_mini or is_count(path, leaf)):
             continue
         if jnp.shape(leaf):
@@ -189,8 +203,11 @@ def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:
     ends = (GetAttrKey('hyperparams'), DictKey(name))
     scheduled = (GetAttrKey('hyperparams_states'), DictKey(name))
     leaves = tree_flatten_with_path(state)[0]
-    driven = {path[:-3] for path, _ in leaves if path[-3:-1] == scheduled}
-    return {path: leaf for path, leaf in leaves if path[-2:] == ends and path[:-2] not in driven}
+    paths = [(path, canonical(path), leaf) for path, leaf in leaves]
+    driven = {path[:-3] for _, path, _ in paths if path[-3:-1] == scheduled}
+    return {
+        full: leaf for full, path, leaf in paths if path[-2:] == ends and path[:-2] not in driven
+    }
 
 
 def with_injected(state: Any, name: str, value: float) -> Any:

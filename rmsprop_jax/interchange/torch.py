@@ -1,8 +1,12 @@
 """PyTorch: `optimizer.state_dict()` of `torch.optim.RMSprop` and of the optimizers that copy it.
 
 PyTorch numbers the parameters in the order in which the optimizer was given them, through all
-groups. Their names are in the groups if the optimizer was made with `model.named_parameters()`;
-otherwise pass `names`, usually `[name for name, _ in model.named_parameters()]`.
+groups. Their names are in the groups if the optimizer was made with `model.named_parameters()`
+(PyTorch 2.6 and newer). Otherwise pass `names` in the optimizer's order, which is that of
+`model.named_parameters()` only if the optimizer was given `model.parameters()`. With both at hand::
+
+    names = {p: name for name, p in model.named_parameters()}
+    names = [names[p] for group in optimizer.param_groups for p in group['params']]
 
 Two sources PyTorch keeps apart must be told apart here too: a group's numbers (`lr`, `alpha`, ...)
 belong to the transformation, and arrays and `step` to its state.
@@ -15,7 +19,14 @@ import numpy as np
 import optax
 
 from rmsprop_jax._types import checked_flag, checked_transformation
-from rmsprop_jax.interchange._groups import checked_groups, numbered
+from rmsprop_jax.interchange._groups import (
+    SLOTS,
+    checked_groups,
+    checked_state,
+    misshapen,
+    numbered,
+    untouched,
+)
 from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
 from rmsprop_jax.interchange._mapping import (
     KERNEL,
@@ -24,8 +35,8 @@ from rmsprop_jax.interchange._mapping import (
     Problems,
     as_count,
     as_number,
+    checked_collection,
     checked_count,
-    checked_fresh,
     checked_names,
     laid_out,
     layer,
@@ -35,7 +46,6 @@ from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
 _BIAS = ('.bias', 'bias')
-_SLOTS = {'nu': 'square_avg', 'mu': 'grad_avg', 'trace': 'momentum_buffer'}
 
 
 def linear(
@@ -78,6 +88,7 @@ def from_torch(
     *,
     names: Sequence[str] | None = None,
     fresh: Collection[str] = (),
+    frozen: Collection[str] = (),
     count: int | None = None,
     lr_in_momentum: bool = False,
 ) -> Any:
@@ -89,9 +100,12 @@ def from_torch(
         `dialects.torch` with a schedule, inside whatever wrappers.
       params: Our parameters.
       mapping: The pairs.
-      names: The parameters' names in the optimizer's order, unless the groups have them.
+      names: The parameters' names in the optimizer's order, through all groups, unless the groups
+        have them.
       fresh: Names of parameters that PyTorch keeps no state for, since they had no gradient yet.
         Theirs starts as `tx.init` makes it, as it would there.
+      frozen: Names of parameters that `tx` keeps no state for, as for `torch_optimizer`. Their
+        entries are left behind.
       count: The step count for schedules, where it is not the parameters' common `step`.
       lr_in_momentum: Whether the buffer holds the learning rate, as in timm's `RMSpropTF` by
         default; pass `tx = dialects.timm(...)` with it.
@@ -126,33 +140,33 @@ def from_torch(
     problems = Problems('the PyTorch state cannot be converted')
     checked_transformation('tx', tx)
     groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
-    held = _checked_state(state_dict.get('state'), problems)
-    checked_fresh(fresh)
+    held = checked_state(state_dict.get('state'), problems)
     lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
     count = None if count is None else checked_count(count)
-    pairs, _ = paired(mapping, params, problems)
+    pairs, leaves = paired(mapping, params, problems)
     by_name = {pair.theirs: pair for pair in pairs.values()}
-    columns: Columns = {name: {} for name in (*_SLOTS, 'ema')}
+    columns: Columns = {name: {} for name in (*SLOTS, 'ema')}
     parameters = numbered(groups, names, problems)
+    idle = untouched(parameters, held, fresh, frozen, by_name, problems)
     steps: dict[int, list[str]] = {}
-    for number in sorted(held.keys() - parameters.keys(), key=str):
-        problems.add(f'state {number!r} belongs to no parameter of the groups')
     for number, (name, _) in parameters.items():
         if name not in by_name:
             problems.add(f'{name!r} is in no pair')
-        elif number in held:
-            entry = held[number]
-            _read_entry(entry, by_name[name], lr_in_momentum, columns, problems)
+            continue
+        entry, pair = held.get(number), by_name[name]
+        wrong = misshapen(entry or {}, pair, leaves.get(str(pair.ours)), problems)
+        if entry and name not in idle and name not in fresh:
+            _read_entry(entry, pair, lr_in_momentum, columns, problems, wrong)
             steps.setdefault(_step(name, entry, problems), []).append(name)
-    for name in sorted(set(fresh) - by_name.keys(), key=str):
-        problems.add(f'{name!r}, said to be fresh, is in no pair')
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
         problems.add(f'parameters have taken different numbers of steps ({listed}): pass count')
 
     def describe(moment: str, path: str) -> str:
-        name = repr(pairs[path].theirs) if path in pairs else f'the parameter of {path!r}'
-        return f'{_SLOTS.get(moment, moment)} of {name}'
+        name = pairs[path].theirs if path in pairs else None
+        label = f'the parameter of {path!r}' if name is None else repr(name)
+        said = ', said to be frozen but with a place in tx,' if name in frozen else ''
+        return f'{SLOTS.get(moment, moment)} of {label}{said}'
 
     started = {str(by_name[name].ours) for name in fresh if name in by_name}
     writer = Writer(columns, describe, problems, started)
@@ -165,12 +179,15 @@ def _read_entry(
     negated: bool,
     columns: Columns,
     problems: Problems,
+    wrong: Collection[str],
 ) -> None:
-    """One parameter's arrays with our axes and signs, into `columns`."""
-    for key in sorted(entry.keys() - {*_SLOTS.values(), 'step'}, key=str):
+    """One parameter's arrays with our axes and signs, into `columns`; None for the `wrong` ones."""
+    for key in sorted(entry.keys() - {*SLOTS.values(), 'step'}, key=str):
         problems.add(f'{key} of {pair.theirs!r} is nothing that RMSProp keeps')
-    for moment, slot in _SLOTS.items():
-        if slot in entry:
+    for moment, slot in SLOTS.items():
+        if slot in wrong:
+            columns[moment][str(pair.ours)] = None
+        elif slot in entry:
             label, flip = f'{slot} of {pair.theirs!r}', negated and moment == 'trace'
             collect(columns, moment, pair, label, entry[slot], problems, negated=flip)
 
@@ -180,18 +197,6 @@ def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
     if step is None:
         problems.add(f'step of {name!r} is missing or no step count')
     return step or 0
-
-
-def _checked_state(state: Any, problems: Problems) -> Mapping[Any, Mapping[str, Any]]:
-    """What a state dictionary holds for each parameter."""
-    if not isinstance(state, Mapping):
-        problems.add("'state' is missing or no dictionary")
-        state = {}
-    for number, entry in state.items():
-        if not isinstance(entry, Mapping):
-            problems.add(f'state {number!r} is a {type(entry).__name__}, not a dictionary')
-    problems.raise_if_any()
-    return state
 
 
 def to_torch(
@@ -214,8 +219,10 @@ def to_torch(
       param_groups: `optimizer.state_dict()['param_groups']` of the optimizer that is to go on. They
         say how it numbers its parameters, and are passed on as they are. They must be its own:
         `load_state_dict` does not look at names or shapes.
-      names: The parameters' names in the optimizer's order, unless the groups have them.
-      fresh: Names of parameters in the groups that we keep no moments for.
+      names: The parameters' names in the optimizer's order, through all groups, unless the groups
+        have them.
+      fresh: Names of parameters in the groups that are written without state, such as those that
+        are frozen here.
       lr_in_momentum: As for `from_torch`.
       as_tensor: Applied to every array: `torch.from_numpy` for a dictionary to load.
 
@@ -228,7 +235,7 @@ def to_torch(
     """
     problems = Problems('the state cannot be written for PyTorch')
     checked_groups(param_groups, problems)
-    checked_fresh(fresh)
+    checked_collection('fresh', fresh)
     lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
     if not callable(as_tensor):
         raise TypeError(f'as_tensor must be a function of an array, got {as_tensor!r}.')
@@ -244,7 +251,7 @@ def to_torch(
         paths = {by_name.get(name) for name, _ in parameters.values()}
         for path in sorted(column.keys() - paths - {None}):
             problems.add(f'{moment} of {path!r} belongs to no parameter of the groups')
-        if moment not in _SLOTS and column:
+        if moment not in SLOTS and column:
             problems.add(f'PyTorch keeps no {moment}')
     entries: dict[Any, dict[str, Any]] = {}
     step = np.float32(max(moments.counts, default=0))
@@ -285,7 +292,7 @@ def _entry(
 ) -> dict[str, np.ndarray]:
     """One parameter's arrays under PyTorch's names, with its axes and signs."""
     entry: dict[str, np.ndarray] = {}
-    for moment, slot in _SLOTS.items():
+    for moment, slot in SLOTS.items():
         if moment not in held or param is None:
             continue
         array, label = held[moment], f'{moment} of {pair.ours!r}'

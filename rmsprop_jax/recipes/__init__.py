@@ -37,6 +37,7 @@ from rmsprop_jax.recipes._agents import dqn_nature as dqn_nature
 from rmsprop_jax.recipes._agents import impala_atari as impala_atari
 from rmsprop_jax.recipes._agents import impala_dmlab as impala_dmlab
 from rmsprop_jax.recipes._agents import impala_dmlab30 as impala_dmlab30
+from rmsprop_jax.recipes._agents import impala_torchbeast as impala_torchbeast
 from rmsprop_jax.recipes._agents import sb3_a2c as sb3_a2c
 from rmsprop_jax.recipes._agents import sb3_a2c_tf_like as sb3_a2c_tf_like
 from rmsprop_jax.recipes._average import ema_init as ema_init

@@ -184,13 +184,57 @@ def impala_atari(*, total_frames: float, frames_per_update: float, mean_over: in
     """IMPALA on Atari, second-hand: learning rate from 6e-4, epsilon 0.01, norm at most 40.
 
     The account gives these and decay 0.99; dialect, linear schedule and summed loss are taken over
-    from `impala_dmlab`, which is the same authors' code.
+    from `impala_dmlab`, which is the same authors' code. This is not torchbeast, whose first update
+    is another: its second moment starts at zero and epsilon is outside the root; see
+    `impala_torchbeast`.
 
     Arguments are those of `impala_dmlab`; `mean_over` divides the norm, too.
 
     Source: google-deepmind/optax#532.
     """
     return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over)
+
+
+def impala_torchbeast(
+    *, total_steps: float, steps_per_update: float, mean_over: int = 1
+) -> Optimizer:
+    """IMPALA of torchbeast: `clip_grad_norm_`, `torch.optim.RMSprop` and a rate that falls to zero.
+
+    ::
+
+        g  <- g min(1, 40 / (norm + 1e-6))
+        nu <- 0.99 nu + 0.01 g^2                                    from 0
+        p  <- p - learning_rate g / (sqrt(nu) + 0.01)
+
+    The learning rate falls from 4.8e-4, which is the default of both its learners; update n has
+    the share `1 - n steps_per_update / total_steps` of it. The loss is a sum over unrolls and their
+    steps.
+
+    Args:
+      total_steps: Environment steps of the whole training, `--total_steps`.
+      steps_per_update: `--unroll_length` times `--batch_size`: 640 by default.
+      mean_over: Over how many terms your loss averages where the source sums them: 640 for a mean
+        over all steps of all unrolls by default. Gradients are multiplied by it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> tx = recipes.impala_torchbeast(total_steps=30e6, steps_per_update=640)
+      >>> update, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> [round(float(u), 6) for u in update]  # -4.8e-4 g / (0.1 g + 0.01)
+      [-0.004645, -0.004683]
+
+    Source: facebookresearch/torchbeast 0af07b0, torchbeast/monobeast.py and polybeast_learner.py:
+    optimizer flags, `learn`, `train`, `lr_lambda` in it, `compute_policy_gradient_loss`.
+    """
+    r, terms = _records.IMPALA_TORCHBEAST, checked_steps('mean_over', mean_over, least=1)
+    total, share = ('total_steps', total_steps), ('steps_per_update', steps_per_update)
+    rate = linear_to_zero(r.learning_rate, total, share)
+    return precise_chain(
+        None if terms == 1 else optax.scale(float(terms)),
+        dialects.torch_clip_grad_norm(r.max_norm),
+        dialects.torch(rate, r.decay, r.eps),
+    )
 
 
 def _impala(r: Recipe, total_frames: float, frames_per_update: float, mean_over: int) -> Optimizer:

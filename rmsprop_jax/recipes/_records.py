@@ -218,7 +218,24 @@ IMPALA_ATARI = Recipe(
     eps=0.01,
     max_norm=40.0,
     loss='sum, if as for DMLab',
-    note='Dialect and schedule are those of the code for DMLab: that account does not give them.',
+    note='Dialect and schedule are those of the code for DMLab: that account does not give them. '
+    'Not torchbeast.',
+)
+IMPALA_TORCHBEAST = Recipe(
+    name='impala_torchbeast',
+    citation='Kuettler et al. 2019, TorchBeast, arXiv:1910.03552',
+    source='facebookresearch/torchbeast 0af07b0: torchbeast/monobeast.py and '
+    'polybeast_learner.py, flags, learn and train',
+    verified='code',
+    dialect='dialects.torch',
+    learning_rate=4.8e-4,
+    schedule='linear to 0',
+    decay=0.99,
+    eps=0.01,
+    max_norm=40.0,
+    loss='sum over 8 unrolls of 80 steps',
+    batch='8 unrolls of 80 steps',
+    note='The defaults of the code; its README trains Pong with a rate of 0.0004 and 4 unrolls.',
 )
 INCEPTION_V3 = Recipe(
     name='inception_v3',
@@ -347,6 +364,7 @@ RECIPES = (
     IMPALA_DMLAB,
     IMPALA_DMLAB30,
     IMPALA_ATARI,
+    IMPALA_TORCHBEAST,
     INCEPTION_V3,
     MNASNET,
     EFFICIENTNET,

@@ -127,6 +127,7 @@ def valid_torch() -> dict[str, Any]:
     row = np.full(3, 0.5, np.float32)
     moments = ('square_avg', 'grad_avg', 'momentum_buffer')
     group = {'lr': 0.1, 'alpha': 0.99, 'eps': 1e-8, 'weight_decay': 0, 'momentum': 0.9}
+    group |= {'maximize': False}
     return {
         'state': {
             0: {'step': 3.0, **dict.fromkeys(moments, matrix(0.5))},

@@ -143,7 +143,7 @@ def read(path: str | pathlib.Path, case: str) -> dict[str, Any]:
             which, part, name = key.split('/', 2)
             if which == case:
                 parts.setdefault(part, {})[name] = arrays[key]
-    if 'param_groups' in parts['state']:
+    if 'param_groups' in parts.get('state', {}):
         parts['state'] = _state_dict(parts['state'])
     return parts
 
