@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import operator
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -235,17 +236,6 @@ def precise_chain(
     return in_accumulator_precision(chain(*steps))
 
 
-# Arguments of this package's factories that must stay static.
-_STATIC = frozenset(
-    {
-        'ema_overwrite_frequency',
-        'gradient_accumulation_steps',
-        'mask',
-        'norm_type',
-        'sparse',
-        'storage',
-    }
-)
 _NONE_AT_ZERO = frozenset({'momentum', 'wd', 'weight_decay'})
 
 
@@ -265,8 +255,8 @@ def inject_hyperparams(
       complement of a changed decay is that of the float32 in the state, right to 3e-8. Under jit
       the last bit may differ where a schedule multiplies and adds, or where `sparse` rows are
       skipped, since XLA then rounds the two operations once in one program and twice in the other.
-    - Arguments that decide what a program looks like, such as a `mask` or a number of accumulation
-      steps, are left alone.
+    - Arguments that cannot be arrays, such as a `mask` or a number of accumulation steps, are left
+      alone.
     - A zero for weight decay or momentum stays a Python zero, which means 'none' where the factory
       says so; pass `jnp.array(0.0)` to be able to raise it later.
 
@@ -298,9 +288,11 @@ def inject_hyperparams(
         raise TypeError(f'inner_factory must be a function, got {inner_factory!r}.')
     if hyperparam_dtype is not None:
         _check_floating('hyperparam_dtype', hyperparam_dtype)
-    names = set(inspect.signature(inner_factory).parameters)
-    own = _is_own(inner_factory)
-    static = _checked_static(static_args, names) | (_STATIC & names if own else set())
+    parameters = inspect.signature(inner_factory).parameters
+    names, own = set(parameters), _is_own(inner_factory)
+    static = _checked_static(static_args, names)
+    if own:
+        static |= {name for name, x in parameters.items() if not _is_hyperparameter(x.annotation)}
 
     @functools.wraps(inner_factory)
     def wrapped(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -316,6 +308,11 @@ def inject_hyperparams(
         return for_state(tx, optax.InjectStatefulHyperparamsState)
 
     return wrapped
+
+
+def _is_hyperparameter(annotation: Any) -> bool:
+    """Whether an argument of that type may be an array, and so may change while training."""
+    return jax.Array in typing.get_args(annotation)
 
 
 def _is_own(factory: Any) -> bool:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import rmsprop_jax
-from rmsprop_jax import dialects, storage
+from rmsprop_jax import dialects, recipes, storage
 
 PARAMS = {
     'kernel': jnp.linspace(-2, 3, 12).reshape(4, 3),
@@ -183,6 +183,57 @@ def test_complement_of_what_was_given_is_exact():
     tx = optax.inject_hyperparams(rmsprop_jax.scale_by_rms)(decay=0.999)
     _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())), jnp.ones(()))
     assert state.inner_state.nu == np.float32(1) - np.float32(0.999)
+
+
+_EPOCHS = {'steps_per_epoch': 3, 'batch_size': 256}
+_FRAMES = {'total_frames': 4000.0, 'frames_per_update': 100.0}
+RECIPES = {
+    'graves': {},
+    'dqn_nature': {},
+    'dopamine_dqn': {},
+    'sb3_a2c': {},
+    'sb3_a2c_tf_like': {},
+    'wgan': {'network': 'critic'},
+    'a3c': {**_FRAMES, 'max_norm': 40.0},
+    'baselines_a2c': {'total_timesteps': 4000.0, 'batch_size': 100.0},
+    'impala_dmlab': _FRAMES,
+    'impala_dmlab30': _FRAMES,
+    'impala_atari': {**_FRAMES, 'mean_over': 8},
+    'impala_torchbeast': {'total_steps': 4000.0, 'steps_per_update': 100.0},
+    'inception_v3': _EPOCHS,
+    'mnasnet': _EPOCHS,
+    'efficientnet': _EPOCHS,
+    'mobilenet_v2': _EPOCHS,
+    'efficientnet_timm': {**_EPOCHS, 'warmup_epochs': 2},
+    'mobilenet_v3_timm': {'steps_per_epoch': 3, 'warmup_epochs': 2},
+}
+
+
+def test_every_recipe_is_injected():
+    assert RECIPES.keys() == {recipe.name for recipe in recipes.RECIPES}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes_with_a_rate_to_read_and_change(name):
+    recipe, arguments = getattr(recipes, name), RECIPES[name]
+    inject = rmsprop_jax.inject_hyperparams(recipe)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2.0**-22)
+    plain, _ = trajectory(recipe(**arguments), steps=8)
+    injected, state = trajectory(inject(**arguments), steps=8)
+    jax.tree.map(close, injected, plain)
+    constant = next(r for r in recipes.RECIPES if r.name == name).schedule == 'constant'
+    assert ('learning_rate' in state.hyperparams) == constant
+    # A rate that is given is a constant one, whatever was published.
+    given, _ = trajectory(recipe(**arguments, learning_rate=0.5), steps=8)
+    tx = inject(**arguments, learning_rate=0.1)
+
+    def faster(state):
+        return state._replace(hyperparams={'learning_rate': jnp.array(0.5)})
+
+    changed, _ = trajectory(tx, faster, steps=8)
+    jax.tree.map(close, changed, given)
+    first = tx.init(PARAMS).hyperparams['learning_rate']
+    assert first == np.float32(0.1)
 
 
 def test_partial_of_a_factory_is_one():

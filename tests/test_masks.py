@@ -123,6 +123,7 @@ def test_groups_of_a_callable_tree(home):
         'weight_decay': 0,
         'momentum': 0,
         'centered': False,
+        'maximize': False,
     }
     groups = [{'params': [0], **group}, {'params': [1], **group, 'lr': 0.0}]
     state_dict = {'state': {}, 'param_groups': groups}

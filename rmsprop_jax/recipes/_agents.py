@@ -8,15 +8,17 @@ import optax
 from rmsprop_jax import dialects
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_global_norm
-from rmsprop_jax._types import checked_steps
+from rmsprop_jax._types import ScalarOrSchedule, checked_steps
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._records import Recipe
-from rmsprop_jax.recipes._schedules import linear_to_zero
+from rmsprop_jax.recipes._schedules import linear_to_zero, or_else
 
 Optimizer = optax.GradientTransformationExtraArgs
 
 
-def dqn_nature(*, mean_over: int = 1) -> Optimizer:
+def dqn_nature(
+    *, learning_rate: ScalarOrSchedule = _records.DQN_NATURE.learning_rate, mean_over: int = 1
+) -> Optimizer:
     """DQN of 2015 as its Lua code runs it: centered, without a velocity, epsilon of a summed loss.
 
     ::
@@ -29,6 +31,7 @@ def dqn_nature(*, mean_over: int = 1) -> Optimizer:
     decay of `m`. The learning rate stays, and there is no weight cost: `run_gpu` sets neither.
 
     Args:
+      learning_rate: Step size: the published one, or a number or schedule in its place.
       mean_over: Over how many terms your loss averages where the source sums them: 32 for a mean
         over the batch, which makes epsilon 0.01 / 32^2.
 
@@ -49,24 +52,35 @@ def dqn_nature(*, mean_over: int = 1) -> Optimizer:
     (update), `getQUpdate` (clipping), `__init` (defaults); run_gpu (`lr`, `minibatch_size`).
     """
     r, terms = _records.DQN_NATURE, checked_steps('mean_over', mean_over, least=1)
-    return rmsprop(r.learning_rate, r.decay, r.eps / terms**2, centered=r.centered)
+    return rmsprop(learning_rate, r.decay, r.eps / terms**2, centered=r.centered)
 
 
-def dopamine_dqn() -> Optimizer:
+def dopamine_dqn(
+    *, learning_rate: ScalarOrSchedule = _records.DOPAMINE_DQN.learning_rate
+) -> Optimizer:
     """Dopamine's DQN with the settings of 2015: `dialects.tensorflow`, epsilon of a mean loss.
 
     Learning rate 2.5e-4, decay 0.95, epsilon 1e-5 inside the root, centered. The loss is the mean
     of a Huber loss over 32 transitions; 1e-5 is near 0.01 / 32^2, see `dqn_nature`. Its second
     moment starts at one, where the code of 2015 starts at zero.
 
+    Args:
+      learning_rate: Step size: the published one, or a number or schedule in its place.
+
     Source: google/dopamine a804d3c, dopamine/tf/agents/dqn/configs/dqn_nature.gin, lines 17-23, and
     a13d583, dopamine/tf/agents/dqn/dqn_agent.py, `_build_train_op`.
     """
     r = _records.DOPAMINE_DQN
-    return dialects.tensorflow(r.learning_rate, r.decay, r.momentum, r.eps, centered=r.centered)
+    return dialects.tensorflow(learning_rate, r.decay, r.momentum, r.eps, centered=r.centered)
 
 
-def a3c(*, total_frames: float, frames_per_update: float, max_norm: float | None) -> Optimizer:
+def a3c(
+    *,
+    total_frames: float,
+    frames_per_update: float,
+    max_norm: float | None,
+    learning_rate: ScalarOrSchedule | None = None,
+) -> Optimizer:
     """A3C, second-hand: RMSProp whose learning rate falls from 7e-4 to zero.
 
     ::
@@ -83,17 +97,21 @@ def a3c(*, total_frames: float, frames_per_update: float, max_norm: float | None
       frames_per_update: How many frames lie between two updates.
       max_norm: The largest norm of all gradients together. One account of the authors' e-mails has
         40, the other mentions no clipping, which is None.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: the wiki of muupan/async-rl (values, schedule); miyosuda/async_deep_reinforce#1 (the
     same values, and clipping).
     """
     r = _records.A3C
-    rate = _falling(r, total_frames, frames_per_update)
+    rate = _falling(r, total_frames, frames_per_update, learning_rate)
     step = rmsprop(rate, r.decay, r.eps)
     return step if max_norm is None else precise_chain(clip_global_norm('max_norm', max_norm), step)
 
 
-def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
+def baselines_a2c(
+    *, total_timesteps: float, batch_size: float, learning_rate: ScalarOrSchedule | None = None
+) -> Optimizer:
     """A2C of OpenAI Baselines: gradients clipped, then `dialects.tensorflow`, falling rate.
 
     The norm of all gradients is at most 0.5, decay is 0.99, epsilon 1e-5 inside the root. The
@@ -104,6 +122,8 @@ def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
     Args:
       total_timesteps: Environment steps of the whole training; the source's default is 80e6.
       batch_size: Environment steps in an update: environments times 5 by default.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: openai/baselines 015dc21, baselines/a2c/a2c.py, `Model.__init__` and `train` in it; and
     45c0b17, baselines/a2c/utils.py, `Scheduler` and `linear`.
@@ -111,15 +131,18 @@ def baselines_a2c(*, total_timesteps: float, batch_size: float) -> Optimizer:
     r = _records.BASELINES_A2C
     total, share = ('total_timesteps', total_timesteps), ('batch_size', batch_size)
     rate = linear_to_zero(r.learning_rate, total, share, last_of_share=True)
-    step = dialects.tensorflow(rate, r.decay, r.momentum, r.eps)
+    step = dialects.tensorflow(or_else(learning_rate, rate), r.decay, r.momentum, r.eps)
     return precise_chain(clip_global_norm('max_norm', r.max_norm), step)
 
 
-def sb3_a2c() -> Optimizer:
+def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate) -> Optimizer:
     """A2C of Stable-Baselines3: `torch.nn.utils.clip_grad_norm_` and `torch.optim.RMSprop`.
 
     Norm at most 0.5, constant learning rate 7e-4, decay 0.99, epsilon 1e-5 outside the root. The
     loss is a mean over the batch.
+
+    Args:
+      learning_rate: Step size: the published one, or a number or schedule in its place.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,24 +156,35 @@ def sb3_a2c() -> Optimizer:
     `A2C.train`.
     """
     r = _records.SB3_A2C
-    step = dialects.torch(r.learning_rate, r.decay, r.eps)
+    step = dialects.torch(learning_rate, r.decay, r.eps)
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
-def sb3_a2c_tf_like() -> Optimizer:
+def sb3_a2c_tf_like(
+    *, learning_rate: ScalarOrSchedule = _records.SB3_A2C_TF_LIKE.learning_rate
+) -> Optimizer:
     """`sb3_a2c` with `RMSpropTFLike` and epsilon 1e-5, now inside the root; start value one.
 
     This is what the manual of Stable-Baselines3 advises for matching its TensorFlow predecessor.
+
+    Args:
+      learning_rate: Step size: the published one, or a number or schedule in its place.
 
     Source: DLR-RM/stable-baselines3 46449ad, docs/modules/a2c.md, the first warning; decay is the
     optimizer's default.
     """
     r = _records.SB3_A2C_TF_LIKE
-    step = dialects.stable_baselines3(r.learning_rate, r.decay, r.eps)
+    step = dialects.stable_baselines3(learning_rate, r.decay, r.eps)
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
-def impala_dmlab(*, total_frames: float, frames_per_update: float, mean_over: int = 1) -> Optimizer:
+def impala_dmlab(
+    *,
+    total_frames: float,
+    frames_per_update: float,
+    mean_over: int = 1,
+    learning_rate: ScalarOrSchedule | None = None,
+) -> Optimizer:
     """IMPALA on a level of DeepMind Lab: `dialects.tensorflow`, a rate that falls, no clipping.
 
     The learning rate falls from 4.8e-4 to zero with the frames; decay is 0.99, epsilon 0.1 inside
@@ -161,15 +195,21 @@ def impala_dmlab(*, total_frames: float, frames_per_update: float, mean_over: in
       frames_per_update: Unrolls in a batch, times steps, times action repeats: 12800 in the source.
       mean_over: Over how many terms your loss averages where the source sums them: 3200 for a mean
         over all steps of all unrolls. Divides epsilon and the start value by its square.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: google-deepmind/scalable_agent 103308a, experiment.py, optimizer flags, `build_learner`,
     `compute_policy_gradient_loss`; 1e70452, README.md (batch of 32).
     """
-    return _impala(_records.IMPALA_DMLAB, total_frames, frames_per_update, mean_over)
+    return _impala(_records.IMPALA_DMLAB, total_frames, frames_per_update, mean_over, learning_rate)
 
 
 def impala_dmlab30(
-    *, total_frames: float, frames_per_update: float, mean_over: int = 1
+    *,
+    total_frames: float,
+    frames_per_update: float,
+    mean_over: int = 1,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """`impala_dmlab` with the learning rate for all of DMLab-30, 3.19e-4 at first.
 
@@ -177,10 +217,18 @@ def impala_dmlab30(
 
     Source: google-deepmind/scalable_agent 1e70452, README.md, 'Distributed Training on DMLab-30'.
     """
-    return _impala(_records.IMPALA_DMLAB30, total_frames, frames_per_update, mean_over)
+    return _impala(
+        _records.IMPALA_DMLAB30, total_frames, frames_per_update, mean_over, learning_rate
+    )
 
 
-def impala_atari(*, total_frames: float, frames_per_update: float, mean_over: int = 1) -> Optimizer:
+def impala_atari(
+    *,
+    total_frames: float,
+    frames_per_update: float,
+    mean_over: int = 1,
+    learning_rate: ScalarOrSchedule | None = None,
+) -> Optimizer:
     """IMPALA on Atari, second-hand: learning rate from 6e-4, epsilon 0.01, norm at most 40.
 
     The account gives these and decay 0.99; dialect, linear schedule and summed loss are taken over
@@ -192,11 +240,15 @@ def impala_atari(*, total_frames: float, frames_per_update: float, mean_over: in
 
     Source: google-deepmind/optax#532.
     """
-    return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over)
+    return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over, learning_rate)
 
 
 def impala_torchbeast(
-    *, total_steps: float, steps_per_update: float, mean_over: int = 1
+    *,
+    total_steps: float,
+    steps_per_update: float,
+    mean_over: int = 1,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """IMPALA of torchbeast: `clip_grad_norm_`, `torch.optim.RMSprop` and a rate that falls to zero.
 
@@ -215,6 +267,8 @@ def impala_torchbeast(
       steps_per_update: `--unroll_length` times `--batch_size`: 640 by default.
       mean_over: Over how many terms your loss averages where the source sums them: 640 for a mean
         over all steps of all unrolls by default. Gradients are multiplied by it.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Example:
       >>> import jax.numpy as jnp
@@ -233,13 +287,15 @@ def impala_torchbeast(
     return precise_chain(
         None if terms == 1 else optax.scale(float(terms)),
         dialects.torch_clip_grad_norm(r.max_norm),
-        dialects.torch(rate, r.decay, r.eps),
+        dialects.torch(or_else(learning_rate, rate), r.decay, r.eps),
     )
 
 
-def _impala(r: Recipe, total_frames: float, frames_per_update: float, mean_over: int) -> Optimizer:
+def _impala(
+    r: Recipe, total_frames: float, frames_per_update: float, mean_over: int, learning_rate: Any
+) -> Optimizer:
     terms = checked_steps('mean_over', mean_over, least=1)
-    rate = _falling(r, total_frames, frames_per_update)
+    rate = _falling(r, total_frames, frames_per_update, learning_rate)
     # dialects.tensorflow, but for the start value, which has the unit of epsilon.
     step = rmsprop(
         rate, r.decay, r.eps / terms**2, initial_scale=1.0 / terms**2, momentum=r.momentum
@@ -249,6 +305,6 @@ def _impala(r: Recipe, total_frames: float, frames_per_update: float, mean_over:
     return precise_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
 
 
-def _falling(r: Recipe, total_frames: Any, frames_per_update: Any) -> Any:
+def _falling(r: Recipe, total_frames: Any, frames_per_update: Any, learning_rate: Any) -> Any:
     total, share = ('total_frames', total_frames), ('frames_per_update', frames_per_update)
-    return linear_to_zero(r.learning_rate, total, share)
+    return or_else(learning_rate, linear_to_zero(r.learning_rate, total, share))

@@ -16,6 +16,7 @@ from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._masks import slim_decay_mask, tensorflow_decay_mask, timm_decay_mask
 from rmsprop_jax.recipes._records import Recipe
 from rmsprop_jax.recipes._schedules import (
+    or_else,
     scaled_rate,
     staircase,
     staircase_by_epoch,
@@ -25,22 +26,29 @@ from rmsprop_jax.recipes._schedules import (
 Optimizer = optax.GradientTransformationExtraArgs
 
 
-def graves() -> Optimizer:
+def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -> Optimizer:
     """Graves 2013, second-hand: `dialects.graves` with the constants of its equations 38 to 45.
 
     Learning rate 1e-4, decay 0.95, momentum 0.9, epsilon 1e-4 inside the root, centered. How the
     loss is reduced, and within which bounds derivatives are clipped, is not verified: that clipping
     is inside the network and not part of this.
 
+    Args:
+      learning_rate: Step size: the published one, or a number or schedule in its place.
+
     Source: chainer/chainer 0c89f4d, chainer/optimizers/rmsprop_graves.py, whose defaults are said
     to be the paper's, arXiv:1308.0850.
     """
     r = _records.GRAVES
-    return dialects.graves(r.learning_rate, r.decay, r.momentum, r.eps)
+    return dialects.graves(learning_rate, r.decay, r.momentum, r.eps)
 
 
 def inception_v3(
-    *, steps_per_epoch: float, batch_size: float, mask: Any = slim_decay_mask
+    *,
+    steps_per_epoch: float,
+    batch_size: float,
+    mask: Any = slim_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """Inception-v3 as the code for TPUs trains it: `dialects.tensorflow` with epsilon 1.
 
@@ -58,16 +66,22 @@ def inception_v3(
       steps_per_epoch: Updates per epoch, not necessarily whole: 1281167 / 1024 in the source.
       batch_size: Examples in an update.
       mask: What decays; see `describe_mask`.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: tensorflow/tpu 4a4a9e0, models/experimental/inception/inception_v3.py, flags, constants
     and `inception_model_fn`; for L2 tensorflow/tensorflow 1ea933c,
     tensorflow/contrib/slim/python/slim/nets/inception_v3.py, `inception_v3_arg_scope`.
     """
-    return _tensorflow(_records.INCEPTION_V3, steps_per_epoch, batch_size, mask)
+    return _tensorflow(_records.INCEPTION_V3, steps_per_epoch, batch_size, mask, learning_rate)
 
 
 def mnasnet(
-    *, steps_per_epoch: float, batch_size: float, mask: Any = tensorflow_decay_mask
+    *,
+    steps_per_epoch: float,
+    batch_size: float,
+    mask: Any = tensorflow_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """MnasNet as the code for TPUs trains it: what `efficientnet` does, at batch 1024.
 
@@ -76,11 +90,15 @@ def mnasnet(
     Source: tensorflow/tpu c08e52a, models/official/mnasnet/mnasnet_main.py, `mnasnet_model_fn`;
     5ef64b7, mnasnet_utils.py; 1aff05d, configs/mnasnet_config.py.
     """
-    return _tensorflow(_records.MNASNET, steps_per_epoch, batch_size, mask)
+    return _tensorflow(_records.MNASNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
 def efficientnet(
-    *, steps_per_epoch: float, batch_size: float, mask: Any = tensorflow_decay_mask
+    *,
+    steps_per_epoch: float,
+    batch_size: float,
+    mask: Any = tensorflow_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """EfficientNet as the code for TPUs trains it: `dialects.tensorflow` with epsilon 1e-3.
 
@@ -100,15 +118,21 @@ def efficientnet(
       steps_per_epoch: Updates per epoch, not necessarily whole: 1281167 / 2048 in the source.
       batch_size: Examples in an update.
       mask: What decays; see `describe_mask`.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: tensorflow/tpu 01b6706, models/official/efficientnet/main.py, flags and `model_fn`;
     139e1f4, utils.py, `build_learning_rate`, `build_optimizer`, `get_ema_vars`.
     """
-    return _tensorflow(_records.EFFICIENTNET, steps_per_epoch, batch_size, mask)
+    return _tensorflow(_records.EFFICIENTNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
 def mobilenet_v2(
-    *, steps_per_epoch: float, batch_size: float, mask: Any = slim_decay_mask
+    *,
+    steps_per_epoch: float,
+    batch_size: float,
+    mask: Any = slim_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """MobileNetV2 as TF-Slim's README advises: `dialects.tensorflow` with epsilon 1.
 
@@ -126,12 +150,14 @@ def mobilenet_v2(
       steps_per_epoch: Updates per epoch of the whole batch, not necessarily whole.
       batch_size: Examples in an update: 96 times the number of GPUs.
       mask: What decays; see `describe_mask`.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: tensorflow/models 0ba83cf, research/slim/nets/mobilenet/README.md; 64f40ce,
     research/slim/train_image_classifier.py, flags, `_configure_learning_rate`,
     `_configure_optimizer`; 02c04f4, research/slim/nets/mobilenet/mobilenet.py, `training_scope`.
     """
-    return _tensorflow(_records.MOBILENET_V2, steps_per_epoch, batch_size, mask)
+    return _tensorflow(_records.MOBILENET_V2, steps_per_epoch, batch_size, mask, learning_rate)
 
 
 def efficientnet_timm(
@@ -140,6 +166,7 @@ def efficientnet_timm(
     warmup_epochs: int,
     batch_size: float,
     mask: Any = timm_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """EfficientNet-B0, B2 and ES as timm trains them: `dialects.timm` with epsilon 1e-3.
 
@@ -160,17 +187,23 @@ def efficientnet_timm(
       warmup_epochs: The commands leave it to the script's default, which was 3 and later 5.
       batch_size: Examples in an update.
       mask: What decays; see `describe_mask`.
+      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
+        published schedule; None keeps that.
 
     Source: huggingface/pytorch-image-models 3034f27, hfdocs/source/training_script.mdx; 59b3d86,
     timm/scheduler/step_lr.py; 0001522, timm/optim/_param_groups.py, `param_groups_weight_decay`;
     train.py 004fb5f and 2aabaef (momentum, warm-up, no warm-up prefix).
     """
     r = _records.EFFICIENTNET_TIMM
-    return _timm(r, scaled_rate(r, batch_size), steps_per_epoch, warmup_epochs, mask)
+    return _timm(r, scaled_rate(r, batch_size), steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
 def mobilenet_v3_timm(
-    *, steps_per_epoch: int, warmup_epochs: int, mask: Any = timm_decay_mask
+    *,
+    steps_per_epoch: int,
+    warmup_epochs: int,
+    mask: Any = timm_decay_mask,
+    learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
     """MobileNetV3-Large as timm trains it: `efficientnet_timm` with rate 0.064 and factor 0.973.
 
@@ -183,10 +216,14 @@ def mobilenet_v3_timm(
     'MobileNetV3-Large-100'; the rest as `efficientnet_timm`.
     """
     r = _records.MOBILENET_V3_TIMM
-    return _timm(r, r.learning_rate, steps_per_epoch, warmup_epochs, mask)
+    return _timm(r, r.learning_rate, steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
-def wgan(*, network: Literal['critic', 'generator']) -> Optimizer:
+def wgan(
+    *,
+    network: Literal['critic', 'generator'],
+    learning_rate: ScalarOrSchedule = _records.WGAN.learning_rate,
+) -> Optimizer:
     """Wasserstein GAN: `dialects.torch` with its defaults at rate 5e-5; the critic is clamped.
 
     ::
@@ -206,6 +243,7 @@ def wgan(*, network: Literal['critic', 'generator']) -> Optimizer:
 
     Args:
       network: Which of the two networks it is for.
+      learning_rate: Step size: the published one, or a number or schedule in its place.
 
     Raises:
       ValueError: For another name.
@@ -222,7 +260,7 @@ def wgan(*, network: Literal['critic', 'generator']) -> Optimizer:
     Source: martinarjovsky/WassersteinGAN 2cf43ba, main.py, options and training loop.
     """
     r = _records.WGAN
-    step = dialects.torch(r.learning_rate, r.decay, r.eps)
+    step = dialects.torch(learning_rate, r.decay, r.eps)
     if network == 'generator':
         return step
     if network != 'critic':
@@ -242,15 +280,24 @@ def wgan_clamp(params: Any) -> Any:
     return tree_map_with_path(leaf, params)
 
 
-def _tensorflow(r: Recipe, steps_per_epoch: Any, batch_size: Any, mask: Any) -> Optimizer:
-    rate = staircase(scaled_rate(r, batch_size), staircase_of(r), steps_per_epoch)
+def _tensorflow(
+    r: Recipe, steps_per_epoch: Any, batch_size: Any, mask: Any, learning_rate: Any
+) -> Optimizer:
+    published = staircase(scaled_rate(r, batch_size), staircase_of(r), steps_per_epoch)
+    rate = or_else(learning_rate, published)
     return _decayed(r, dialects.tensorflow(rate, r.decay, r.momentum, r.eps), mask)
 
 
-def _timm(r: Recipe, peak: float, steps_per_epoch: Any, warmup_epochs: Any, mask: Any) -> Optimizer:
-    rate: ScalarOrSchedule = staircase_by_epoch(
-        peak, staircase_of(r), steps_per_epoch, warmup_epochs
-    )
+def _timm(
+    r: Recipe,
+    peak: float,
+    steps_per_epoch: Any,
+    warmup_epochs: Any,
+    mask: Any,
+    learning_rate: Any,
+) -> Optimizer:
+    published = staircase_by_epoch(peak, staircase_of(r), steps_per_epoch, warmup_epochs)
+    rate = or_else(learning_rate, published)
     return _decayed(r, dialects.timm(rate, r.decay, r.eps, momentum=r.momentum), mask)
 
 

@@ -22,6 +22,11 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def or_else(given: Any, published: Callable[[Any], Any]) -> Any:
+    """The rate that the caller gives in the place of the published schedule, if any."""
+    return published if given is None else given
+
+
 def staircase_of(recipe: Recipe) -> Staircase:
     """The staircase of a recipe that has one."""
     assert isinstance(recipe.schedule, Staircase)
