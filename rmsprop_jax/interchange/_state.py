@@ -17,7 +17,14 @@ from jax.tree_util import (
 
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState, TraceState, checked_leaves
-from rmsprop_jax.interchange._mapping import Pair, Problems, as_array, laid_out, named_leaves
+from rmsprop_jax.interchange._mapping import (
+    Pair,
+    Problems,
+    as_array,
+    laid_out,
+    named_leaves,
+    sharding_of,
+)
 from rmsprop_jax.storage._formats import STATISTICS, Factors
 
 # By name, since Optax exports only two of these classes.
@@ -157,14 +164,12 @@ def collect(
     label: str,
     value: Any,
     problems: Problems,
-    *,
-    negated: bool = False,
 ) -> None:
-    """Puts one of their arrays into `columns`, with our axes and sign, or notes its fault."""
+    """Puts one of their arrays into `columns`, with our axes, or notes its fault."""
     array = as_array(label, value, problems)
     if array is not None:
         array = laid_out(label, pair.layout.to_ours, array, problems)
-    columns[moment][str(pair.ours)] = -array if negated and array is not None else array
+    columns[moment][str(pair.ours)] = array
 
 
 def wide(array: Any) -> np.ndarray:
@@ -181,7 +186,7 @@ def square(mean: Any, weight: float) -> np.ndarray:
 
 def refilled(leaf: Any, value: Any) -> Any:
     """A number in the place of a leaf, with its dtype and sharding."""
-    return jax.device_put(np.asarray(value).astype(leaf.dtype), getattr(leaf, 'sharding', None))
+    return jax.device_put(np.asarray(value).astype(leaf.dtype), sharding_of(leaf))
 
 
 def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:
