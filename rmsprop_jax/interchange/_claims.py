@@ -91,6 +91,7 @@ def _claim(
         inside,
         eps_in_sqrt=None if dialect is None else dialect is not dialects.torch,
         said=said,
+        climbs=bool(numbers.get('maximize')),
         undo=f'change one of the two, or delete the entry from {label} to leave it uncompared',
     )
 

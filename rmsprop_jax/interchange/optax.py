@@ -15,6 +15,7 @@ from rmsprop_jax.interchange._sides import Claim, checked_source, settle
 from rmsprop_jax.interchange._state import Moments, read
 from rmsprop_jax.interchange._write import Writer
 
+_NAMES = {'cautious': 'caution', 'coupled': 'weight decay'}
 _OPTAX = Claim('optax.rmsprop', inside=True, sign=1.0, extras=True)
 
 
@@ -102,13 +103,13 @@ def _measured(tx: Any, state: Any, params: Any, count: int) -> dict[str, Claim]:
         outside = (
             action.steady_gain and near(abs(action.gain or 0.0), 1) and not near(action.response, 1)
         )
-        names = ('rate', 'decay', 'eps', 'momentum', 'nesterov', 'cautious')
+        names = ('rate', 'decay', 'eps', 'momentum', 'nesterov', 'cautious', 'coupled')
         claims[path] = Claim(
             'source',
             inside=not outside and action.steady,
             sign=action.response,
             eps_in_sqrt=action.eps_in_sqrt,
-            said={name: (name, getattr(action, name)) for name in names},
+            said={x: (_NAMES.get(x, x), getattr(action, x)) for x in names},
             undo='give both transformations the same arguments',
             extras=True,
         )
