@@ -240,7 +240,7 @@ def accumulate(inner: Step, every: int) -> Optimizer:
             zero = jax.tree.map(jnp.zeros_like, updates)
             return zero, AccumulateState(state.mini_step + 1, total, state.inner)
 
-        return lax.cond(state.mini_step == every - 1, step, wait)
+        return lax.cond(state.mini_step >= every - 1, step, wait)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -128,7 +128,9 @@ def test_float32_round_trips_and_keeps_their_dtype():
     tx = interchange.torch_optimizer(theirs, params, pairs, names=['fc.weight'])
     state = interchange.from_torch(theirs, tx, params, pairs, names=['fc.weight'])
     assert optax.tree.get(state, 'nu')['fc']['kernel'].dtype == jnp.float32
-    found = interchange.to_torch(state, params, pairs, theirs['param_groups'], names=['fc.weight'])
+    found = interchange.to_torch(
+        state, params, pairs, theirs['param_groups'], names=['fc.weight'], tx=tx
+    )
     assert_same(found, theirs)
 
 
@@ -199,7 +201,7 @@ def test_optax_trains_on_here_and_we_there(settings: dict[str, Any], is_complex:
     assert ours.worst(params['layer'], end['layer']) < EXACT
 
     params, state = ours.run(here, start, here.init(start), 0, HALF)
-    moved = interchange.to_optax(state, theirs, params, decay=decay)
+    moved = interchange.to_optax(state, theirs, params, source=here, decay=decay)
     assert jax.tree.structure(moved) == jax.tree.structure(theirs.init(params))
     params, _ = ours.run(theirs, params, moved, HALF, END)
     assert ours.worst(params['layer'], end['layer']) < EXACT
@@ -214,7 +216,7 @@ def test_optax_round_trips(settings: dict[str, Any]):
     if not settings['bias_correction']:
         decay = None
     moved = interchange.from_optax(state, here, params, decay=decay)
-    found = interchange.to_optax(moved, theirs, params, decay=decay)
+    found = interchange.to_optax(moved, theirs, params, source=here, decay=decay)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         if settings['centered']:
@@ -287,7 +289,8 @@ def _params() -> Any:
 
 
 def _schedules() -> optax.GradientTransformation:
-    return dialects.torch(optax.linear_schedule(0.1, 0.0, 10), momentum=0.9)
+    # At the step at which the state is, the rate of the group.
+    return dialects.torch(optax.piecewise_constant_schedule(0.1, {8: 0.5}), momentum=0.9)
 
 
 WRAPPERS = {
@@ -295,13 +298,15 @@ WRAPPERS = {
     'chain': lambda: optax.chain(optax.clip(1.0), optax.chain(_schedules())),
     'masked': lambda: optax.masked(_schedules(), True),
     'partition': lambda: optax.partition(
-        {'a': _schedules(), 'b': dialects.torch(momentum=0.9)},
+        {'a': _schedules(), 'b': dialects.torch(0.1, momentum=0.9)},
         {'fc': {'kernel': 'a', 'bias': 'b'}},
     ),
     'MultiSteps': lambda: optax.MultiSteps(_schedules(), 2).gradient_transformation(),
     'inject': lambda: rmsprop_jax.inject_hyperparams(dialects.torch)(0.1, momentum=0.9),
     'finite': lambda: optax.apply_if_finite(_schedules(), 3),
-    'optax.trace': lambda: optax.chain(rmsprop_jax.scale_by_rms(), optax.trace(0.9)),
+    'optax.trace': lambda: optax.chain(
+        rmsprop_jax.scale_by_rms(0.99, eps_in_sqrt=False), optax.trace(0.9), optax.scale(-0.1)
+    ),
 }
 
 
@@ -318,7 +323,7 @@ def test_the_state_is_found_inside_every_wrapper(name: str):
     ]
     assert counts
     assert set(counts) == {7}
-    found = interchange.to_torch(state, params, _fc(), _theirs()['param_groups'])
+    found = interchange.to_torch(state, params, _fc(), _theirs()['param_groups'], tx=tx)
     assert_same(found['state'], _theirs()['state'])
     jax.jit(tx.update)(params, state, params)
 
@@ -327,19 +332,19 @@ def test_a_state_in_the_middle_of_an_accumulation_is_refused():
     tx, params = WRAPPERS['MultiSteps'](), _params()
     _, state = tx.update(params, tx.init(params), params)
     with pytest.raises(interchange.InterchangeError, match='mini_step is 1'):
-        interchange.to_torch(state, params, _fc(), _theirs()['param_groups'])
+        interchange.to_torch(state, params, _fc(), _theirs()['param_groups'], tx=tx)
     with pytest.raises(interchange.InterchangeError, match='in the middle of an accumulation'):
         interchange.from_keras(
-            {'iteration': np.int64(7)}, dialects.keras(), {}, [], gradient_accumulation_steps=2
+            {'iteration': np.int64(7)}, dialects.keras(gradient_accumulation_steps=2), {}, []
         )
 
 
 def test_flax_nnx_parameters_are_named_without_their_value():
     model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     params = nnx.state(model, nnx.Param)
-    tx = dialects.torch(momentum=0.9)
+    tx = dialects.torch(0.1, momentum=0.9)
     state = interchange.from_torch(_theirs(), tx, params, _fc())
-    found = interchange.to_torch(state, params, _fc(), _theirs()['param_groups'])
+    found = interchange.to_torch(state, params, _fc(), _theirs()['param_groups'], tx=tx)
     assert_same(found['state'], _theirs()['state'])
     names = interchange.parameters_to(params, _fc())
     assert {name: x.shape for name, x in names.items()} == {'fc.weight': (3, 2), 'fc.bias': (3,)}
@@ -389,6 +394,8 @@ def test_written_state_lies_where_the_parameters_do():
     params['fc']['kernel'] = jax.device_put(params['fc']['kernel'], spec)
     state = interchange.from_torch(_theirs(), _schedules(), params, _fc())
     assert optax.tree.get(state, 'nu')['fc']['kernel'].sharding == spec
+    # Counts go along with it.
+    jax.jit(_schedules().update)(params, state, params)
 
 
 def test_the_learning_rate_of_keras_goes_where_it_is_injected():
@@ -402,8 +409,11 @@ def test_the_learning_rate_of_keras_goes_where_it_is_injected():
     state = interchange.from_keras(theirs, tx, params, pairs)
     assert state.hyperparams['learning_rate'] == 0.25
     assert interchange.to_keras(state, params, pairs)['learning_rate'] == np.float32(0.25)
-    # A schedule in its place is not overruled.
+    # A schedule in its place is not overruled, and has to agree.
     tx = rmsprop_jax.inject_hyperparams(dialects.keras)(optax.constant_schedule(0.1))
+    (found,) = _problems(lambda: interchange.from_keras(theirs, tx, params, pairs))
+    assert found.startswith("'w': learning_rate is 0.25 there, and 0.1 in tx after 5 steps")
+    del theirs['rm_sprop/learning_rate']
     state = interchange.from_keras(theirs, tx, params, pairs)
     assert state.hyperparams['learning_rate'] == jnp.float32(0.1)
     assert 'learning_rate' not in interchange.to_keras(state, params, pairs)
@@ -443,14 +453,19 @@ def test_every_offending_entry_is_listed():
 
 def test_moments_without_a_place_are_refused():
     params = _params()
-    found = _problems(lambda: interchange.from_torch(_theirs(), dialects.torch(), params, _fc()))
-    assert found == tuple(
+    found = _problems(lambda: interchange.from_torch(_theirs(), dialects.torch(0.1), params, _fc()))
+    assert found[:2] == tuple(
+        f"'fc/{name}': momentum is 0.9 there, and 0 in tx after 7 steps: change one of the two, or "
+        'delete the entry from group 0 to leave it uncompared'
+        for name in ('kernel', 'bias')
+    )
+    assert found[2:] == tuple(
         f'momentum_buffer of {name!r} has no place: the state has no trace for {path!r}'
         for name, path in (('fc.weight', 'fc/kernel'), ('fc.bias', 'fc/bias'))
     )
     found = _problems(
         lambda: interchange.from_torch(
-            _theirs(), dialects.torch(momentum=0.9, centered=True), params, _fc()
+            _theirs(), dialects.torch(0.1, momentum=0.9, centered=True), params, _fc()
         )
     )
     assert set(found) == {"grad_avg of 'fc.weight' is missing", "grad_avg of 'fc.bias' is missing"}
@@ -537,6 +552,7 @@ def test_a_count_can_be_given_where_steps_differ():
     theirs['state'][1]['step'] = np.float32(3)
     found = _problems(lambda: interchange.from_torch(theirs, _schedules(), params, _fc()))
     assert found[0].endswith('(3: fc.bias; 7: fc.weight): pass count')
+    theirs['param_groups'][0]['lr'] = 0.05
     state = interchange.from_torch(theirs, _schedules(), params, _fc(), count=2**40)
     assert state[0].count == 2**31 - 1
 
@@ -618,9 +634,10 @@ def test_to_torch_wants_groups_that_go_with_the_moments():
     found = _problems(lambda: interchange.to_torch(state, params, _fc(), groups))
     assert "'fc.weight' has momentum=0.9 in its group, but the state has no trace" in found
     assert "'fc.weight' has centered=False in its group, but the state has mu" in found
-    state = _schedules().init(params)
+    tx = _schedules()
+    state = tx.init(params)
     halved = [_group([0], momentum=0.9) | {'param_names': ['fc.weight']}]
-    found = _problems(lambda: interchange.to_torch(state, params, _fc(), halved))
+    found = _problems(lambda: interchange.to_torch(state, params, _fc(), halved, tx=tx))
     assert found == tuple(
         f"{m} of 'fc/bias' belongs to no parameter of the groups" for m in ('nu', 'trace')
     )
@@ -628,13 +645,15 @@ def test_to_torch_wants_groups_that_go_with_the_moments():
 
 def test_timm_keeps_the_learning_rate_in_the_buffer():
     params = _params()
-    tx = dialects.timm(0.1, momentum=0.9)
-    state = interchange.from_torch(_theirs(), tx, params, _fc(), lr_in_momentum=True)
+    tx = dialects.timm(0.1, 0.99, 1e-8, momentum=0.9)
+    theirs = _theirs()
+    del theirs['param_groups'][0]['maximize']
+    state = interchange.from_torch(theirs, tx, params, _fc(), lr_in_momentum=True)
     np.testing.assert_array_equal(optax.tree.get(state, 'trace')['fc']['bias'], [-1, -2, -3])
     found = interchange.to_torch(
-        state, params, _fc(), _theirs()['param_groups'], lr_in_momentum=True
+        state, params, _fc(), theirs['param_groups'], lr_in_momentum=True, tx=tx
     )
-    assert_same(found['state'], _theirs()['state'])
+    assert_same(found['state'], theirs['state'])
 
 
 def test_tensorflow_slots_left_over_are_refused_and_other_variables_are_not():
@@ -659,7 +678,7 @@ def test_tensorflow_slots_left_over_are_refused_and_other_variables_are_not():
     }
     slots = {'w/rms': np.ones(2, 'f'), 'w/momentum': np.zeros(2, 'f')}
     state = interchange.from_tensorflow(slots, tx, params, pairs, name=None, count=4)
-    assert set(interchange.to_tensorflow(state, params, pairs, name=None)) == {
+    assert set(interchange.to_tensorflow(state, params, pairs, tx=tx, name=None)) == {
         'global_step',
         *slots,
     }
@@ -698,7 +717,7 @@ def test_a_variance_below_zero_is_zero_and_a_warning_says_where():
         'param_groups': [_group([0, 1], centered=True)],
     }
     names, params = ['fc.weight', 'fc.bias'], _params()
-    tx = dialects.torch(centered=True)
+    tx = dialects.torch(0.1, centered=True)
     with pytest.warns(interchange.LossyConversionWarning, match=r'in fc/bias$') as caught:
         state = interchange.from_torch(theirs, tx, params, _fc(), names=names)
     assert caught[0].filename == __file__

@@ -38,6 +38,9 @@ class Problems:
     def add(self, line: str) -> None:
         self._lines[line] = None
 
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
     def raise_if_any(self) -> None:
         if self._lines:
             raise InterchangeError(self._task, list(self._lines))
@@ -388,4 +391,10 @@ def placed(name: str, array: np.ndarray, like: Any, problems: Problems) -> Any:
     if not np.isfinite(narrow).all():
         problems.add(f'{name} does not fit into {like.dtype}')
         return None
-    return jax.device_put(narrow, getattr(like, 'sharding', None))
+    return jax.device_put(narrow, sharding_of(like))
+
+
+def sharding_of(like: Any) -> Any:
+    """Where an array has been put; None where it may go wherever others are, as a count may."""
+    free = isinstance(like, jax.Array) and not like.committed
+    return None if free else getattr(like, 'sharding', None)

@@ -21,7 +21,7 @@ _PEAK = 'max_lr_snapshot'
 # writes none of them. New releases of timm write foreach too.
 _TORCH_MARKS = frozenset({'foreach', 'maximize', 'differentiable', 'capturable'})
 _TIMM_MARKS = _TIMM_FLAGS | {_PEAK}
-_NAMES = {
+NAMES = {
     dialects.torch: 'torch.optim.RMSprop',
     dialects.timm: "timm's RMSpropTF",
     dialects.stable_baselines3: "Stable-Baselines3's RMSpropTFLike",
@@ -31,6 +31,12 @@ _FLAGS = {
     dialects.timm: frozenset({'centered'}) | _TIMM_FLAGS,
     dialects.stable_baselines3: frozenset({'centered'}),
 }
+UNTOLD = (
+    'the groups do not tell whose they are: PyTorch before 1.12 and '
+    f'{NAMES[dialects.stable_baselines3]}, whose second moment starts at one and whose epsilon is '
+    'inside the root, write the same settings. Pass dialect=dialects.torch or '
+    'dialect=dialects.stable_baselines3'
+)
 # What the first releases of an optimizer did not write, and what it then is.
 _LATER = frozenset({'maximize', 'corrected_weight_decay', 'caution'})
 # Names, how the framework runs the update, and what schedulers remember.
@@ -49,7 +55,19 @@ def source(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory
     Raises:
       TypeError: If `dialect` is not the dialect of an optimizer with such groups.
     """
-    if dialect is not None and not any(dialect is known for known in _NAMES):
+    found = recognised(groups, dialect, problems)
+    if found is None and groups:
+        problems.add(UNTOLD)
+    return found or dialects.torch
+
+
+def recognised(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory | None:
+    """The dialect that the keys of the groups tell or the caller names, or None.
+
+    Raises:
+      TypeError: If `dialect` is not the dialect of an optimizer with such groups.
+    """
+    if dialect is not None and not any(dialect is known for known in NAMES):
         raise TypeError(
             'dialect must be dialects.torch, dialects.timm or dialects.stable_baselines3, got '
             f'{dialect!r}.'
@@ -57,20 +75,13 @@ def source(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory
     keys = frozenset(itertools.chain(*groups))
     timm, torch = keys & _TIMM_MARKS, keys & _TORCH_MARKS
     found = dialects.timm if timm else dialects.torch if torch else None
-    if found is None and dialect is None and groups:
-        problems.add(
-            'the groups do not tell whose they are: PyTorch before 1.12 and '
-            f'{_NAMES[dialects.stable_baselines3]}, whose second moment starts at one and whose '
-            'epsilon is inside the root, write the same settings. Pass dialect=dialects.torch or '
-            'dialect=dialects.stable_baselines3'
-        )
     if found is not None and dialect is not None and found is not dialect:
         marks = ', '.join(map(repr, sorted(timm or torch)))
         problems.add(
-            f'dialect is that of {_NAMES[dialect]}, but the groups have {marks}, which it does not '
-            f'write and {_NAMES[found]} does'
+            f'dialect is that of {NAMES[dialect]}, but the groups have {marks}, which it does not '
+            f'write and {NAMES[found]} does'
         )
-    return found or dialect or dialects.torch
+    return found or dialect
 
 
 def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) -> Sequence[Group]:
@@ -120,7 +131,7 @@ def optimizer_of(
     flags = _FLAGS[factory]
     known = _NUMBERS | flags
     for key in sorted(group.keys() - known - _IMMATERIAL, key=str):
-        problems.add(f'{label}: {key!r} is no setting of {_NAMES[factory]}')
+        problems.add(f'{label}: {key!r} is no setting of {NAMES[factory]}')
     for key in sorted(known - group.keys() - _LATER):
         problems.add(f'{label}: {key!r} is missing')
     cycled = [key for key in _CYCLED if key in group]

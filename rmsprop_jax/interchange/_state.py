@@ -23,6 +23,7 @@ from rmsprop_jax.interchange._mapping import (
     as_array,
     laid_out,
     named_leaves,
+    sharding_of,
 )
 from rmsprop_jax.storage._formats import STATISTICS, Factors
 
@@ -171,14 +172,12 @@ def collect(
     label: str,
     value: Any,
     problems: Problems,
-    *,
-    negated: bool = False,
 ) -> None:
-    """Puts one of their arrays into `columns`, with our axes and sign, or notes its fault."""
+    """Puts one of their arrays into `columns`, with our axes, or notes its fault."""
     array = as_array(label, value, problems)
     if array is not None:
         array = laid_out(label, pair.layout.to_ours, array, problems)
-    columns[moment][str(pair.ours)] = -array if negated and array is not None else array
+    columns[moment][str(pair.ours)] = array
 
 
 def wide(array: Any) -> np.ndarray:
@@ -195,7 +194,7 @@ def square(mean: Any, weight: float) -> np.ndarray:
 
 def refilled(leaf: Any, value: Any) -> Any:
     """A number in the place of a leaf, with its dtype and sharding."""
-    return jax.device_put(np.asarray(value).astype(leaf.dtype), getattr(leaf, 'sharding', None))
+    return jax.device_put(np.asarray(value).astype(leaf.dtype), sharding_of(leaf))
 
 
 def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:

@@ -85,7 +85,7 @@ class Writer:
                 LossyConversionWarning,
                 stacklevel=3,
             )
-        return _with_counts(written, count, count if calls is None else calls)
+        return with_counts(written, count, count if calls is None else calls)
 
     def _node(self, node: Any) -> Any:
         if is_compact(node):
@@ -174,7 +174,7 @@ def _as_stored(array: np.ndarray, ours: Any) -> np.ndarray:
     return array if np.imag(array).any() else np.real(array)
 
 
-def _with_counts(state: Any, count: int, calls: int) -> Any:
+def with_counts(state: Any, count: int, calls: int) -> Any:
     def leaf(path: tuple[Any, ...], x: Any) -> Any:
         if is_average(x):
             return x._replace(count=_saturated(x.count, calls))

@@ -10,8 +10,13 @@ import optax
 
 from rmsprop_jax._types import checked_leaves, checked_transformation, decay_rate
 from rmsprop_jax.interchange._mapping import Problems, checked_count
+from rmsprop_jax.interchange._measure import Trial, near
+from rmsprop_jax.interchange._sides import Claim, checked_source, settle
 from rmsprop_jax.interchange._state import Moments, read
 from rmsprop_jax.interchange._write import Writer
+
+_NAMES = {'cautious': 'caution', 'coupled': 'weight decay'}
+_OPTAX = Claim('optax.rmsprop', inside=True, sign=1.0, extras=True)
 
 
 def from_optax(
@@ -19,6 +24,7 @@ def from_optax(
     tx: optax.GradientTransformation,
     params: Any,
     *,
+    source: optax.GradientTransformation | None = None,
     decay: float | None = None,
     count: int | None = None,
 ) -> Any:
@@ -28,6 +34,8 @@ def from_optax(
       theirs: The state of `optax.rmsprop`, or of a chain or wrapper that holds one.
       tx: `rmsprop_jax.rmsprop` with the same arguments, inside whatever wrappers.
       params: The parameters.
+      source: The transformation whose state `theirs` is. Needed where that may have its velocity
+        before the learning rate, as a chain of your own may; `optax.rmsprop` has it after.
       decay: The constant decay of a bias-corrected one, which divides by `1 - decay^count`.
       count: The step count for schedules. Needed where `theirs` has none, as with a constant
         learning rate and no bias correction; if nothing depends on it, pass 0.
@@ -37,7 +45,8 @@ def from_optax(
 
     Raises:
       InterchangeError: Listing every moment that is missing, left over, misshapen, of the wrong
-        kind or not finite, and a count or decay that is needed.
+        kind or not finite, a count or decay that is needed, and every velocity that is on the other
+        side of a learning rate that changes.
 
     Warns:
       LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
@@ -76,7 +85,35 @@ def from_optax(
     def describe(moment: str, path: str) -> str:
         return f'{moment} of {path!r}'
 
-    return Writer(moments.columns, describe, problems, weight=weight).write(tx.init(params), count)
+    start, velocities = tx.init(params), moments.columns['trace']
+    if source is None:
+        claims = dict.fromkeys(velocities, _OPTAX)
+    else:
+        claims = _measured(checked_transformation('source', source), theirs, params, count)
+    settle(tx, start, params, count, claims, velocities, problems, to_ours=True)
+    return Writer(moments.columns, describe, problems, weight=weight).write(start, count)
+
+
+def _measured(tx: Any, state: Any, params: Any, count: int) -> dict[str, Claim]:
+    """The claims of a transformation that is at hand, by path."""
+    trial = Trial(tx, state, params)
+    claims: dict[str, Claim] = {}
+    for path, action in trial.actions(count).items():
+        # PyTorch's side: the gradient goes into the velocity as it is.
+        outside = (
+            action.steady_gain and near(abs(action.gain or 0.0), 1) and not near(action.response, 1)
+        )
+        names = ('rate', 'decay', 'eps', 'momentum', 'nesterov', 'cautious', 'coupled')
+        claims[path] = Claim(
+            'source',
+            inside=not outside and action.steady,
+            sign=action.response,
+            eps_in_sqrt=action.eps_in_sqrt,
+            said={x: (_NAMES.get(x, x), getattr(action, x)) for x in names},
+            undo='give both transformations the same arguments',
+            extras=True,
+        )
+    return claims
 
 
 def _weight(decay: float | None, steps: int) -> float:
@@ -88,6 +125,7 @@ def to_optax(
     tx: optax.GradientTransformation,
     params: Any,
     *,
+    source: optax.GradientTransformation | None = None,
     decay: float | None = None,
 ) -> Any:
     """The state of an Optax optimizer `tx` that goes on where our state stopped.
@@ -96,6 +134,7 @@ def to_optax(
       state: The state of our transformation.
       tx: `optax.rmsprop` with the same arguments, inside whatever wrappers.
       params: The parameters.
+      source: Our transformation, whose state it is; needed where that has a velocity.
       decay: The constant decay of a bias-corrected one. Ours keeps the sum of its weights, Optax
         computes `1 - decay^count` instead: they must agree, and do not after a changing decay.
 
@@ -103,8 +142,8 @@ def to_optax(
       A state like `tx.init(params)`. Where that has no step count, ours is not needed.
 
     Raises:
-      InterchangeError: Listing every moment that is missing, left over or misshapen, and weights
-        that Optax could not find again.
+      InterchangeError: Listing every moment that is missing, left over or misshapen, weights that
+        Optax could not find again, and all that `source` does otherwise than `tx`.
     """
     problems = Problems('the state cannot be written for Optax')
     checked_transformation('tx', tx)
@@ -121,8 +160,12 @@ def to_optax(
     def describe(moment: str, path: str) -> str:
         return f'{moment} of {path!r}'
 
-    writer = Writer(moments.columns, describe, problems, weight=weight)
-    return writer.write(tx.init(params), max(moments.counts, default=0))
+    start, velocities = tx.init(params), moments.columns['trace']
+    count = max(moments.counts, default=0)
+    if checked_source('source', source, velocities, problems) is not None:
+        claims = _measured(source, state, params, count)
+        settle(tx, start, params, count, claims, velocities, problems, to_ours=True)
+    return Writer(moments.columns, describe, problems, weight=weight).write(start, count)
 
 
 def _check_weights(moments: Moments, decay: float | None, problems: Problems) -> None:

@@ -25,6 +25,7 @@ from rmsprop_jax.interchange._mapping import (
     laid_out,
     paired,
 )
+from rmsprop_jax.interchange._sides import Claim, checked_source, settle
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
@@ -56,11 +57,12 @@ def from_tensorflow(
       count: The step count for schedules; `global_step` among the variables if not given.
 
     Returns:
-      A state like `tx.init(params)`. Our `trace` is the negative of the slot `momentum`.
+      A state like `tx.init(params)`. The `trace` of `dialects.tensorflow` is the negative of the
+      slot `momentum`.
 
     Raises:
       InterchangeError: Listing every slot that is missing, left over, misshapen, of the wrong kind
-        or not finite.
+        or not finite, and every velocity that is on the other side of a learning rate that changes.
 
     Warns:
       LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
@@ -97,8 +99,7 @@ def from_tensorflow(
                 problems.add(f'{entry!r} belongs to no pair')
             continue
         moment, pair = slots[entry]
-        flip = moment == 'trace'
-        collect(columns, moment, pair, repr(entry), value, problems, negated=flip)
+        collect(columns, moment, pair, repr(entry), value, problems)
     if count is None:
         count = as_count(variables.get(_STEP))
         if count is None:
@@ -110,7 +111,16 @@ def from_tensorflow(
         entry = _slot(pairs[path].theirs, moment, centered, name)
         return f'{entry!r} ({_SLOTS.get(moment, moment)})'
 
-    return Writer(columns, describe, problems).write(tx.init(params), count or 0)
+    start, claims = tx.init(params), _claims(pairs, columns['trace'])
+    settle(tx, start, params, count or 0, claims, columns['trace'], problems, to_ours=True)
+    return Writer(columns, describe, problems).write(start, count or 0)
+
+
+def _claims(pairs: Mapping[str, Pair], velocities: Mapping[str, Any]) -> dict[str, Claim]:
+    """Without momentum, OptimizerV2 has epsilon outside the root, and no slot `momentum`."""
+    return {
+        path: Claim('TensorFlow', inside=True, eps_in_sqrt=path in velocities) for path in pairs
+    }
 
 
 def _check_name(name: Any) -> None:
@@ -139,6 +149,7 @@ def to_tensorflow(
     params: Any,
     mapping: Iterable[Pair],
     *,
+    tx: optax.GradientTransformation | None = None,
     name: str | None = 'RMSProp',
 ) -> dict[str, np.ndarray]:
     """The slots of a TensorFlow optimizer that goes on where our state stopped, and `global_step`.
@@ -147,11 +158,13 @@ def to_tensorflow(
       state: The state of our transformation.
       params: Our parameters.
       mapping: The pairs.
+      tx: The transformation whose state it is, which has a velocity.
       name: As for `from_tensorflow`.
 
     Raises:
       InterchangeError: Listing every moment without a pair, a companion or a counterpart there.
-        TensorFlow always has a `momentum`, as has `dialects.tensorflow`.
+        TensorFlow always has a `momentum`, as has `dialects.tensorflow`. Likewise every velocity
+        that is on the other side of a learning rate that changes.
     """
     problems = Problems('the state cannot be written for TensorFlow')
     _check_name(name)
@@ -163,7 +176,12 @@ def to_tensorflow(
         problems.add(f'{path!r} is bias-corrected, which TensorFlow has not')
     for path in sorted(moments.columns['nu'].keys() ^ moments.columns['trace'].keys()):
         problems.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
-    slots: dict[str, np.ndarray] = {_STEP: np.array(max(moments.counts, default=0), np.int64)}
+    count, velocities = max(moments.counts, default=0), moments.columns['trace']
+    tx = checked_source('tx', tx, velocities, problems)
+    if tx is not None:
+        claims = _claims(pairs, velocities)
+        settle(tx, state, params, count, claims, velocities, problems, to_ours=False)
+    slots: dict[str, np.ndarray] = {_STEP: np.array(count, np.int64)}
     for moment, column in moments.columns.items():
         for path, array in column.items():
             if path not in pairs or moment not in _SLOTS:
@@ -173,6 +191,6 @@ def to_tensorflow(
             turned = laid_out(path, pairs[path].layout.to_theirs, array, problems)
             if turned is not None:
                 entry = _slot(pairs[path].theirs, moment, centered, name)
-                slots[entry] = np.array(-turned if moment == 'trace' else turned, order='C')
+                slots[entry] = np.array(turned, order='C')
     problems.raise_if_any()
     return slots

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_flag, checked_transformation
+from rmsprop_jax._types import checked_transformation
+from rmsprop_jax.interchange._claims import Claims
 from rmsprop_jax.interchange._groups import (
     SLOTS,
     checked_groups,
@@ -42,6 +43,7 @@ from rmsprop_jax.interchange._mapping import (
     layer,
     paired,
 )
+from rmsprop_jax.interchange._sides import checked_source, settle
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
@@ -90,14 +92,17 @@ def from_torch(
     fresh: Collection[str] = (),
     frozen: Collection[str] = (),
     count: int | None = None,
-    lr_in_momentum: bool = False,
+    lr_in_momentum: bool | None = None,
+    dialect: Any = None,
 ) -> Any:
     """The state of `tx` that goes on where PyTorch's optimizer stopped.
 
     Args:
       state_dict: What `optimizer.state_dict()` returns, tensors on the host.
-      tx: `torch_optimizer(...)`, or any transformation with the same moments, such as
-        `dialects.torch` with a schedule, inside whatever wrappers.
+      tx: `torch_optimizer(...)`, or any transformation that does the same, such as
+        `dialects.torch` with a schedule, inside whatever wrappers. What it does at that step is
+        measured and compared with the `lr`, `alpha`, `eps`, `weight_decay`, `momentum` and
+        `maximize` of the groups; nothing is compared with an entry that is missing.
       params: Our parameters.
       mapping: The pairs.
       names: The parameters' names in the optimizer's order, through all groups, unless the groups
@@ -107,8 +112,10 @@ def from_torch(
       frozen: Names of parameters that `tx` keeps no state for, as for `torch_optimizer`. Their
         entries are left behind.
       count: The step count for schedules, where it is not the parameters' common `step`.
-      lr_in_momentum: Whether the buffer holds the learning rate, as in timm's `RMSpropTF` by
-        default; pass `tx = dialects.timm(...)` with it.
+      lr_in_momentum: Whether the buffer holds the learning rate. None means what the groups say, as
+        timm's `RMSpropTF` has them say, or else that it does not, as in PyTorch.
+      dialect: `dialects.torch` or `dialects.stable_baselines3`, whose settings are the same where
+        PyTorch is older than 1.12: needed where the groups do not tell.
 
     Returns:
       A state like `tx.init(params)`, with its dtypes and shardings. Complex moments become pairs of
@@ -116,7 +123,8 @@ def from_torch(
 
     Raises:
       InterchangeError: Listing every entry that is missing, left over, misshapen, of the wrong kind
-        or not finite.
+        or not finite, every setting that `tx` contradicts, and every velocity that is on the other
+        side of a learning rate that changes.
 
     Warns:
       LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
@@ -141,7 +149,7 @@ def from_torch(
     checked_transformation('tx', tx)
     groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
     held = checked_state(state_dict.get('state'), problems)
-    lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
+    claims_of = Claims(groups, lr_in_momentum, dialect, problems)
     count = None if count is None else checked_count(count)
     pairs, leaves = paired(mapping, params, problems)
     by_name = {pair.theirs: pair for pair in pairs.values()}
@@ -156,7 +164,7 @@ def from_torch(
         entry, pair = held.get(number), by_name[name]
         wrong = misshapen(entry or {}, pair, leaves.get(str(pair.ours)), problems)
         if entry and name not in idle and name not in fresh:
-            _read_entry(entry, pair, lr_in_momentum, columns, problems, wrong)
+            _read_entry(entry, pair, columns, problems, wrong)
             steps.setdefault(_step(name, entry, problems), []).append(name)
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
@@ -169,27 +177,28 @@ def from_torch(
         return f'{SLOTS.get(moment, moment)} of {label}{said}'
 
     started = {str(by_name[name].ours) for name in fresh if name in by_name}
-    writer = Writer(columns, describe, problems, started)
-    return writer.write(tx.init(params), max(steps, default=0) if count is None else count)
+    count = max(steps, default=0) if count is None else count
+    start, places = tx.init(params), parameters.values()
+    claims = {str(by_name[name].ours): claims_of[i] for name, i in places if name in by_name}
+    settle(tx, start, params, count, claims, columns['trace'], problems, to_ours=True)
+    return Writer(columns, describe, problems, started).write(start, count)
 
 
 def _read_entry(
     entry: Mapping[str, Any],
     pair: Pair,
-    negated: bool,
     columns: Columns,
     problems: Problems,
     wrong: Collection[str],
 ) -> None:
-    """One parameter's arrays with our axes and signs, into `columns`; None for the `wrong` ones."""
+    """One parameter's arrays with our axes, into `columns`; None for the `wrong` ones."""
     for key in sorted(entry.keys() - {*SLOTS.values(), 'step'}, key=str):
         problems.add(f'{key} of {pair.theirs!r} is nothing that RMSProp keeps')
     for moment, slot in SLOTS.items():
         if slot in wrong:
             columns[moment][str(pair.ours)] = None
         elif slot in entry:
-            label, flip = f'{slot} of {pair.theirs!r}', negated and moment == 'trace'
-            collect(columns, moment, pair, label, entry[slot], problems, negated=flip)
+            collect(columns, moment, pair, f'{slot} of {pair.theirs!r}', entry[slot], problems)
 
 
 def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
@@ -207,7 +216,9 @@ def to_torch(
     *,
     names: Sequence[str] | None = None,
     fresh: Collection[str] = (),
-    lr_in_momentum: bool = False,
+    tx: optax.GradientTransformation | None = None,
+    lr_in_momentum: bool | None = None,
+    dialect: Any = None,
     as_tensor: Callable[[np.ndarray], Any] = np.asarray,
 ) -> dict[str, Any]:
     """A dictionary that `optimizer.load_state_dict` of `torch.optim.RMSprop` takes.
@@ -223,7 +234,10 @@ def to_torch(
         have them.
       fresh: Names of parameters in the groups that are written without state, such as those that
         are frozen here.
+      tx: The transformation whose state it is; needed where that has a velocity. What it does is
+        compared with the groups as by `from_torch`.
       lr_in_momentum: As for `from_torch`.
+      dialect: As for `from_torch`.
       as_tensor: Applied to every array: `torch.from_numpy` for a dictionary to load.
 
     Returns:
@@ -231,12 +245,12 @@ def to_torch(
 
     Raises:
       InterchangeError: Listing every parameter without moments, moment without a parameter, and
-        group whose `momentum` or `centered` does not go with our moments.
+        group whose settings do not go with our moments or with `tx`.
     """
     problems = Problems('the state cannot be written for PyTorch')
     checked_groups(param_groups, problems)
     checked_collection('fresh', fresh)
-    lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
+    claims_of = Claims(param_groups, lr_in_momentum, dialect, problems)
     if not callable(as_tensor):
         raise TypeError(f'as_tensor must be a function of an array, got {as_tensor!r}.')
     pairs, leaves = paired(mapping, params, problems)
@@ -253,8 +267,15 @@ def to_torch(
             problems.add(f'{moment} of {path!r} belongs to no parameter of the groups')
         if moment not in SLOTS and column:
             problems.add(f'PyTorch keeps no {moment}')
+    count = max(moments.counts, default=0)
+    velocities = moments.columns['trace']
+    places = parameters.values()
+    claims = {by_name[name]: claims_of[place] for name, place in places if name in by_name}
+    tx = checked_source('tx', tx, velocities, problems)
+    if tx is not None:
+        settle(tx, state, params, count, claims, velocities, problems, to_ours=False)
     entries: dict[Any, dict[str, Any]] = {}
-    step = np.float32(max(moments.counts, default=0))
+    step = np.float32(count)
     for number, (name, place) in parameters.items():
         if name not in by_name:
             problems.add(f'{name!r} is in no pair')
@@ -262,7 +283,7 @@ def to_torch(
             pair, path = pairs[by_name[name]], by_name[name]
             held = {m: column[path] for m, column in moments.columns.items() if path in column}
             _check_group(name, param_groups[place], held, problems)
-            arrays = _entry(pair, leaves.get(path), held, lr_in_momentum, problems)
+            arrays = _entry(pair, leaves.get(path), held, problems)
             entries[number] = {
                 key: as_tensor(array) for key, array in ({'step': np.array(step)} | arrays).items()
             }
@@ -288,9 +309,9 @@ def _check_group(
 
 
 def _entry(
-    pair: Pair, param: Any, held: Mapping[str, np.ndarray], negated: bool, problems: Problems
+    pair: Pair, param: Any, held: Mapping[str, np.ndarray], problems: Problems
 ) -> dict[str, np.ndarray]:
-    """One parameter's arrays under PyTorch's names, with its axes and signs."""
+    """One parameter's arrays under PyTorch's names, with its axes."""
     entry: dict[str, np.ndarray] = {}
     for moment, slot in SLOTS.items():
         if moment not in held or param is None:
@@ -303,6 +324,5 @@ def _entry(
             array = array[..., 0] + 1j * array[..., 1]
         turned = laid_out(label, pair.layout.to_theirs, array, problems)
         if turned is not None:
-            flip = negated and moment == 'trace'
-            entry[slot] = np.array(-turned if flip else turned, order='C')
+            entry[slot] = np.array(turned, order='C')
     return entry

@@ -91,7 +91,7 @@ class Port:
     Attributes:
       make: Our transformation, with every learning rate times a factor.
       bring: `bring(state, tx, params)` converts their state to ours.
-      send: `send(state, params)` converts ours to theirs.
+      send: `send(state, params, tx)` converts ours to theirs.
       params_from: Their parameters as ours.
       params_to: Ours as theirs.
       run: Trains.
@@ -99,7 +99,7 @@ class Port:
 
     make: Callable[[float], Any]
     bring: Callable[[Any, Any, Any], Any]
-    send: Callable[[Any, Any], Any]
+    send: Callable[[Any, Any, Any], Any]
     params_from: Callable[[Any], Any]
     params_to: Callable[[Any], Arrays]
     run: Callable[..., tuple[Any, Any]]
@@ -107,19 +107,28 @@ class Port:
     def goes_on_here(self, recorded: dict[str, Any]) -> Arrays:
         """Where a run of theirs ends that we take over halfway."""
         params, tx = self.params_from(recorded['params']), self.make(problem.DROP)
-        state = self.bring(recorded['state'], tx, params)
+        state = self.bring(_at_rate(recorded['state'], problem.DROP), tx, params)
         return self.params_to(self.run(tx, params, state, problem.HANDOVER, problem.END)[0])
 
     def starts_here(self, params: Arrays) -> dict[str, Any]:
         """What we hand over to them halfway."""
         ours, tx = self.params_from(params), self.make(1.0)
         ours, state = self.run(tx, ours, tx.init(ours), 0, problem.HANDOVER)
-        return {'params': self.params_to(ours), 'state': self.send(state, ours)}
+        return {'params': self.params_to(ours), 'state': self.send(state, ours, tx)}
 
     def visit(self, recorded: dict[str, Any]) -> Any:
         """Their state after it has been ours."""
         params, tx = self.params_from(recorded['params']), self.make(1.0)
-        return self.send(self.bring(recorded['state'], tx, params), params)
+        return self.send(self.bring(recorded['state'], tx, params), params, tx)
+
+
+def _at_rate(state: Any, factor: float) -> Any:
+    """Their state after the learning rate has been set to `factor` times what it was."""
+    if 'param_groups' in state:
+        groups = [group | {'lr': factor * group['lr']} for group in state['param_groups']]
+        return state | {'param_groups': groups}
+    rates = {name: factor * state[name] for name in ('learning_rate',) if name in state}
+    return state | rates
 
 
 def port(framework: str, case: str, theirs: Any) -> Port:
@@ -152,7 +161,9 @@ def _torch_port(case: str, groups: Any) -> Port:
     return Port(
         make,
         lambda state, tx, params: interchange.from_torch(state, tx, params, pairs, names=names),
-        lambda state, params: interchange.to_torch(state, params, pairs, groups, names=names),
+        lambda state, params, tx: interchange.to_torch(
+            state, params, pairs, groups, names=names, tx=tx
+        ),
         lambda theirs: interchange.parameters_from(theirs, like, pairs),
         lambda params: interchange.parameters_to(params, pairs),
         run_net if is_net else run,
@@ -165,10 +176,10 @@ def _keras_doors(case: str, theirs: Any) -> tuple[Any, Any]:
     def bring(state: Any, tx: Any, params: Any) -> Any:
         return interchange.from_keras(state, tx, params, PAIRS, gradient_accumulation_steps=every)
 
-    def send(state: Any, params: Any) -> Any:
+    def send(state: Any, params: Any, tx: Any) -> Any:
         rate = theirs['learning_rate']
         return interchange.to_keras(
-            state, params, PAIRS, learning_rate=rate, gradient_accumulation_steps=every
+            state, params, PAIRS, tx=tx, learning_rate=rate, gradient_accumulation_steps=every
         )
 
     return bring, send
@@ -181,7 +192,10 @@ def _tensorflow_doors(case: str, theirs: Any) -> tuple[Any, Any]:
     def bring(state: Any, tx: Any, params: Any) -> Any:
         return interchange.from_tensorflow(state, tx, params, PAIRS, centered=centered)
 
-    return bring, lambda state, params: interchange.to_tensorflow(state, params, PAIRS)
+    def send(state: Any, params: Any, tx: Any) -> Any:
+        return interchange.to_tensorflow(state, params, PAIRS, tx=tx)
+
+    return bring, send
 
 
 def layer(params: Any) -> Any:

@@ -1,0 +1,393 @@
+"""What a transformation does to each parameter, measured by trying it out.
+
+States do not tell on which side of the learning rate a velocity is: `chain(rms, clip, trace,
+scale)` and `chain(rms, scale, trace, clip)` have states of the same structure. The update does.
+With a gradient and a parameter so small that nothing is clipped or decayed, it is linear in the
+velocity, so that one call of `tx.update` shows its derivative without rounding; likewise those by
+the gradient and by the parameter. Second moments are set to what shows the learning rate (so large
+that epsilon does not matter) or epsilon.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey, tree_map_with_path
+
+from rmsprop_jax._types import RmsState, wide_dtype
+from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
+from rmsprop_jax.interchange._state import is_average, is_compact, is_corrected, is_node
+from rmsprop_jax.interchange._write import with_counts
+
+_GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
+# How many steps after today's a learning rate is looked at.
+_LATER = (1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10**4, 10**5, 10**6, 10**9)
+_MINI_STEP = GetAttrKey('mini_step')
+_MOST_CALLS = 2**20
+_LAST = 2**31 - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """What happens to one parameter at one step. NaN is what could not be found.
+
+    Attributes:
+      rate: How far a direction of one moves the parameter downhill; negative where it climbs.
+      decay: That of the second moment.
+      eps: In the unit of the gradient outside the root, in its square inside.
+      eps_in_sqrt: Where it is; None where it is too small to tell.
+      coupled: The weight decay that is added to the gradient.
+      decoupled: The one that is not, times the learning rate.
+      momentum: That of the velocity, 0 where there is none.
+      response: The derivative of the update by the new velocity: one where the learning rate has
+        gone into the velocity, minus the rate where it comes after.
+      nesterov: Whether the update looks one step ahead.
+      cautious: Whether entries that do not oppose the gradient are held back.
+      gain: What a direction of one adds to the velocity; None where there is no velocity.
+      steady: Whether the response stays what it is, at later steps.
+      steady_gain: Whether the gain does.
+    """
+
+    rate: float
+    decay: float
+    eps: float = math.nan
+    eps_in_sqrt: bool | None = None
+    coupled: float = math.nan
+    decoupled: float = math.nan
+    momentum: float = 0.0
+    response: float = math.nan
+    nesterov: bool = False
+    cautious: bool = False
+    gain: float | None = None
+    steady: bool = True
+    steady_gain: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """One update, by path: what it is, the new velocity, and what the root was taken of."""
+
+    update: Mapping[str, float]
+    velocity: Mapping[str, float]
+    moment: Mapping[str, float]
+    mean: Mapping[str, float]
+    weight: Mapping[str, float]
+
+    def root(self, path: str) -> float:
+        return math.sqrt(self.moment[path] / self.weight[path])
+
+
+class Trial:
+    """A transformation at a state, to be tried out.
+
+    Attributes:
+      calls: How many calls make a step.
+      fault: Why it could not be tried; None where it could.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
+        self._update = optax.with_extra_args_support(tx).update
+        self.calls, self.fault = 1, None
+        try:
+            # Accumulators are wide whatever the parameters are, and so are then the updates.
+            self._params = jax.tree.map(_zeros, params)
+            self._ranks = {path: p.ndim for path, p in named_leaves(self._params).items()}
+            start = tx.init(self._params)
+            if jax.tree.structure(start) != jax.tree.structure(state):
+                self.fault = 'its init makes a state of another structure'
+                return
+            self._state = _with_scalars_of(state, start)
+            nodes = jax.tree.leaves(self._state, is_leaf=is_node)
+            if any(is_node(node) and is_compact(node) for node in nodes):
+                self.fault = 'its statistics are rounded'
+                return
+            if _has_branches(state):
+                self._update = jax.jit(self._update)
+            self.calls = self._found_calls()
+        except Exception as error:  # Whatever a foreign transformation raises.
+            self.fault = f'it raises {type(error).__name__}: {error}'
+
+    def actions(self, count: int) -> dict[str, Action]:
+        """What is done after so many steps to each parameter that has a second moment; empty where
+        there is a fault."""
+        if self.fault is not None:
+            return {}
+        try:
+            return self._measured(min(count, _LAST))
+        except Exception as error:  # As above.
+            self.fault = f'it raises {type(error).__name__}: {error}'
+            return {}
+
+    def _measured(self, count: int) -> dict[str, Action]:
+        at = functools.partial(self._at, count)
+        large, none, decayed = at(), at(moment=lambda path: 0.0), at(parameter=_PARAMETER)
+        felt = {
+            path: self._felt(path, large, none)
+            for path in large.moment.keys() & large.update.keys()
+        }
+        found = {path: _plain(path, g, large, decayed) for path, g in felt.items()}
+        roots = {p: _ratio(-found[p].rate * g, none.update[p]) for p, g in felt.items()}
+        placed = at(moment=lambda path: _or_zero(roots.get(path, 0.0)) ** 2)
+        for path, root in roots.items():
+            found[path] = _with_epsilon(found[path], root, none, placed, path)
+        responses = _responses(large, felt)
+        if responses:
+            # What is held back by caution has the gradient's sign, that is, moves uphill.
+            uphill = {path: -1.0 if x.response < 0 else 1.0 for path, x in responses.items()}
+            pushed = at(velocity=lambda path: _VELOCITY * uphill.get(path, 1.0))
+            for path, now in responses.items():
+                before = _VELOCITY * uphill[path]
+                found[path] = _with_velocity(found[path], now, before, pushed, path)
+            self._follow(found, felt, count)
+        return found
+
+    def _felt(self, path: str, large: _Seen, none: _Seen) -> float:
+        """The gradient that reaches the second moment, which may have been scaled before."""
+        complement = 1 - large.moment[path] / _MOMENT
+        if not complement > 0:
+            return math.nan
+        if path in none.mean:
+            felt = abs(none.mean[path]) / complement
+        else:
+            felt = math.sqrt(none.moment[path] / complement)
+        for usual in (_GRADIENT, _GRADIENT / self.calls):
+            if abs(felt - usual) < 1e-3 * usual:
+                return usual
+        return felt
+
+    def _follow(self, found: dict[str, Action], felt: Mapping[str, float], count: int) -> None:
+        """Notes in the actions whether they stay on their side of the learning rate."""
+        for later in _LATER:
+            seen = self._at(min(count + later, _LAST))
+            for path, then in _responses(seen, felt).items():
+                action, response = found[path], then.response
+                # Where momentum is not what it was, that looks like another response.
+                response /= 1 + action.momentum * action.nesterov
+                found[path] = dataclasses.replace(
+                    action,
+                    response=response if math.isnan(action.response) else action.response,
+                    steady=action.steady and (_near_or_nan(response, action.response)),
+                    steady_gain=action.steady_gain and near(then.gain, action.gain or 0.0),
+                )
+
+    def _at(
+        self,
+        count: int,
+        moment: Callable[[str], float] = lambda path: _MOMENT,
+        velocity: Callable[[str], float] = lambda path: 0.0,
+        parameter: float = 0.0,
+    ) -> _Seen:
+        """One update at these values of everything."""
+        state = _with_mini_step(with_counts(self._state, count, 0), self.calls - 1)
+
+        def fill(node: Any) -> Any:
+            values = {'nu': moment, 'var': moment, 'trace': velocity}
+            return node._replace(
+                **{
+                    name: _filled(getattr(node, name), values.get(name, lambda path: 0.0))
+                    for name in ('nu', 'var', 'mu', 'trace', 'ema')
+                    if getattr(node, name, None) is not None
+                }
+            )
+
+        state = jax.tree.map(lambda x: fill(x) if is_node(x) else x, state, is_leaf=is_node)
+        gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
+        params = jax.tree.map(lambda p: _full(p, parameter), self._params)
+        return self._read(*self._update(gradient, state, params))
+
+    def _read(self, updates: Any, state: Any) -> _Seen:
+        columns: dict[str, dict[str, float]] = {'nu': {}, 'mu': {}, 'trace': {}}
+        weights: dict[str, float] = {}
+        for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+            if is_average(node):
+                continue
+            for name, values in columns.items():
+                tree = getattr(node, name, None)
+                if name == 'nu' and tree is None:
+                    tree = getattr(node, 'var', None)
+                found = self._values(tree)
+                # Two of a kind cannot be told apart.
+                values.update({k: math.nan if k in values else v for k, v in found.items()})
+                if name == 'nu':
+                    decays = {path: value / _MOMENT for path, value in found.items()}
+                    weights.update({p: _weight(node, d) for p, d in decays.items()})
+        updated = self._values(updates)
+        return _Seen(updated, columns['trace'], columns['nu'], columns['mu'], weights)
+
+    def _values(self, tree: Any) -> dict[str, float]:
+        leaves = named_leaves(tree)
+        return {path: _uniform(x, self._ranks.get(path, 0)) for path, x in leaves.items()}
+
+    def _found_calls(self) -> int:
+        """How many calls make a step, by bisection: before the last one `mini_step` goes up."""
+
+        def waits(mini_step: int) -> bool:
+            state = _with_mini_step(with_counts(self._state, 0, 0), mini_step)
+            _, after = self._update(self._params, state, self._params)
+            steps = {int(x) for x in _mini_steps(after)}
+            return steps == {mini_step + 1}
+
+        if not _mini_steps(self._state):
+            return 1
+        most = 1
+        while waits(most - 1):
+            most *= 2
+            if most > _MOST_CALLS:
+                raise ValueError(f'it does not step in {most} calls')
+        least = most // 2
+        # Waits at least - 1, and not at most - 1.
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if waits(middle - 1) else (least, middle)
+        return most
+
+
+def _zeros(param: Any) -> jax.Array:
+    return _full(param, 0, wide_dtype(param.dtype))
+
+
+def _full(like: Any, value: float, dtype: Any = None) -> jax.Array:
+    return jnp.full(like.shape, value, dtype or like.dtype, device=sharding_of(like))
+
+
+def _with_scalars_of(state: Any, like: Any) -> Any:
+    """`like` with the counts, learning rates and other scalars of `state`."""
+    return jax.tree.map(lambda x, y: y if jnp.ndim(y) else x, state, like)
+
+
+def accumulates(state: Any) -> bool:
+    """Whether some wrapper gathers the gradients of several calls."""
+    return bool(_mini_steps(state))
+
+
+def _has_branches(state: Any) -> bool:
+    """Whether a wrapper uses `lax.cond`, which is compiled at each call outside of jit."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    return any(path and path[-1] in (_MINI_STEP, GetAttrKey('notfinite_count')) for path in paths)
+
+
+def _mini_steps(state: Any) -> list[Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return [leaf for path, leaf in leaves if path and path[-1] == _MINI_STEP]
+
+
+def _with_mini_step(state: Any, value: int) -> Any:
+    def leaf(path: Sequence[Any], x: Any) -> Any:
+        return _full(x, value) if path and path[-1] == _MINI_STEP else x
+
+    return tree_map_with_path(leaf, state)
+
+
+def _filled(tree: Any, value: Callable[[str], float]) -> Any:
+    values = {path: value(path) for path in named_leaves(tree)}
+    leaves = [_full(x, values[path]) for path, x in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _uniform(x: Any, rank: int) -> float:
+    """The one real number that all entries are, or NaN."""
+    values = np.real(np.asarray(x))
+    if values.ndim > rank:
+        values = values[..., 0]  # Complex numbers as pairs of reals.
+    if not values.size:
+        return math.nan
+    low, high = float(values.min()), float(values.max())
+    return low if high - low <= 1e-5 * max(abs(low), abs(high)) else math.nan
+
+
+def _weight(node: Any, decay: float) -> float:
+    """What the moments are divided by."""
+    if not is_corrected(node):
+        return 1.0
+    if isinstance(node, RmsState):
+        return float(node.weight)  # pyright: ignore[reportArgumentType]
+    return 1 - decay ** int(node.count)
+
+
+class _Response(NamedTuple):
+    """The update by the velocity, where a gradient moves both, and what a direction of one adds to
+    the latter."""
+
+    response: float
+    gain: float
+
+
+def _responses(seen: _Seen, felt: Mapping[str, float]) -> dict[str, _Response]:
+    return {
+        path: _Response(
+            _ratio(seen.update[path], seen.velocity[path]),
+            _ratio(seen.velocity[path] * seen.root(path), felt[path]),
+        )
+        for path in felt.keys() & seen.velocity.keys()
+    }
+
+
+def _plain(path: str, felt: float, large: _Seen, decayed: _Seen) -> Action:
+    """What is done without a velocity, but for epsilon."""
+    update = large.update[path]
+    # Zero is what rounding leaves where an update is made of a parameter and taken apart again.
+    more = decayed.update[path] - update if decayed.update[path] else math.nan
+    return Action(
+        rate=_ratio(-update * large.root(path), felt),
+        decay=large.moment[path] / _MOMENT,
+        coupled=_ratio(more, update) * felt / _PARAMETER,
+        decoupled=-more / _PARAMETER,
+    )
+
+
+def _with_velocity(
+    action: Action, now: _Response, before: float, pushed: _Seen, path: str
+) -> Action:
+    """The action with what is seen from a velocity that was `before` the step."""
+    momentum = pushed.velocity[path] / before
+    momentum = 0.0 if abs(momentum) < 1e-6 else momentum
+    # By the stored velocity: with Nesterov less, by the momentum, than by the gradient's share.
+    stored = _ratio(pushed.update[path], pushed.velocity[path]) if momentum else math.nan
+    cautious = bool(now.response) and stored == 0
+    nesterov = bool(now.response) and bool(stored) and not _near_or_nan(stored, now.response)
+    ahead = 1 + momentum * nesterov
+    return dataclasses.replace(
+        action,
+        rate=action.rate / ahead,
+        momentum=momentum,
+        response=stored if math.isnan(now.response) else now.response / ahead,
+        nesterov=nesterov,
+        cautious=cautious,
+        gain=now.gain,
+    )
+
+
+def _with_epsilon(action: Action, root: float, none: _Seen, placed: _Seen, path: str) -> Action:
+    """The action with epsilon, which with a second moment of its square is twice itself outside the
+    root, and a square root of two times inside."""
+    own = none.root(path)
+    if not root > 4 * own:
+        return action if math.isnan(root) else dataclasses.replace(action, eps=0.0)
+    change = _ratio(none.update[path], placed.update[path])
+    held = placed.root(path) / root
+    inside = abs(change - math.hypot(1, held)) < abs(change - (1 + held))
+    eps = root**2 - own**2 if inside else root - own
+    return dataclasses.replace(action, eps=eps, eps_in_sqrt=inside)
+
+
+def _or_zero(x: float) -> float:
+    return x if math.isfinite(x) else 0.0
+
+
+def _ratio(x: float, y: float) -> float:
+    return x / y if y else math.nan
+
+
+def near(x: float, y: float) -> bool:
+    """Whether two measured numbers are the same but for rounding."""
+    return abs(x - y) <= 1e-5 * max(abs(x), abs(y))
+
+
+def _near_or_nan(x: float, y: float) -> bool:
+    return near(x, y) or math.isnan(x + y)
