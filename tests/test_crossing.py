@@ -16,20 +16,19 @@ import numpy as np
 import optax
 import pytest
 from crossing import (
+    ALL,
     CELLS,
-    CROSSED,
-    DERIVED,
-    HOMES,
-    MASKED,
-    MODES,
-    WAYS,
     COMPLEX,
     EXCEPTIONS,
     FAULTS,
+    HOMES,
+    JUMPS,
     MASKED,
     PAIRS,
-    Cell,
+    REFUSABLE,
     SAMPLE,
+    WAYS,
+    Cell,
     Leaves,
     leaves_of,
     only_matrices,
@@ -95,6 +94,9 @@ class Home(NamedTuple):
         for `update`.
       leaves: From parameters in their home to a dictionary.
       read: From both to the parameters in their home and the state.
+      specs: From a run, parameters in their home and the partitions of leaves to those of the
+        parameters, those of both, and the argument of `update`.
+      mask: From parameters in their home to a tree of booleans: which of them have two axes.
     """
 
     hold: Callable[[Leaves], Any]
@@ -102,6 +104,7 @@ class Home(NamedTuple):
     start: Callable[[Any, Any], Any]
     step: Callable[..., Any]
     read: Callable[[Any], tuple[Any, Any]]
+    specs: Callable[['Run', Any, Leaves], tuple[Any, Any, Any]]
     mask: Callable[[Any], Any] = only_matrices
 
 
@@ -122,9 +125,9 @@ class Net(eqx.Module):
 
     bias: Any
     cube: Any
+    head: Any
     kernel: Any
     scale: Any
-    head: Any = None
 
     def __call__(self, x: Any) -> Any:
         raise AssertionError('nobody asked the model for its output')
@@ -176,12 +179,32 @@ def _nnx_read(both: Any) -> Any:
     return nnx.split(net), nnx.as_pure(optimizer.opt_state)
 
 
-_dictionary = Home(lambda leaves: leaves, lambda params: params, _start, _step, lambda both: both)
+def _hold_specs(run: 'Run', params: Any, specs: Leaves) -> tuple[Any, Any, Any]:
+    held = run.home.hold(specs)
+    return held, (held, sharding.state_shardings(run.tx, params, held)), held
+
+
+def _nnx_specs(run: 'Run', params: Any, specs: Leaves) -> tuple[Any, Any, Any]:
+    """By name, since the state of a module and its optimizer holds more than parameters."""
+
+    def leaf(path: Any, _: Any) -> Any:
+        names = [name for name in specs if f"['{name}']" in jax.tree_util.keystr(path)]
+        return specs[names[0]] if names else P()
+
+    def named(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    return named(params), named(jax.eval_shape(run.start, params)), specs
+
+
+_dictionary = Home(
+    lambda leaves: leaves, lambda params: params, _start, _step, lambda both: both, _hold_specs
+)
 HOME = {
     'plain': _dictionary,
     'complex': _dictionary,
     'equinox': _dictionary._replace(
-        hold=lambda leaves: Net(**leaves),
+        hold=lambda leaves: Net(**{'head': None, **leaves}),
         leaves=lambda net: {k: v for k, v in vars(net).items() if v is not None},
     ),
     'partial': _dictionary._replace(
@@ -200,6 +223,7 @@ HOME = {
         start=_nnx_start,
         step=_nnx_step,
         read=_nnx_read,
+        specs=_nnx_specs,
         mask=lambda model: only_matrices(nnx.as_pure(model[1])),
     ),
 }
@@ -279,13 +303,13 @@ def on_mesh(run: Run, leaves: Leaves, kind: AxisType, axis: int) -> Any:
 
 def mapped(run: Run, leaves: Leaves, axis: int, check_vma: bool, inside: bool = False) -> Any:
     """Under `jax.shard_map`, with a state that is made outside or inside."""
-    params, specs = run.home.hold(leaves), run.home.hold(specs_of(leaves, axis))
-    both_specs = specs, sharding.state_shardings(run.tx, params, specs)
+    params = run.home.hold(leaves)
+    specs, both_specs, partition_specs = run.home.specs(run, params, specs_of(leaves, axis))
     over = functools.partial(
         jax.shard_map, mesh=mesh_of(AxisType.Auto), out_specs=both_specs, check_vma=check_vma
     )
     start = compiled(over(run.start, in_specs=(specs,))) if inside else run.start
-    step = functools.partial(run.step, partition_specs=specs)
+    step = functools.partial(run.step, partition_specs=partition_specs)
     return run.loop(start(params), compiled(over(step, in_specs=(both_specs,))))
 
 
@@ -334,7 +358,12 @@ def alone(cell: Cell, scale: float = 1.0) -> Result:
         return Run(cell, tx, _dictionary)
 
     runs = list(map(of_group, groups))
-    step = compiled(lambda many: [run.step(both) for run, both in zip(runs, many, strict=True)])
+
+    def step(many: Any) -> Any:
+        return [run.step(both) for run, both in zip(runs, many, strict=True)]
+
+    if cell.of.compact or cell.of.every > 1:
+        step = compiled(step)  # Eagerly these take seconds.
     many = runs[0].loop([run.start(group) for run, group in zip(runs, groups, strict=True)], step)
     params = {name: x for group, _ in many for name, x in group.items()}
     return moved(params, leaves), _merged([state for _, state in many], set(leaves)), leaves
@@ -400,14 +429,12 @@ def assert_near(cell: Cell, got: Any, expected: Any) -> None:
     if not cell.of.compact:
         np.testing.assert_allclose(got, expected, **NEAR)
         return
-    off = ~np.isclose(*(x.astype(np.complex64) for x in (got, expected)), **NEAR)
+    got, expected = got.astype(np.complex64), expected.astype(np.complex64)
+    off = ~np.isclose(got, expected, **NEAR)
     # Another path, other random bits.
-    most = 1.0 if cell.home in ('equinox', 'partial') else 0.005
-    assert off.mean() <= max(most, 1 / off.size * (off.size > 50))
-    tolerance = {'rtol': 0.25, 'atol': 2e-2 if cell.has_bytes else 1e-3}
-    if got.dtype == np.uint8:
-        tolerance = {'rtol': 0, 'atol': 3}
-    np.testing.assert_allclose(got.astype(np.complex64), expected.astype(np.complex64), **tolerance)
+    assert off.mean() <= (1.0 if cell.home in ('equinox', 'partial') else 0.005)
+    unit = 2**-2 if cell.has_bytes else 2**-6
+    np.testing.assert_allclose(got, expected, rtol=unit, atol=unit * np.abs(expected).max())
 
 
 def _real_dtypes(stored: Any) -> set[Any]:
@@ -434,7 +461,12 @@ def assert_state_is(cell: Cell, got: Any, expected: Any) -> None:
 def test_run(cell):
     start = start_of(cell)
     run = Run(cell, cell.of.make(), HOME[cell.home])
-    params, state = run.home.read(WAY[cell.way](run, start))
+    try:
+        params, state = run.home.read(WAY[cell.way](run, start))
+    except ValueError as refusal:
+        if REFUSABLE.holds(cell) and any(f"['{name}']" in str(refusal) for name in start):
+            return
+        raise
     whole, real, imag = parts(cell)
     got = moved(run.home.leaves(params), start)
     for name, distance in got.items():
@@ -489,9 +521,10 @@ def test_derivative(cell):
         at_zero = derivative(zero)
         for leaf in jax.tree.leaves((at_zero, derivative(some))):
             assert jnp.isfinite(leaf).all()
-        if case.compact:
-            return  # Rounding passes derivatives straight through.
-        up, down = (last(jax.tree.map(lambda x, h=h: h * x, ones)) for h in (STEP, -STEP))
+        if case.compact or case.name in JUMPS:
+            return
+        differences = compiled(last)
+        up, down = (differences(jax.tree.map(lambda x, h=h: h * x, ones)) for h in (STEP, -STEP))
         got, expected = (
             np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
             for tree in (at_zero, jax.tree.map(lambda x, y: (x - y) / (2 * STEP), up, down))
@@ -499,3 +532,31 @@ def test_derivative(cell):
         if cell.way == 'reverse':
             got, expected = got.real.sum(), expected.real.sum()
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_table_is_whole():
+    """Every case meets every way, every home and every mode, unless an exception says why not."""
+    assert (set(WAY), set(HOME)) == (set(WAYS), set(HOMES))
+    for kind, cells in ALL.items():
+        left_out = {cell for cell in cells if any(row.holds(cell) for row in EXCEPTIONS)}
+        for x, y in (('case', 'way'), ('case', 'home'), ('way', 'home')):
+            wanted, met = (
+                {(getattr(cell, x), getattr(cell, y)) for cell in part}
+                for part in (set(cells) - left_out, CELLS[kind])
+            )
+            assert met == wanted, (kind, x, y)
+
+
+def test_the_sample_has_every_value():
+    for kind, cells in CELLS.items():
+        for field in ('way', 'home') if kind == 'derivative' else ('case', 'way', 'home'):
+            wanted, got = (
+                {getattr(c, field) for c in part} for part in (cells, SAMPLE & set(cells))
+            )
+            assert got == wanted, (kind, field)
+
+
+@pytest.mark.parametrize('row', [*EXCEPTIONS, *FAULTS, REFUSABLE], ids=lambda row: row.reason)
+def test_no_row_is_idle(row):
+    cells = CELLS if row in (*FAULTS, REFUSABLE) else ALL
+    assert any(row.holds(cell) for kind in cells for cell in cells[kind])
