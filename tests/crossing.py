@@ -2,8 +2,8 @@
 
 The dimensions:
 
-- case: the list of `cases.py`, and a few of its own: storage with the thresholds that users get
-  (4096 entries, two axes), a format chosen by path, and weights that decay by a mask.
+- case: the list of `cases.py`, and a few of this file's own: storage with the thresholds that users
+  get (4096 entries, two axes), a format chosen by path, and weights that decay by a mask.
 - way: how it is run. `eager`, `jit`, `scan`, `vmap` and `donated` (parameters and state are given
   up at every step); meshes of `auto` and of `explicit` axes; and `jax.shard_map` with
   `partition_specs` (`mapped`), without `check_vma` (`unchecked`), or with a state that is made
@@ -11,15 +11,20 @@ The dimensions:
 - home: what holds the parameters. A plain dictionary, Flax NNX with `nnx.Optimizer`, the
   `TrainState` of Flax Linen, an Equinox module and a `jax.tree_util.Partial`, which both can be
   called, and a dictionary in which some leaves are complex.
-- mode of the derivative of an update, at gradients of zero: forward or reverse.
+- mode of the derivative of an update where gradients are zero: forward or reverse.
 
-Every case meets every way in the plain home, every home under `jit`, and both modes in the plain
-and the complex home; every way meets every home in a few cases. The fast suite takes a sample of
-these cells, in which every case meets three ways and a home, and every value of every dimension
-occurs; the slow suite takes all of them.
+Every case meets every way in the plain home, every home under `jit`, and both modes of the
+derivative in the plain and the complex home. Every other pair of a way and a home meets in one
+case. So does every mask, as a function and as a tree, every home. The full product would take an
+hour. The slow suite takes all of these cells, and the fast one a sample that is drawn without
+chance: every case and every mask once, each time in the way and the home that the sample has the
+fewest of, so that every way and every home occurs; and a seventh of the derivatives.
 
-A cell's results must be those of each leaf by itself, run eagerly in a plain dictionary. The
-leaves have the same names and axes in each home, so that masks choose the same ones.
+Results must be those of each leaf by itself in a plain dictionary, run eagerly (or by compiled
+steps, where eager ones take seconds). Leaves have the same names and axes in each home, so that
+masks choose the same ones. A complex leaf must do what two real ones do where a dialect takes it
+for pairs, and else what the real leaf of its magnitudes does. Programs are compiled without
+optimization, which takes half the time; `test_contract.py` has optimized ones.
 
 `EXCEPTIONS` says which cells make no sense, and `FAULTS` which fail today. Whoever mends a fault
 deletes its line: the tests are strict.
@@ -153,11 +158,7 @@ WAYS = ('eager', 'jit', 'scan', 'vmap', 'donated', *MESHES, *MAPPED, 'inside-0')
 HOMES = ('plain', 'nnx', 'linen', 'equinox', 'partial', 'complex')
 
 # Complex arrays are pairs of reals in these cases, and squares are |g|^2 in the others.
-PAIRS = tuple(
-    case.name
-    for case in CROSSED
-    if case.name in ('torch', 'torch-factored', 'torch-bfloat16-large', 'torch-masked')
-)
+PAIRS = ('torch', 'torch-factored', 'torch-bfloat16-large', 'torch-masked')
 
 # The leaves, with complex ones where the home is. Axes can be split in two.
 Leaves = dict[str, Any]
