@@ -15,10 +15,11 @@ The dimensions:
 
 Every case meets every way in the plain home, every home under `jit`, and both modes of the
 derivative in the plain and the complex home. Every other pair of a way and a home meets in one
-case. So does every mask, as a function and as a tree, every home. The full product would take an
-hour. The slow suite takes all of these cells, and the fast one a sample that is drawn without
-chance: every case and every mask once, each time in the way and the home that the sample has the
-fewest of, so that every way and every home occurs; and a seventh of the derivatives.
+case. So does every mask, as a function and as a tree, every home. That is a quarter of all that
+there could be. The slow suite takes all of these cells, and the fast one a sample, always the same:
+every case and every mask once, where something has failed before or else in the way and the home
+that the sample has the fewest of, so that every way and every home occurs; and a seventh of the
+derivatives.
 
 Results must be those of each leaf by itself in a plain dictionary, run eagerly (or by compiled
 steps, where eager ones take seconds). Leaves have the same names and axes in each home, so that
@@ -357,13 +358,32 @@ def _others() -> list[Cell]:
     return cells
 
 
+# Cells that have failed once: the fast suite keeps looking at one of each kind.
+ONCE_BROKEN = (
+    Cell('run', 'rmsprop-everything', 'jit', 'partial'),
+    Cell('run', 'torch-masked', 'jit', 'complex'),
+    Cell('run', 'torch-factored', 'jit', 'complex'),
+    Cell('run', 'tensorflow', 'explicit-1', 'plain'),
+    Cell('run', 'torch-bfloat16-large', 'mapped-0', 'plain'),
+    Cell('run', 'rmsprop-bfloat16-large', 'inside-0', 'plain'),
+    Cell('run', 'skip_nonfinite-coordinate', 'mapped-0', 'plain'),
+    Cell('run', 'scale_by_rms-factored-large', 'jit', 'nnx'),
+    Cell('run', 'rmsprop-per_leaf', 'jit', 'nnx'),
+    Cell('mask', 'rmsprop', 'function', 'equinox'),
+    Cell('mask', 'inject_hyperparams', 'tree', 'partial'),
+    Cell('derivative', 'torch_clip_grad_norm-1', 'reverse', 'plain'),
+    Cell('derivative', 'keras-clipnorm', 'forward', 'plain'),
+)
+
+
 def _sample(cells: list[Cell], every: int) -> set[Cell]:
-    """A cell for each `every`th case, at the way and home that has the fewest so far."""
+    """A cell for each `every`th other case, at the way and home that has the fewest so far."""
+    sample = {cell for cell in cells if cell in ONCE_BROKEN}
     by_case: dict[str, list[Cell]] = {}
     for cell in cells:
-        by_case.setdefault(cell.case, []).append(cell)
-    taken: collections.Counter[tuple[str, str]] = collections.Counter()
-    sample = set()
+        if cell.case not in {broken.case for broken in sample}:
+            by_case.setdefault(cell.case, []).append(cell)
+    taken = collections.Counter((cell.way, cell.home) for cell in sample)
     for ours in list(by_case.values())[::every]:
         cell = min(ours, key=lambda cell: taken[cell.way, cell.home])
         taken[cell.way, cell.home] += 1

@@ -23,6 +23,7 @@ from crossing import (
     HOMES,
     JUMPS,
     MASKED,
+    ONCE_BROKEN,
     PAIRS,
     REFUSABLE,
     SAMPLE,
@@ -545,6 +546,7 @@ def test_the_table_is_whole():
 
 
 def test_the_sample_has_every_value():
+    assert set(ONCE_BROKEN) <= SAMPLE
     for kind, cells in CELLS.items():
         for field in ('way', 'home') if kind == 'derivative' else ('case', 'way', 'home'):
             wanted, got = (
