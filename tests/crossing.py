@@ -25,7 +25,7 @@ Results must be those of each leaf by itself in a plain dictionary, run eagerly 
 steps, where eager ones take seconds). Leaves have the same names and axes in each home, so that
 masks choose the same ones. A complex leaf must do what two real ones do where a dialect takes it
 for pairs, and else what the real leaf of its magnitudes does. Programs are compiled without
-optimization, which takes half the time; `test_contract.py` has optimized ones.
+optimization, in three quarters of the time; `test_contract.py` has optimized ones.
 
 `EXCEPTIONS` says which cells make no sense, and `FAULTS` which fail today. Whoever mends a fault
 deletes its line: the tests are strict.

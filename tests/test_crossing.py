@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmsprop_jax import sharding
 
-# Unoptimized, programs compile in half the time.
+# Unoptimized, programs compile in three quarters of the time.
 compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 STEPS = 3
 # A complex array whose entries have this phase behaves as the real array of their magnitudes does,
