@@ -5,6 +5,7 @@ The table, with its dimensions, its exceptions and what fails today, is `crossin
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -441,6 +442,14 @@ def _real_dtypes(stored: Any) -> set[Any]:
     return {np.empty(0, x.dtype).real.dtype for x in jax.tree.leaves(stored)}
 
 
+def _leaves(cell: Cell, state: Any) -> list[Any]:
+    """In one order: NNX makes mappings of named tuples, which come in the order of their keys."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    if cell.home == 'nnx':
+        leaves.sort(key=lambda item: re.findall(r'\w+', jax.tree_util.keystr(item[0])))
+    return [leaf for _, leaf in leaves]
+
+
 def assert_state_is(cell: Cell, got: Any, expected: Any) -> None:
     if cell.home == 'complex':
         # How complex statistics are laid out is each dialect's own.
@@ -450,7 +459,7 @@ def assert_state_is(cell: Cell, got: Any, expected: Any) -> None:
             for leaf in leaves:
                 assert _real_dtypes(got[name][leaf]) == _real_dtypes(leaves[leaf]), (name, leaf)
         return
-    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    got, expected = (_leaves(cell, state) for state in (got, expected))
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in expected]
     for x, y in zip(got, expected, strict=True):
         assert_near(cell, x, y)
