@@ -1,4 +1,7 @@
-"""What every public transformation must do, whatever it computes."""
+"""What every public transformation must do, whatever it computes.
+
+Ways of running it, homes of parameters and derivatives at zero are crossed in `test_crossing.py`.
+"""
 
 import functools
 import inspect
@@ -143,18 +146,6 @@ def test_scan_equals_loop(case):
     chex.assert_trees_all_close(scanned, steps(tx, params, 5), rtol=1e-4, atol=1e-5)
 
 
-@each_case
-def test_vmap_equals_loop(case):
-    tx = case.make()
-    many = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), tree())
-    batched = jax.vmap(functools.partial(steps, tx))(many)
-    for i in range(3):
-        one = steps(tx, jax.tree.map(lambda p, i=i: p[i], many))
-        chex.assert_trees_all_close(
-            jax.tree.map(lambda x, i=i: x[i], batched), one, rtol=1e-5, atol=1e-6
-        )
-
-
 @each([case for case in CASES if not case.compact])
 def test_gradient_through_training_matches_finite_differences(case):
     with jax.enable_x64(True):
@@ -169,15 +160,6 @@ def test_gradient_through_training_matches_finite_differences(case):
         h = 1e-6
         numerical = (loss(h) - loss(-h)) / (2 * h)
         np.testing.assert_allclose(jax.grad(loss)(0.0), numerical, rtol=1e-4)
-
-
-@each_case
-def test_donation(case):
-    tx = case.make()
-    expected = steps(tx, tree(), 2)
-    update = jax.jit(tx.update, donate_argnums=(0, 1))
-    got = steps(tx, tree(), 2, update)
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @each_case
@@ -204,27 +186,6 @@ def test_lowers_for_every_platform(case):
         assert exported.platforms == platforms
     got = exported.call(gradient(params), state, params)
     chex.assert_trees_all_close(got, tx.update(gradient(params), state, params), rtol=1e-5)
-
-
-@each([case for case in CASES if case.elementwise])
-def test_shard_map_equals_one_device(case):
-    tx = case.make()
-    mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    params = {'w': jnp.linspace(-2, 2, 32).reshape(8, 4)}
-    spec = jax.tree.map(
-        lambda x: P('data') if jnp.ndim(x) else P(), jax.eval_shape(tx.init, params)
-    )
-
-    def run(params, state):
-        updates, state = tx.update(gradient(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.jit(jax.shard_map(tx.init, mesh=mesh, in_specs=P('data'), out_specs=spec))(params)
-    chex.assert_trees_all_equal(state, tx.init(params))
-    sharded = jax.jit(
-        jax.shard_map(run, mesh=mesh, in_specs=(P('data'), spec), out_specs=(P('data'), spec))
-    )(params, state)
-    chex.assert_trees_all_close(sharded, steps(tx, params, 1), rtol=1e-6)
 
 
 @each_with_moments
