@@ -268,25 +268,6 @@ _NORMS = (
 )
 FAULTS = (
     Row(
-        'a tree that can be called is taken for a mask function: masks are ignored or refused',
-        lambda c: (
-            c.home in _CALLABLE
-            and (
-                c.kind == 'mask' or c.case in ('rmsprop-everything', 'torch-masked', 'keras-masked')
-            )
-        ),
-    ),
-    Row(
-        'a mask sees complex arrays with an axis of real and imaginary parts',
-        lambda c: (
-            c.home == 'complex'
-            and (
-                (c.kind, c.case) == ('run', 'torch-masked')
-                or c[:3] == ('mask', 'torch', 'function')
-            )
-        ),
-    ),
-    Row(
         'formats are chosen by complex arrays with an axis of real and imaginary parts',
         lambda c: (
             (c.kind, c.home) == ('run', 'complex')
@@ -296,35 +277,6 @@ FAULTS = (
     Row(
         'sparse does not know how an axis after the first is split on explicit meshes',
         lambda c: c.case == 'tensorflow' and c.way in ('explicit-1', 'explicit-2'),
-    ),
-    Row(
-        'formats are chosen by the shape of the shard, where partition_specs tell the whole one',
-        lambda c: c.way in MAPPED and c.case.endswith('-large'),
-    ),
-    Row(
-        'formats are chosen by the shape of the shard where init runs under shard_map',
-        REFUSABLE.holds,
-    ),
-    Row(
-        'skip_nonfinite counts what is skipped, and leaves out leaves, by shard',
-        lambda c: (
-            c.is_mapped
-            and c.case.startswith('skip_nonfinite')
-            # The entry that is skipped is on every device there.
-            and c.way != 'unchecked-2'
-        ),
-    ),
-    Row(
-        'NNX makes mappings of factored second moments',
-        lambda c: c.home == 'nnx' and 'factored' in c.case,
-    ),
-    Row(
-        "NNX's paths end in .value when a format is chosen at the start, and not at an update",
-        lambda c: c.home == 'nnx' and c.case == 'rmsprop-per_leaf',
-    ),
-    Row(
-        'the derivative of a norm that is zero, or of its zero entries, is NaN',
-        lambda c: c.kind == 'derivative' and c.case in _NORMS,
     ),
 )
 

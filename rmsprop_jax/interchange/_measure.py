@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, tree_map_with_path
 
-from rmsprop_jax._types import RmsState, wide_dtype
+from rmsprop_jax._types import RmsState, by_path, wide_dtype
 from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
 from rmsprop_jax.interchange._state import is_average, is_compact, is_corrected, is_node
 from rmsprop_jax.interchange._write import with_counts
@@ -99,9 +99,11 @@ class Trial:
             self._params = jax.tree.map(_zeros, params)
             self._ranks = {path: p.ndim for path, p in named_leaves(self._params).items()}
             start = tx.init(self._params)
-            if jax.tree.structure(start) != jax.tree.structure(state):
+            if by_path(start).keys() != by_path(state).keys():
                 self.fault = 'its init makes a state of another structure'
                 return
+            # That of an nnx.Optimizer has the same leaves within variables of its own.
+            state = jax.tree.unflatten(jax.tree.structure(start), jax.tree.leaves(state))
             self._state = _with_scalars_of(state, start)
             nodes = jax.tree.leaves(self._state, is_leaf=is_node)
             if any(is_node(node) and is_compact(node) for node in nodes):
