@@ -13,8 +13,9 @@ from rmsprop_jax.interchange._measure import Trial
 
 @contextlib.contextmanager
 def measured_once(known: dict[Any, Any]) -> Iterator[None]:
-    """Keeps in `known` what has been measured of a transformation after some number of steps, which depends on
-    nothing else in a state but its scalars.
+    """Keeps in `known` what has been measured of a transformation after some number of steps.
+
+    It depends on nothing else in a state but its scalars.
 
     A conversion tries its transformation 18 times, which a test of many states need not repeat.
     """
