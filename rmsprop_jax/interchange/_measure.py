@@ -87,13 +87,12 @@ class Trial:
     """A transformation at a state, to be tried out.
 
     Attributes:
-      tx: The transformation.
       calls: How many calls make a step.
       fault: Why it could not be tried; None where it could.
     """
 
     def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
-        self.tx, self._update = tx, optax.with_extra_args_support(tx).update
+        self._update = optax.with_extra_args_support(tx).update
         self.calls, self.fault = 1, None
         try:
             # Accumulators are wide whatever the parameters are, and so are then the updates.
