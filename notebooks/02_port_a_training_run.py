@@ -216,7 +216,9 @@ print(f'{"PyTorch":33}loss {second_half[:20].mean():.4f}, {second_half[-100:].me
 
 # %%
 groups = optimizer.state_dict()['param_groups']
-back = interchange.to_torch(moved_state, moved_params, pairs, groups, as_tensor=torch.from_numpy)
+back = interchange.to_torch(
+    moved_state, moved_params, pairs, groups, tx=tx, as_tensor=torch.from_numpy
+)
 stayed = optimizer.state_dict()['state']
 apart = [
     float((array - stayed[number][key]).abs().max() / stayed[number][key].abs().max())

@@ -55,7 +55,19 @@ BYTES = storage.per_leaf(lambda path, shape: storage.uint8())
 IN_BYTES = rmsprop(0.1, storage=BYTES).init(PARAMS)
 WITH_TRACE = rmsprop(0.1, momentum=0.9).init(PARAMS)
 THEIRS = {'dense.weight': np.ones((3, 4), 'f'), 'dense.bias': np.ones(3, 'f')}
-FROM_TORCH = {'state_dict': TORCH, 'tx': TX, 'params': PARAMS, 'mapping': PAIRS, 'names': NAMES}
+FROM_TORCH = {
+    'state_dict': TORCH,
+    'tx': dialects.torch(0.1),
+    'params': PARAMS,
+    'mapping': PAIRS,
+    'names': NAMES,
+}
+WITH_VELOCITY = {
+    'state': WITH_TRACE,
+    'params': PARAMS,
+    'mapping': PAIRS,
+    'tx': rmsprop(0.1, momentum=0.9),
+}
 LAYERS = (
     *(interchange.torch.linear, interchange.torch.conv, interchange.torch.norm),
     *(interchange.keras.dense, interchange.keras.norm),
@@ -458,12 +470,12 @@ VALID: dict[Any, dict[str, Any]] = {
     },
     interchange.to_keras: {'state': STATE, 'params': PARAMS, 'mapping': PAIRS},
     interchange.from_tensorflow: {
-        'variables': interchange.to_tensorflow(WITH_TRACE, PARAMS, PAIRS),
+        'variables': interchange.to_tensorflow(**WITH_VELOCITY),
         'tx': dialects.tensorflow(0.1),
         'params': PARAMS,
         'mapping': PAIRS,
     },
-    interchange.to_tensorflow: {'state': WITH_TRACE, 'params': PARAMS, 'mapping': PAIRS},
+    interchange.to_tensorflow: WITH_VELOCITY,
     **{layer: {'theirs': 'x', 'ours': 'y'} for layer in LAYERS},
     identify_dialect: {'trace': RUN},
     aot.compile_step: {'fn': lambda *x: x, 'args': (jnp.ones(2),)},
@@ -596,6 +608,14 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
             interchange.from_optax,
             interchange.from_tensorflow,
         )
+    },
+    **{
+        (function, 'dialect'): (3, TypeError, '^dialect must be dialects.torch, dialects.timm or')
+        for function in (interchange.from_torch, interchange.to_torch)
+    },
+    **{
+        (function, 'source'): (3, TypeError, '^source must be a gradient transformation')
+        for function in (interchange.from_optax, interchange.to_optax)
     },
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
     (interchange.to_torch, 'param_groups'): (3, ValueError, "'param_groups' is missing or no list"),

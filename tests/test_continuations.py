@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from measuring import measured_once
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange
-from rmsprop_jax.interchange import _measure
 
 SHAPES = {'a': (2,), 'b': (3, 2)}
 PAIRS = [interchange.Pair(name, name) for name in SHAPES]
@@ -353,7 +353,7 @@ def drawn_numbers(target: Target, label: str, draw: Draw) -> Numbers:
         x = dataclasses.replace(x, rates={'a': 0.03, 'b': 0.03})
     return dataclasses.replace(
         x,
-        maximize=x.maximize and label == 'torch',
+        maximize=x.maximize and label in ('torch', 'optax'),
         corrected=x.corrected and 'optax' in label,
         weight_decay=x.weight_decay if _decays(target, label) else 0.0,
     )
@@ -389,28 +389,10 @@ def outcome(target: Target, label: str, draw: Draw) -> str:
     return 'equal'
 
 
-@pytest.fixture
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps what has been measured of a transformation at a step, which does not depend on a state:
-    all but one of its 18 trials in a conversion would be repeated for every checkpoint."""
-    known: dict[Any, Any] = {}
-    actions = _measure.Trial.actions
-
-    def remembered(self: Any, count: int) -> Any:
-        leaves = [x for x in jax.tree.leaves(self._state) if np.ndim(x) == 0]
-        key = self._update, count, tuple(float(x) for x in leaves)
-        if key not in known:
-            known[key] = actions(self, count), self.fault
-        found, self.fault = known[key]
-        return dict(found)
-
-    monkeypatch.setattr(_measure.Trial, 'actions', remembered)
-
-
 def _all_outcomes(seed: int, targets: int, each: int) -> collections.Counter[tuple[str, str]]:
     draw = np.random.default_rng(seed)
     found: collections.Counter[tuple[str, str]] = collections.Counter()
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), measured_once({}):
         for _ in range(targets):
             target = drawn_target(draw)
             for label in SOURCES:
@@ -418,7 +400,6 @@ def _all_outcomes(seed: int, targets: int, each: int) -> collections.Counter[tup
     return found
 
 
-@pytest.mark.usefixtures('measured_once')
 def test_a_checkpoint_goes_on_as_it_would_have_or_is_refused():
     found = _all_outcomes(seed=14, targets=18, each=1)
     assert sum(found.values()) == 162
@@ -426,7 +407,6 @@ def test_a_checkpoint_goes_on_as_it_would_have_or_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('measured_once')
 def test_ten_thousand_checkpoints_go_on_as_they_would_have_or_are_refused():
     found = _all_outcomes(seed=2026, targets=280, each=4)
     assert sum(found.values()) == 10_080

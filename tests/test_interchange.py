@@ -369,6 +369,7 @@ def test_the_state_of_an_nnx_optimizer_goes_out_as_the_plain_one_does(name: str)
         optimizer.update(model, gradients)
         _, state = tx.update(gradients, state, params)
     groups = _theirs()['param_groups']
+    del groups[0]['lr']
     found, wanted = (
         interchange.to_torch(x, params, _fc(), groups, tx=tx) for x in (optimizer.opt_state, state)
     )
@@ -417,6 +418,233 @@ def test_the_learning_rate_of_keras_goes_where_it_is_injected():
     state = interchange.from_keras(theirs, tx, params, pairs)
     assert state.hyperparams['learning_rate'] == jnp.float32(0.1)
     assert 'learning_rate' not in interchange.to_keras(state, params, pairs)
+
+
+# The side of the learning rate, and what a checkpoint says of itself.
+
+
+def _one(**settings: Any) -> tuple[dict[str, Any], Any, list[interchange.Pair]]:
+    """A PyTorch state of one parameter after three steps, the parameter and its pair."""
+    entry = {
+        'step': np.float32(3),
+        'square_avg': np.array([1.0], 'f'),
+        'momentum_buffer': np.array([20.0], 'f'),
+    }
+    group = {'lr': 1e-2, 'momentum': 0.9, 'param_names': ['w'], **settings}
+    theirs = {'state': {0: entry}, 'param_groups': [_group([0], **group)]}
+    return theirs, {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+
+
+INSIDE = {
+    'rmsprop': lambda lr: rmsprop_jax.rmsprop(lr, 0.99, eps_in_sqrt=False, momentum=0.9),
+    # The schedule counts steps, which PyTorch's state needs.
+    'optax.rmsprop': lambda lr: optax.chain(
+        optax.rmsprop(lr, 0.99, eps_in_sqrt=False, momentum=0.9),
+        optax.scale_by_schedule(optax.constant_schedule(1.0)),
+    ),
+    'in a partition': lambda lr: optax.partition(
+        {'a': rmsprop_jax.rmsprop(lr, 0.99, eps_in_sqrt=False, momentum=0.9)}, {'w': 'a'}
+    ),
+    'accumulated': lambda lr: optax.MultiSteps(
+        rmsprop_jax.rmsprop(lr, 0.99, eps_in_sqrt=False, momentum=0.9), 3
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize('name', INSIDE)
+def test_a_velocity_goes_to_the_other_side_of_a_constant_rate_and_back(name: str):
+    theirs, params, pairs = _one()
+    tx = INSIDE[name](1e-2)
+    state = interchange.from_torch(theirs, tx, params, pairs)
+    np.testing.assert_allclose(optax.tree.get(state, 'trace')['w'], [-0.2], rtol=1e-6)
+    back = interchange.to_torch(state, params, pairs, theirs['param_groups'], tx=tx)
+    buffer = back['state'][0]['momentum_buffer']
+    np.testing.assert_allclose(buffer, [20.0], rtol=1e-6)
+    assert buffer.dtype == np.float32
+
+
+def test_bfloat16_parameters_hide_nothing():
+    theirs, _, pairs = _one()
+    params = {'w': jnp.ones(1, jnp.bfloat16)}
+    state = interchange.from_torch(theirs, INSIDE['rmsprop'](1e-2), params, pairs)
+    np.testing.assert_allclose(optax.tree.get(state, 'trace')['w'], [-0.2], rtol=1e-6)
+
+
+def test_a_velocity_does_not_go_to_the_other_side_of_a_changing_rate():
+    theirs, params, pairs = _one()
+    tx = INSIDE['rmsprop'](optax.piecewise_constant_schedule(1e-2, {1000: 0.1}))
+    (found,) = _problems(lambda: interchange.from_torch(theirs, tx, params, pairs))
+    assert found == (
+        "'w': in PyTorch the learning rate is outside the velocity, and in tx inside the velocity, "
+        'where it changes in time: that is another algorithm, which cannot go on from this velocity'
+    )
+    state = tx.init(params)
+    groups = theirs['param_groups']
+    (found,) = _problems(lambda: interchange.to_torch(state, params, pairs, groups, tx=tx))
+    assert 'that is another algorithm' in found
+    tx = optax.chain(
+        optax.rmsprop(0.1, momentum=0.9), optax.scale_by_schedule(lambda n: 1 / (n + 1))
+    )
+    moved = {'w/RMSProp': np.ones(1, 'f'), 'w/RMSProp_1': np.ones(1, 'f')}
+    (found,) = _problems(lambda: interchange.from_tensorflow(moved, tx, params, pairs, count=3))
+    assert found.startswith(
+        "'w': in TensorFlow the learning rate is inside the velocity, and in tx"
+    )
+
+
+def test_a_side_that_cannot_be_found_is_refused_naming_both():
+    theirs, params, pairs = _one()
+    plateau = optax.chain(dialects.torch(1e-2, momentum=0.9), optax.contrib.reduce_on_plateau())
+    (found,) = _problems(lambda: interchange.from_torch(theirs, plateau, params, pairs))
+    assert found.startswith(
+        "'w': in PyTorch the learning rate is outside the velocity, and whether it is in tx cannot "
+        'be found: it raises TypeError'
+    )
+
+
+def test_a_rate_that_is_zero_now_is_looked_up_later():
+    warmup = optax.linear_schedule(0.0, 1e-2, 10)
+    moved = {'w/RMSProp': np.ones(1, 'f'), 'w/RMSProp_1': np.ones(1, 'f')}
+    params, pairs = {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+    tx = dialects.tensorflow(warmup, momentum=0.9)
+    state = interchange.from_tensorflow(moved, tx, params, pairs, count=0)
+    assert optax.tree.get(state, 'trace')['w'].tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ('said', 'complaint'),
+    [
+        ({'lr': 0.1}, 'lr is 0.1 there, and 0.01 in tx after '),
+        ({'alpha': 0.9}, 'alpha is 0.9 there, and 0.99 in tx'),
+        ({'eps': 1e-4}, 'eps is 0.0001 there, and 1e-08 in tx'),
+        ({'momentum': 0.5}, 'momentum is 0.5 there, and 0.9 in tx'),
+        ({'weight_decay': 0.1}, 'weight_decay is 0.1 there, and '),
+        ({'maximize': True}, 'lr is -0.01 there, and 0.01 in tx'),
+        ({'lr_in_momentum': True}, 'timm adds epsilon inside the root, and tx outside the root'),
+    ],
+)
+def test_what_groups_say_of_themselves_is_compared(said: dict[str, Any], complaint: str):
+    theirs, params, pairs = _one(**said)
+    tx = dialects.torch(1e-2, momentum=0.9)
+    found = _problems(lambda: interchange.from_torch(theirs, tx, params, pairs))
+    assert any(complaint in line for line in found), found
+    state = tx.init(params)
+    groups = theirs['param_groups']
+    found = _problems(lambda: interchange.to_torch(state, params, pairs, groups, tx=tx))
+    assert any(complaint in line for line in found), found
+
+
+def test_groups_without_an_entry_are_not_compared():
+    theirs, params, pairs = _one()
+    group = theirs['param_groups'][0]
+    theirs['param_groups'] = [{key: group[key] for key in ('params', 'param_names')}]
+    interchange.from_torch(theirs, dialects.torch(0.3, 0.5, momentum=0.1), params, pairs)
+
+
+def test_timm_says_itself_where_its_learning_rate_is():
+    theirs, params, pairs = _one(lr_in_momentum=True)
+    del theirs['param_groups'][0]['maximize']
+    tx = dialects.timm(1e-2, 0.99, 1e-8, momentum=0.9)
+    state = interchange.from_torch(theirs, tx, params, pairs)
+    assert optax.tree.get(state, 'trace')['w'].tolist() == [-20]
+    (found,) = _problems(
+        lambda: interchange.from_torch(theirs, tx, params, pairs, lr_in_momentum=False)
+    )
+    assert found == 'group 0: lr_in_momentum is True there, not False'
+
+
+def test_groups_that_two_libraries_may_have_written_need_a_dialect():
+    theirs, params, pairs = _one()
+    del theirs['param_groups'][0]['maximize']
+    tx = dialects.stable_baselines3(1e-2, momentum=0.9)
+    (found,) = _problems(lambda: interchange.from_torch(theirs, tx, params, pairs))
+    assert found.endswith('pass dialect=dialects.torch or dialect=dialects.stable_baselines3')
+    interchange.from_torch(theirs, tx, params, pairs, dialect=dialects.stable_baselines3)
+    (found,) = _problems(
+        lambda: interchange.from_torch(theirs, tx, params, pairs, dialect=dialects.torch)
+    )
+    assert found == "'w': PyTorch adds epsilon outside the root, and tx inside the root"
+
+
+def test_the_way_back_needs_the_transformation_where_there_is_a_velocity():
+    params, pairs = {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+    state = dialects.tensorflow(0.1).init(params)
+    for convert, name in (
+        (lambda: interchange.to_tensorflow(state, params, pairs), 'tx'),
+        (lambda: interchange.to_keras(state, params, pairs), 'tx'),
+        (lambda: interchange.to_optax(state, optax.rmsprop(0.1, momentum=0.0), params), 'source'),
+    ):
+        (found,) = _problems(convert)
+        assert "a velocity for 'w'" in found
+        assert found.endswith(f'pass {name}, the transformation whose state it is')
+    plain = dialects.keras(0.1).init(params)
+    assert set(interchange.to_keras(plain, params, pairs)) == {'iteration', 'w_velocity'}
+
+
+# Keras, which counts calls.
+
+
+def _accumulating(every: int | None, rate: Any = 0.01) -> Any:
+    return dialects.keras(rate, gradient_accumulation_steps=every)
+
+
+def _keras_variables(**more: Any) -> dict[str, Any]:
+    return {'iteration': np.int64(40), 'w_velocity': np.full(1, 0.25, 'f'), **more}
+
+
+@pytest.mark.parametrize('every', [2, 4, 5, 8])
+def test_the_calls_of_a_step_are_found(every: int):
+    params, pairs = {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+    theirs = _keras_variables(w_gradient_accumulator=np.zeros(1, 'f'))
+    for tx in (
+        _accumulating(every),
+        optax.MultiSteps(_accumulating(None), every).gradient_transformation(),
+    ):
+        state = interchange.from_keras(theirs, tx, params, pairs)
+        counts = optax.tree.get_all_with_path(state, 'count')
+        assert {int(count) for _, count in counts} == {40 // every}
+        back = interchange.to_keras(state, params, pairs, tx=tx)
+        assert_same(back, theirs)
+
+
+def test_a_schedule_reads_the_count_of_keras_after_an_accumulation():
+    """Of 40 calls at 4 a step: the next step is Keras's, at the rate of its 43rd call."""
+    rate = optax.exponential_decay(0.01, 10, 0.5)
+    params, pairs = {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+    theirs = _keras_variables(w_gradient_accumulator=np.zeros(1, 'f'))
+    tx = _accumulating(4, rate)
+    state = interchange.from_keras(theirs, tx, params, pairs)
+    for _ in range(4):
+        update, state = tx.update({'w': jnp.full(1, 0.5)}, state, params)
+    nu = 0.9 * 0.25 + 0.1 * 0.25
+    np.testing.assert_allclose(
+        update['w'], -0.01 * 0.5 ** (43 / 10) * 0.5 / np.sqrt(nu + 1e-7), rtol=1e-5
+    )
+
+
+def test_contradictions_about_accumulation_and_rate_are_refused():
+    params, pairs = {'w': jnp.ones(1)}, [interchange.Pair('w', 'w')]
+    held = {'w_gradient_accumulator': np.zeros(1, 'f')}
+
+    def problem(variables: Any, tx: Any, **given: Any) -> str:
+        (found,) = _problems(lambda: interchange.from_keras(variables, tx, params, pairs, **given))
+        return found
+
+    assert 'tx takes a step at every call:' in problem(
+        _keras_variables(**held), _accumulating(None)
+    )
+    assert 'Keras has no gradient acc' in problem(_keras_variables(), _accumulating(4))
+    found = problem(_keras_variables(**held), _accumulating(4), gradient_accumulation_steps=2)
+    assert found == 'gradient_accumulation_steps is 2, but tx takes a step at every 4 calls'
+    found = problem(_keras_variables(learning_rate=np.float32(0.001)), _accumulating(None))
+    assert found.startswith("'w': learning_rate is 0.001 there, and 0.01 in tx after 40 steps")
+    tx = _accumulating(4)
+    (found,) = _problems(lambda: interchange.to_keras(tx.init(params), params, pairs))
+    assert 'the state accumulates gradients: pass tx' in found
+    (found,) = _problems(
+        lambda: interchange.to_keras(tx.init(params), params, pairs, tx=tx, learning_rate=0.1)
+    )
+    assert found.startswith("'w': learning_rate is 0.1 there, and 0.01 in tx after 0 steps")
 
 
 # What does not fit is refused, all at once.

@@ -329,14 +329,12 @@ def test_a_scheduler_counts_its_own_steps(case: str, ahead: int):
         return RATE * (1 - (count + ahead) * (1 / END))
 
     np.testing.assert_allclose(run['rates']['used'], schedule(np.arange(END)), rtol=1e-12)
-    group = run['state']['param_groups'][0]
-    if ahead:
-        # The rate that is written is the last one that was used.
-        found = problems(lambda: moved(run, learning_rate=schedule))
-        assert 'delete the entry from group 0 to leave it uncompared' in found
-        group['lr'] = schedule(run['state']['state'][0]['step'])
+    # The rate that is written is the next one, or where it was set early the last one.
+    assert run['rates']['used'][HALF - ahead] == run['state']['param_groups'][0]['lr']
     assert_goes_on(run, moved(run, learning_rate=schedule))
     assert_goes_on(run, moved(run, learning_rate=[schedule]))
+    found = problems(lambda: moved(run, learning_rate=lambda count: schedule(count + 3)))
+    assert 'delete the entry from group 0 to leave it uncompared' in found
     run['state']['param_groups'][0]['lr'] = schedule
     assert_goes_on(run, moved(run))
 

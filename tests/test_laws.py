@@ -27,6 +27,7 @@ from formula import EPS, SMALLEST, TINY, Near
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from measuring import measured_once
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, sharding, storage
@@ -1021,12 +1022,12 @@ class Elsewhere(NamedTuple):
     """Where a state may go: our optimizer, and the way there and back.
 
     Attributes:
-      send: To theirs, of a state and the parameters.
+      send: To theirs, of a state, our optimizer and the parameters.
       bring: To ours, of theirs, our optimizer and the parameters.
     """
 
     tx: optax.GradientTransformation
-    send: Callable[[Any, Any], Any]
+    send: Callable[[Any, Any, Any], Any]
     bring: Callable[[Any, Any, Any], Any]
     dtype: str = 'float32'
 
@@ -1039,10 +1040,10 @@ SIZES = {'kernel': (2, 3), 'bias': (3,)}
 def torch(momentum: float = 0.0, centered: bool = False, dtype: str = 'float32') -> Elsewhere:
     settings = {'lr': 0.1, 'alpha': 0.9, 'eps': 1e-8, 'weight_decay': 0, 'momentum': momentum}
     names = {'params': [0, 1], 'param_names': ['fc.weight', 'fc.bias']}
-    groups = [settings | names | {'centered': centered}]
+    groups = [settings | names | {'centered': centered, 'maximize': False}]
     return Elsewhere(
         dialects.torch(0.1, 0.9, momentum=momentum, centered=centered),
-        lambda state, params: interchange.to_torch(state, params, LINEAR, groups),
+        lambda state, tx, params: interchange.to_torch(state, params, LINEAR, groups, tx=tx),
         lambda theirs, tx, params: interchange.from_torch(theirs, tx, params, LINEAR),
         dtype,
     )
@@ -1051,7 +1052,9 @@ def torch(momentum: float = 0.0, centered: bool = False, dtype: str = 'float32')
 def keras(**options: Any) -> Elsewhere:
     return Elsewhere(
         dialects.keras(0.1, **options),
-        lambda state, params: interchange.to_keras(state, params, DENSE, learning_rate=0.1),
+        lambda state, tx, params: interchange.to_keras(
+            state, params, DENSE, tx=tx, learning_rate=0.1
+        ),
         lambda theirs, tx, params: interchange.from_keras(theirs, tx, params, DENSE),
     )
 
@@ -1060,7 +1063,7 @@ def tensorflow(**options: Any) -> Elsewhere:
     centered = options.get('centered', False)
     return Elsewhere(
         dialects.tensorflow(0.1, **options),
-        lambda state, params: interchange.to_tensorflow(state, params, DENSE),
+        lambda state, tx, params: interchange.to_tensorflow(state, params, DENSE, tx=tx),
         lambda theirs, tx, params: interchange.from_tensorflow(
             theirs, tx, params, DENSE, centered=centered
         ),
@@ -1072,7 +1075,9 @@ def optax_(dtype: str = 'float32', **options: Any) -> Elsewhere:
     theirs = optax.rmsprop(0.1, 0.9, **options)
     return Elsewhere(
         rmsprop_jax.rmsprop(0.1, 0.9, **options),
-        lambda state, params: interchange.to_optax(state, theirs, params, decay=decay),
+        lambda state, tx, params: interchange.to_optax(
+            state, theirs, params, source=tx, decay=decay
+        ),
         lambda moved, tx, params: interchange.from_optax(
             moved, tx, params, decay=decay, count=STEPS
         ),
@@ -1095,6 +1100,10 @@ ELSEWHERE = {
 }
 
 
+# What has been measured of each optimizer.
+KNOWN: dict[Any, Any] = {}
+
+
 @functools.cache
 def there(name: str) -> Callable[..., Any]:
     tx = ELSEWHERE[name].tx
@@ -1114,8 +1123,9 @@ def test_states_come_back_from_other_frameworks(name: str, parts: Any) -> None:
     tree = {'fc': {'kernel': g[:, :6].reshape(STEPS, 2, 3), 'bias': g[:, 6:]}}
     params = entry(tree, 0)
     state = there(name)(tree)
-    theirs = send(state, params)
-    with warnings.catch_warnings():
+    with measured_once(KNOWN):
+        theirs = send(state, tx, params)
+    with warnings.catch_warnings(), measured_once(KNOWN):
         # Variances that are lost beside the square of a mean are found again as zero.
         warnings.simplefilter('ignore', interchange.LossyConversionWarning)
         back = bring(theirs, tx, params)

@@ -16,9 +16,12 @@ What differs between the frameworks' buffers and ours, and is taken care of:
 |---|---|
 | `square_avg`, `velocity`, `rms`, Optax's `nu` | `nu`; when centered, `var = nu - |mu|^2 / c` |
 | `grad_avg`, `average_gradient`, `mg`, Optax's `mu` | `mu` |
-| PyTorch's `momentum_buffer` (learning rate outside it) | `trace` |
-| Keras's and TensorFlow's `momentum` (learning rate inside it) | `-trace` |
-| Optax's `trace` | `trace` |
+| PyTorch's `momentum_buffer` (learning rate outside it) | `trace` of `dialects.torch` |
+| Keras's and TensorFlow's `momentum` (learning rate inside it) | `-trace` of their dialects |
+| Optax's `trace` | `trace` of `rmsprop` |
+
+A velocity goes to the other side of the learning rate too, while that is constant: what `tx` makes
+of one is measured, and so is whether it contradicts what the checkpoint says of itself.
 
 `c` is 1, or with bias correction the sum of the weights, `1 - decay^count`. Where the variance is
 small beside `|mu|^2`, the difference has no more digits than their `nu` left in it. It is taken in

@@ -6,8 +6,9 @@ times the other. Where the rate changes they are different algorithms, and nothi
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,12 @@ def settle(
         return
     trial = tx if isinstance(tx, Trial) else Trial(tx, state, params)
     actions = trial.actions(count)
+    # Schedulers that set the rate before a step leave the last one in the checkpoint.
+    last = functools.cache(lambda: trial.actions(count - 1) if count else {})
     for path, claim in claims.items():
         action, velocity = actions.get(path), velocities.get(path)
         if action is not None:
-            _compare(path, claim, action, count, problems)
+            _compare(path, claim, action, lambda path=path: last().get(path), count, problems)
         if velocity is None or (action is not None and action.gain is None):
             continue  # A velocity without a place is told when it is written.
         factor = _factor(path, claim, action, trial.fault, problems)
@@ -118,11 +121,21 @@ def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
     return wide(velocity) * factor
 
 
-def _compare(path: str, claim: Claim, action: Action, count: int, problems: Problems) -> None:
-    """Notes where the two do something else."""
+def _compare(
+    path: str,
+    claim: Claim,
+    action: Action,
+    last: Callable[[], Action | None],
+    count: int,
+    problems: Problems,
+) -> None:
+    """Notes where the two do something else; `last` is what was done at the step before."""
     for name, (key, theirs) in claim.said.items():
         ours = getattr(action, name)
         if theirs is not None and not math.isnan(ours) and not _agree(name, theirs, ours):
+            before = last() if name in ('rate', 'decoupled') else None
+            if before is not None and _agree(name, theirs, getattr(before, name)):
+                continue
             problems.add(
                 f'{path!r}: {key} is {theirs:.6g} there, and {ours:.6g} in tx after {count} steps: '
                 f'{claim.undo}'

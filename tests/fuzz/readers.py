@@ -35,7 +35,8 @@ KERAS_PAIRS = interchange.keras.dense('fc', 'fc')
 TORCH = dialects.torch(0.1, momentum=0.9, centered=True)
 KERAS = dialects.keras(0.1, momentum=0.9)
 TENSORFLOW = dialects.tensorflow(0.1)
-STATE = rmsprop_jax.rmsprop(0.1, centered=True, momentum=0.9).init(PARAMS)
+OURS = rmsprop_jax.rmsprop(0.1, centered=True, momentum=0.9)
+STATE = OURS.init(PARAMS)
 DESCRIPTION = storage.describe(STATE, None)
 DTYPES = ('float32', 'float64', 'int64', 'bool', 'complex64', 'float16', 'U3', 'object')
 SHAPES = ((), (1,), (3,), (2, 3), (3, 2), (0,), (3, 2, 1), (4, 3))
@@ -127,7 +128,7 @@ def valid_torch() -> dict[str, Any]:
     row = np.full(3, 0.5, np.float32)
     moments = ('square_avg', 'grad_avg', 'momentum_buffer')
     group = {'lr': 0.1, 'alpha': 0.99, 'eps': 1e-8, 'weight_decay': 0, 'momentum': 0.9}
-    group |= {'maximize': False}
+    group['maximize'] = False
     return {
         'state': {
             0: {'step': 3.0, **dict.fromkeys(moments, matrix(0.5))},
@@ -182,7 +183,8 @@ def from_optax(draw: Draw) -> None:
 
 def to_torch(draw: Draw) -> None:
     groups = valid_torch()['param_groups']
-    interchange.to_torch(STATE, PARAMS, PAIRS, draw.changed(groups), names=draw.changed(NAMES))
+    state, names = TORCH.init(PARAMS), draw.changed(NAMES)
+    interchange.to_torch(state, PARAMS, PAIRS, draw.changed(groups), names=names, tx=TORCH)
 
 
 def parameters(draw: Draw) -> None:
