@@ -38,7 +38,7 @@ def trace(
     The two agree only while the learning rate is constant.
 
     Args:
-      decay: The momentum, in [0, 1): a Python float, a scalar array, or a schedule of the 0-based
+      decay: The momentum, in [0, 1]: a Python float, a scalar array, or a schedule of the 0-based
         step count.
       nesterov: Whether to look one step ahead.
       storage: How the sum is kept in memory, as for `scale_by_rms`, which also says what
@@ -49,7 +49,7 @@ def trace(
       dtype of the incoming ones.
 
     Raises:
-      ValueError: For a concrete decay outside [0, 1), or updates that do not fit the state.
+      ValueError: For a concrete decay outside [0, 1], or updates that do not fit the state.
       TypeError: For integer or boolean leaves, for a decay narrower than float32, for a foreign
         state.
 

@@ -70,14 +70,14 @@ def rmsprop(
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
-      decay: Weight of the past in the running averages, in [0, 1).
+      decay: Weight of the past in the running averages, in [0, 1].
       eps: Non-negative; in the squared unit of the gradient inside the root, in the unit of the
         gradient outside it.
       initial_scale: Start value of the second moment: 0 in PyTorch and Keras, 1 in TensorFlow 1.
       eps_in_sqrt: Whether `eps` is added inside the root (TensorFlow 1, Keras, Optax) or outside it
         (PyTorch).
       centered: Whether to divide by the standard deviation rather than by the root mean square.
-      momentum: Decay of the velocity, in [0, 1), or None for no velocity at all.
+      momentum: Decay of the velocity, in [0, 1], or None for no velocity at all.
       nesterov: Whether momentum looks one step ahead. Where `momentum` is None it has no effect, as
         in Optax, and a warning says so.
       bias_correction: Whether the running averages are divided by the sum of their weights.

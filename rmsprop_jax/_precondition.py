@@ -63,7 +63,7 @@ def scale_by_rms(
     underflows to zero the update is zero, so that `eps=0` is safe.
 
     Args:
-      decay: Weight of the past in the running averages, in [0, 1). A Python number is complemented
+      decay: Weight of the past in the running averages, in [0, 1]. A Python number is complemented
         in double precision; a float32 array holds 0.999 to 3e-8, so its complement is right to 3e-5
         only.
       eps: Non-negative; in the squared unit of the gradient inside the root, in the unit of the
