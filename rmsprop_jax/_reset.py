@@ -30,6 +30,7 @@ from rmsprop_jax._types import (
 )
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import convert, read
+from rmsprop_jax.storage._place import unshared
 
 
 def reset(
@@ -87,7 +88,7 @@ def reset(
     check_alike('state', state, 'tx.init(params)', start)
     start = _in_units_of(state, start, params, storage)
     marks = map_rms_states(_with_weight, placed(tx, state, chosen, False))
-    return jax.tree.map(select, marks, start, state)
+    return unshared(jax.tree.map(select, marks, start, state), state, params)
 
 
 def _chosen(params: Any, mask: Any) -> Any:

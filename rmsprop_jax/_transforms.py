@@ -166,10 +166,12 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         chosen = whole_mask('sparse', mask, updates)
 
         def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
+            none = jnp.zeros_like(g, bool)
             if not is_sparse:
-                return jnp.zeros(jnp.shape(g), bool)
+                return none
             zero = jnp.all(g == 0, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
-            return jnp.broadcast_to(zero, jnp.shape(g))
+            # Unlike a broadcast, this is sharded like the gradient on meshes of explicit axes.
+            return zero | none
 
         return jax.tree.map(leaf, updates, chosen)
 

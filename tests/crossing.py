@@ -274,10 +274,6 @@ FAULTS = (
             and c.case in ('torch-factored', 'torch-bfloat16-large')
         ),
     ),
-    Row(
-        'sparse does not know how an axis after the first is split on explicit meshes',
-        lambda c: c.case == 'tensorflow' and c.way in ('explicit-1', 'explicit-2'),
-    ),
 )
 
 

@@ -32,7 +32,7 @@ from rmsprop_jax.storage._formats import (
     factored,
     float32,
 )
-from rmsprop_jax.storage._place import whole_shape
+from rmsprop_jax.storage._place import unshared, whole_shape
 
 _VERSION = 1
 KeyPath = tuple[Any, ...]
@@ -68,7 +68,8 @@ def read(state: Any, storage: Storage | None) -> Any:
       >>> optax.tree.get(decoded, 'nu')['kernel'].shape
       (64, 64)
     """
-    return _map_statistics(lambda leaf: leaf.decoded(), state, storage, lambda _: None)
+    decoded = _map_statistics(lambda leaf: leaf.decoded(), state, storage, lambda _: None)
+    return unshared(decoded, state)
 
 
 def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) -> Any:
@@ -122,7 +123,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
 
     check_storage(from_, name='from_')
     check_storage(to, name='to')
-    return _map_statistics(leaf, state, from_, unit)
+    return unshared(_map_statistics(leaf, state, from_, unit), state, params)
 
 
 def carried(

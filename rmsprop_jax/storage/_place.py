@@ -43,6 +43,20 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
     return zeros.astype(dtype) + jnp.asarray(fill, dtype)
 
 
+def unshared(tree: Any, *arguments: Any) -> Any:
+    """`tree`, with a copy in place of each array that the arguments or the tree itself hold too, so
+    that any of them may be donated."""
+    seen = {id(x) for x in jax.tree.leaves(arguments)}
+
+    def leaf(x: Any) -> Any:
+        if id(x) in seen and isinstance(x, jax.Array) and not isinstance(x, Tracer):
+            x = x.copy()
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(leaf, tree)
+
+
 def without_axis(spec: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
     """A partition of all axes but one, which is counted from the end."""
     entries = [*spec, *[None] * (ndim - len(spec))]
