@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-
 from identify_data.draws import draw
 
 Array = np.ndarray
@@ -176,18 +175,20 @@ def other(number: int) -> Other:
     gradients = np.concatenate([g.reshape(steps, -1) for g in made.gradients.values()], axis=1)
     gradients, rates = gradients.astype(made.dtype), made.learning_rate
     options = _options(name, rng, made.eps, made.decay, rates[0])
-    weight_decay = float(f'{10 ** rng.uniform(-2.5, -0.5):.3g}') if name != 'rprop' else 0.0
-    decays = name == 'adamw' or (name not in SPOILT and weight_decay and rng.random() < 0.4)
+    weight_decay = float(f'{10 ** rng.uniform(-2.5, -0.5):.3g}')
+    undecayed = name in (*SPOILT, 'rprop', 'rate_first')
+    decays = name == 'adamw' or (not undecayed and rng.random() < 0.4)
     direction = _spoilt(name, options, rng, gradients) or MAKERS[name](**options)
     if decays:
         direction = decaying(direction, weight_decay, name == 'adamw' or rng.random() < 0.5)
     if name == 'rate_first':
-        seen = _rate_first(direction, start, gradients, rates)
+        # As Keras has it: what the momentum gathers is already multiplied by the learning rate.
+        scaled = gradients * rates[:, None].astype(gradients.dtype)
+        seen = trajectory(direction, start, scaled, np.ones_like(rates))
+    elif name == 'rprop':
+        seen, rates = trajectory(direction, start, gradients, np.ones_like(rates)), rates[:1]
     else:
-        used = np.ones_like(rates) if name == 'rprop' else rates
-        seen = trajectory(direction, start, gradients, used)
-    if name == 'rprop':
-        rates = rates[:1]
+        seen = trajectory(direction, start, gradients, rates)
     names = {'b2': 'decay', 'rho': 'decay', 'decay': 'decay', 'eps': 'eps', 'momentum': 'momentum'}
     told = {names[n]: v for n, v in options.items() if n in names and rng.random() < 0.3}
     if decays or rng.random() < 0.2:
@@ -247,12 +248,6 @@ def _spoilt(
     if name == 'noisy':
         return noisy(rmsprop(**options), float(10 ** rng.uniform(-3, -0.5)), rng)
     return None
-
-
-def _rate_first(direction: Direction, start: Array, gradients: Array, rates: Array) -> Array:
-    """With the learning rate in the momentum, as Keras has it; weight decay is as drawn."""
-    ones = np.ones_like(rates)
-    return trajectory(direction, start, gradients * rates[:, None].astype(gradients.dtype), ones)
 
 
 def _truth(options: Options) -> dict[str, str]:
