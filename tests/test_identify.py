@@ -168,8 +168,8 @@ def test_runs_that_are_not_what_they_seem_mislead_nobody(framework: str, what: s
 
 # --- What other optimizers did -------------------------------------------------------------------
 
-# The drawn runs of the slow test; 1000 of them take some 20 minutes of one processor.
-OTHERS = int(os.environ.get('IDENTIFY_OTHERS', '160'))
+# The drawn runs of the slow test; 1000 of them take some 35 minutes of one processor.
+OTHERS = int(os.environ.get('IDENTIFY_OTHERS', '112'))
 
 
 def misleads(run: Other) -> str:
@@ -186,20 +186,33 @@ def misleads(run: Other) -> str:
     return f'{run.name} is determined to be {said}\n{found}' if said else ''
 
 
-@pytest.mark.parametrize('number', range(len(NAMES)), ids=NAMES)
-def test_other_optimizers_are_not_determined_to_be_rmsprop(number: int):
-    assert not misleads(other(number))
+def quick(name: str) -> Other:
+    """A run that is short and has no weight decay to be fitted, so that it is judged fast."""
+    runs = map(other, range(NAMES.index(name), 1000, len(NAMES)))
+    short = (run for run in runs if len(run.trace['gradients']) <= 16)
+    return next(run for run in short if 'weight_decay' not in run.told)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name not in ('adamw', 'rate_first')])
+def test_other_optimizers_are_not_determined_to_be_rmsprop(name: str):
+    assert not misleads(quick(name))
 
 
 @pytest.mark.slow
 def test_many_other_optimizers_are_not_determined_to_be_rmsprop():
-    wrong = list(filter(None, map(misleads, map(other, range(len(NAMES), OTHERS)))))
+    wrong = list(filter(None, map(misleads, map(other, range(OTHERS)))))
     assert not wrong, '\n'.join(wrong)
 
 
-@pytest.mark.parametrize('dtype', [np.float32, np.float64])
-@pytest.mark.parametrize('momentum', [0.0, 0.9])
-@pytest.mark.parametrize('constant', [True, False])
+@pytest.mark.parametrize(
+    ('dtype', 'momentum', 'constant'),
+    [
+        (np.float32, 0.0, True),
+        (np.float32, 0.9, False),
+        (np.float64, 0.0, False),
+        (np.float64, 0.9, True),
+    ],
+)
 def test_sgd_is_called_sgd(dtype: Any, momentum: float, constant: bool):
     rng = np.random.default_rng(3)
     rates = 0.01 * (np.ones(10) if constant else rng.uniform(0.3, 1, 10))
@@ -243,11 +256,6 @@ OPTAX: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: others.clipped_by_value(others.sgd(), 0.1),
         lambda lr: optax.chain(optax.clip(0.1), optax.sgd(lr)),
     ),
-    'rprop': (
-        # Its learning rate is the size of the first steps.
-        lambda: others.rprop(size=0.01),
-        lambda lr: optax.chain(optax.rprop(0.01), optax.scale_by_schedule(lr)),
-    ),
 }
 
 
@@ -258,6 +266,16 @@ def test_the_other_optimizers_are_those_of_optax(name: str):
         trace = run(make, dtype=np.float64)
     seen = others.trajectory(ours(), trace['params'][0], trace['gradients'], DROP)
     np.testing.assert_allclose(seen, trace['params'], rtol=1e-12, atol=1e-14)
+
+
+def test_rprop_is_that_of_optax():
+    """Of its state: Optax 0.2.8 returns each update one step late."""
+    ours, tx = others.rprop(size=0.01), optax.rprop(0.01)
+    gradients = run(torch)['gradients']
+    state: Any = tx.init(jnp.asarray(gradients[0]))
+    for g in gradients:
+        _, state = tx.update(jnp.asarray(g), state)
+        np.testing.assert_allclose(ours(g, g), state[0].prev_updates, rtol=1e-6)
 
 
 # --- What our dialects did -----------------------------------------------------------------------
@@ -430,6 +448,20 @@ def test_a_run_that_goes_astray_later_is_recognised():
     assert 'though some explain the first' in identify_dialect(trace).problem
 
 
+def test_noise_is_tolerated_where_the_caller_says_how_much():
+    trace = run(torch)
+    noise = 1 + 1e-3 * np.random.default_rng(0).uniform(-1, 1, trace['gradients'].shape)
+    noisy = {**trace, 'gradients': (trace['gradients'] * noise).astype(np.float32)}
+    assert identify_dialect(noisy).outcome == 'unexplained'
+    found = identify_dialect(noisy, tolerance=1e-3)
+    assert not found.problem
+    assert 'torch' in found.dialects
+    best = found.candidates[0]
+    assert (best.decay, best.momentum) == pytest.approx((0.9, 0.7), rel=0.02)
+    for name, value in {'start': 'zero', 'bias_correction': 'no', 'centered': 'no'}.items():
+        assert found.facts[name].value in (None, value)
+
+
 # --- Precision -----------------------------------------------------------------------------------
 
 
@@ -549,7 +581,7 @@ def saved(path: pathlib.Path, trace: dict[str, Any], **more: Any) -> str:
 
 def test_the_command_prints_table_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = saved(tmp_path / 'trace.npz', run(torch), decay=0.9)
-    assert main([path]) == 0
+    assert main([path, '--tolerance', '1e-9']) == 0
     printed = capsys.readouterr().out
     assert printed == f'{identify_dialect(path)}\n'
     assert 'Dialects that do this: torch.' in printed
@@ -557,8 +589,21 @@ def test_the_command_prints_table_and_verdict(tmp_path: Path, capsys: pytest.Cap
     report = json.loads(capsys.readouterr().out)
     assert report['dialects'] == ['torch']
     assert report['facts']['learning_rate']['value'] == 'after momentum'
-    assert main([path, '--learning-rate', '0.5']) == 0
+    assert report['outcome'] == 'settled'
+    assert main([path, '--learning-rate', '0.5']) == 3
     assert 'Nothing is determined' in capsys.readouterr().out
+
+
+def test_the_command_has_an_exit_code_for_each_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    constant = saved(tmp_path / 'constant.npz', run(torch, np.full(12, 0.01)))
+    rates = np.full(12, 0.01)
+    plain = saved(tmp_path / 'plain.npz', run(lambda _: optax.sgd(0.01), rates))
+    assert identify_dialect(constant).outcome == 'several'
+    assert main([constant]) == 1
+    assert main([plain]) == 4
+    assert 'SGD' in capsys.readouterr().out
 
 
 class Bomb:
