@@ -193,7 +193,11 @@ def quick(name: str) -> Other:
     return next(run for run in short if 'weight_decay' not in run.told)
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name not in ('adamw', 'rate_first')])
+# The others take long, or are much like one of these.
+QUICK = sorted(set(NAMES) - {'sgd', 'momentum', 'rate_first', 'adamw', 'clipped_by_norm'})
+
+
+@pytest.mark.parametrize('name', QUICK)
 def test_other_optimizers_are_not_determined_to_be_rmsprop(name: str):
     assert not misleads(quick(name))
 
@@ -454,12 +458,11 @@ def test_noise_is_tolerated_where_the_caller_says_how_much():
     noisy = {**trace, 'gradients': (trace['gradients'] * noise).astype(np.float32)}
     assert identify_dialect(noisy).outcome == 'unexplained'
     found = identify_dialect(noisy, tolerance=1e-3)
-    assert not found.problem
-    assert 'torch' in found.dialects
+    assert found.dialects == ('torch',)
+    assert 'float32 rounding with a tolerance of 0.001 explains them' in str(found)
+    assert undetermined(found) <= {'centered'}
     best = found.candidates[0]
-    assert (best.decay, best.momentum) == pytest.approx((0.9, 0.7), rel=0.02)
-    for name, value in {'start': 'zero', 'bias_correction': 'no', 'centered': 'no'}.items():
-        assert found.facts[name].value in (None, value)
+    assert (best.decay, best.eps, best.momentum) == pytest.approx((0.9, 0.01, 0.7), rel=0.01)
 
 
 # --- Precision -----------------------------------------------------------------------------------
@@ -581,12 +584,14 @@ def saved(path: pathlib.Path, trace: dict[str, Any], **more: Any) -> str:
 
 def test_the_command_prints_table_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = saved(tmp_path / 'trace.npz', run(torch), decay=0.9)
-    assert main([path, '--tolerance', '1e-9']) == 0
+    assert main([path]) == 0
     printed = capsys.readouterr().out
     assert printed == f'{identify_dialect(path)}\n'
     assert 'Dialects that do this: torch.' in printed
-    assert main([path, '--json', '--momentum', '0.7', '--eps=0.01', '--weight-decay', 'fit']) == 0
+    options = ['--momentum', '0.7', '--eps=0.01', '--weight-decay', 'fit', '--tolerance', '1e-9']
+    assert main([path, '--json', *options]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report['tolerance'] == 1e-9
     assert report['dialects'] == ['torch']
     assert report['facts']['learning_rate']['value'] == 'after momentum'
     assert report['outcome'] == 'settled'
@@ -648,5 +653,14 @@ def test_the_module_runs_without_warnings_and_explains_itself():
     command = [sys.executable, '-W', 'error', '-m', 'rmsprop_jax.identify', '--help']
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ''
-    for option in ('--decay', '--eps', '--momentum', '--weight-decay', '--learning-rate', '--json'):
-        assert option in done.stdout
+    for option in (
+        'decay',
+        'eps',
+        'momentum',
+        'weight-decay',
+        'learning-rate',
+        'tolerance',
+        'json',
+    ):
+        assert f'--{option}' in done.stdout
+    assert 'Exit codes: 0, ' in done.stdout

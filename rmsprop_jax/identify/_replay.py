@@ -207,7 +207,10 @@ def replay(
     _, (steps, errors) = lax.scan(step, carry, recorded)
     stored = jnp.maximum(jnp.abs(problem.before), jnp.abs(problem.after))
     rounding = problem.rounding * (1.0 + switches.decoupled) * stored
-    return steps, lax.stop_gradient(rounding + problem.relative * errors)
+    # A direction that is a thousand times too large must not excuse itself by its own uncertainty.
+    most = jnp.max(jnp.abs(problem.after - problem.before), axis=0)
+    relative = jnp.minimum(problem.relative * errors, most)
+    return steps, lax.stop_gradient(rounding + relative)
 
 
 def _preconditions(switches: Switches, decay: jax.Array, eps: jax.Array) -> list[Any]:

@@ -147,6 +147,7 @@ class Identification:
       facts: What the trace says about each property, by the names of `Facts`.
       problem: Why the trace tells nothing, or empty where some candidate explains it.
       precision: The dtype whose rounding the parameters show.
+      tolerance: The relative error of the gradients that was allowed for; 0 if none.
     """
 
     candidates: tuple[Candidate, ...]
@@ -154,6 +155,7 @@ class Identification:
     facts: Mapping[str, Fact]
     problem: str
     precision: str
+    tolerance: float = 0.0
 
     @property
     def outcome(self) -> Outcome:
@@ -217,6 +219,7 @@ class Identification:
             'problem': self.problem,
             'verdict': self.verdict,
             'precision': self.precision,
+            'tolerance': self.tolerance,
             'facts': {name: dataclasses.asdict(fact) for name, fact in self.facts.items()},
             'candidates': [plain(c) for c in self.candidates],
             'rivals': [plain(c) for c in self.rivals],
@@ -224,10 +227,12 @@ class Identification:
 
     def __str__(self) -> str:
         shown = self.candidates[: max(5, min(len(self.survivors), 12))]
+        allowed = f'{self.precision} rounding'
+        allowed += f' with a tolerance of {self.tolerance:g}' if self.tolerance else ''
         return '\n'.join(
             [
                 f'Errors of {len(self.candidates)} candidates, best first; up to {EXPLAINED:g} '
-                f'{self.precision} rounding explains them, from {RULED_OUT:g} it cannot:',
+                f'{allowed} explains them, from {RULED_OUT:g} it cannot:',
                 'error     decay     eps       momentum  weight_decay',
                 *map(str, shown),
                 f'{self.rivals[0].error:<9.2g} not RMSProp: {self.rivals[0]}',
@@ -315,7 +320,7 @@ def identify_dialect(
         or _unexplained(steps, known, noise, ranked)
     )
     judged = {name: _judge(name, ranked, steps, known, problem) for name in _NAMES}
-    return Identification(ranked, rivals, judged, problem, precision)
+    return Identification(ranked, rivals, judged, problem, precision, noise)
 
 
 def _ranked(steps: Steps, known: Mapping[str, float], noise: float) -> tuple[Candidate, ...]:
