@@ -627,7 +627,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (identify_dialect, 'trace'): (3, TypeError, '^trace must be a Trace, a mapping or a path'),
     **{
         (identify_dialect, name): ('x', ValueError, f'^{name} must be a number')
-        for name in ('learning_rate', 'decay', 'eps', 'momentum', 'weight_decay')
+        for name in ('learning_rate', 'decay', 'eps', 'momentum', 'weight_decay', 'tolerance')
     },
     (aot.compile_step, 'fn'): (3, TypeError, '^fn must be a function, got 3'),
     (aot.compile_step, 'args'): (('x',), TypeError, r'^args\[0\] is a str, not an array'),

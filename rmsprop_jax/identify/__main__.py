@@ -7,6 +7,9 @@ from pathlib import Path
 
 from rmsprop_jax._command import OneLineParser
 from rmsprop_jax.identify import identify_dialect
+from rmsprop_jax.identify._verdict import Outcome
+
+EXIT_CODES: dict[Outcome, int] = {'settled': 0, 'several': 1, 'unexplained': 3, 'degenerate': 4}
 
 
 def _parser() -> OneLineParser:
@@ -14,6 +17,10 @@ def _parser() -> OneLineParser:
         prog='python -m rmsprop_jax.identify',
         description='Find out which RMSProp made a recorded run. What is not given is taken from '
         'the file, and what is not there is fitted.',
+        epilog='Exit codes: 0, one dialect remains or all facts are settled; 1, several '
+        'combinations remain; 2, the trace or an option cannot be read; 3, nothing that is tried '
+        'explains the run; 4, the run is explained, but does not show an RMSProp (SGD explains it '
+        'too, say).',
         allow_abbrev=False,
     )
     made.add_argument(
@@ -28,6 +35,7 @@ def _parser() -> OneLineParser:
         'decay': 'weight of the past in the running averages (alpha, rho), in [0, 1)',
         'eps': 'epsilon, as the framework was given it',
         'momentum': 'momentum, in [0, 1); 0 means that there is none',
+        'tolerance': 'relative error of the recorded gradients, where that is above rounding',
     }
     for name, text in helps.items():
         made.add_argument(f'--{name}', type=float, metavar='X', help=text)
@@ -42,7 +50,10 @@ def _parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`; exits with code 2 and one line where it cannot be done."""
+    """Runs the command line `argv` and returns the exit code of its outcome.
+
+    Exits with code 2 and one line where it cannot be done.
+    """
     command = _parser()
     options = vars(command.parse_args(argv))
     path, as_json = options.pop('trace'), options.pop('json')
@@ -51,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         command.error(str(error))
     print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else found)
-    return 0
+    return EXIT_CODES[found.outcome]
 
 
 if __name__ == '__main__':

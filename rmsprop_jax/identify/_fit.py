@@ -13,11 +13,12 @@ from jax import lax
 from rmsprop_jax.identify._recording import Steps
 from rmsprop_jax.identify._replay import (
     FLOAT32_ROUNDING,
-    FORMS,
     ZERO,
     Facts,
+    PlainRule,
     Problem,
     Switches,
+    form_of,
     replay,
 )
 
@@ -25,10 +26,15 @@ HYPERPARAMETERS = ('decay', 'eps', 'momentum', 'weight_decay')
 # Fitted values stay in these ranges. The lower ends of momentum and weight decay are where they
 # count as present: so 'none' and 'some' are different statements, and both may be left standing.
 RANGES = {'decay': (1e-6, 1 - 1e-6), 'momentum': (0.01, 0.9999), 'weight_decay': (1e-5, 10.0)}
+# What a plain rule may divide the recorded learning rate by.
+PLAIN_SCALE = (1e-6, 1e6)
 # Errors are in units of what rounding can do at most. The gap between the two limits is there for
 # what the estimate leaves out: a candidate in it neither explains a run nor is ruled out.
 EXPLAINED, RULED_OUT = 2.0, 10.0
 _POINTS, _GUESSES, _STARTS, _ITERATIONS, _TOGETHER = 128, 6, 2, 15, 16
+
+
+_Rule = Facts | PlainRule
 
 
 class Fit(NamedTuple):
@@ -139,14 +145,19 @@ def _least_squares(residuals: Any, x: jax.Array, box: Box) -> tuple[jax.Array, j
 
 
 def fit(
-    steps: Steps, known: Mapping[str, float], facts: Sequence[Facts], judged: int | None = None
+    steps: Steps,
+    known: Mapping[str, float],
+    facts: Sequence[_Rule],
+    tolerance: float = 0.0,
+    judged: int | None = None,
 ) -> list[Fit]:
     """Fits each candidate's unknown hyperparameters, in the order of `facts`.
 
     Args:
       steps: The recorded run.
       known: The hyperparameters that are known, by name.
-      facts: The candidates.
+      facts: The candidates, all of one kind, since the best one helps the others.
+      tolerance: The relative error of the recorded gradients, where that is above rounding.
       judged: How many of the steps count, from the first; all if None.
     """
     steps = steps.reduced()
@@ -160,11 +171,11 @@ def fit(
     distinct = list(dict.fromkeys(same))
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend='cpu')[0]):
         batches = _batches(distinct, {f: _box(f, known, steps) for f in distinct})
-        ends = _search(_padded(steps, judged), batches)
+        ends = _search(_padded(steps, tolerance, judged), batches)
     return [Fit(ends[f][0], _values(f, ends[f][1])) for f in same]
 
 
-_Ends = dict[Facts, tuple[float, np.ndarray]]
+_Ends = dict[_Rule, tuple[float, np.ndarray]]
 
 
 def _search(problem: Problem, batches: Sequence['_Batch']) -> _Ends:
@@ -212,15 +223,15 @@ class _Batch(NamedTuple):
       given: The arguments that the programs have of `filled`: form, switches, boxes.
     """
 
-    facts: list[Facts]
-    filled: list[Facts]
+    facts: list[_Rule]
+    filled: list[_Rule]
     given: tuple[Any, Switches, Box]
 
 
-def _batches(facts: Sequence[Facts], boxes: Mapping[Facts, Box]) -> list[_Batch]:
+def _batches(facts: Sequence[_Rule], boxes: Mapping[_Rule, Box]) -> list[_Batch]:
     made = []
-    for number, form in enumerate(FORMS):
-        group = [f for f in facts if (f.epsilon, f.centered) == form]
+    for number in sorted({form_of(f) for f in facts}):
+        group = [f for f in facts if form_of(f) == number]
         for first in range(0, len(group), _TOGETHER):
             some = group[first : first + _TOGETHER]
             full = [*some, *some[:1] * (_TOGETHER - len(some))]
@@ -250,10 +261,12 @@ def _sweep(batch: _Batch, own: np.ndarray, best: np.ndarray) -> np.ndarray:
     return np.clip(points, box.low[:, None], box.high[:, None])
 
 
-def _switches(facts: Facts) -> tuple[bool, ...]:
+def _switches(facts: _Rule) -> tuple[bool, ...]:
+    plain = isinstance(facts, PlainRule)
     return (
-        facts.start == 'one',
-        facts.bias_correction == 'yes',
+        plain and facts.rule == 'signSGD',
+        not plain and facts.start == 'one',
+        not plain and facts.bias_correction == 'yes',
         facts.learning_rate != 'after momentum',
         facts.momentum == 'Nesterov',
         facts.weight_decay == 'coupled',
@@ -261,7 +274,7 @@ def _switches(facts: Facts) -> tuple[bool, ...]:
     )
 
 
-def _values(facts: Facts, x: np.ndarray) -> dict[str, float]:
+def _values(facts: _Rule, x: np.ndarray) -> dict[str, float]:
     decay, momentum = 1 / (1 + np.exp(-x[[0, 2]]))
     values = {'decay': float(decay), 'eps': float(np.exp(x[1]))}
     values['momentum'] = 0.0 if facts.momentum == 'none' else float(momentum)
@@ -275,21 +288,22 @@ def _coordinate(name: str, value: float) -> float:
     return float(np.log(value) if logarithmic else np.log(value) - np.log1p(-value))
 
 
-def _box(facts: Facts, known: Mapping[str, float], steps: Steps) -> Box:
+def _box(facts: _Rule, known: Mapping[str, float], steps: Steps) -> Box:
     """Where the hyperparameters of a candidate may be, and where to look first."""
-    size = np.abs(steps.gradients)[steps.gradients != 0]
-    small, large = (size.min(), size.max()) if size.size else (1.0, 1.0)
-    # Second moments lie between the squares of the smallest and the largest gradient, or near 1.
-    large = max(large, 1.0) if facts.start == 'one' else large
-    power = 2 if facts.epsilon == 'inside the root' else 1
-    ranges = {**RANGES, 'eps': ((1e-12 * small) ** power, (1e6 * large) ** power)}
+    fixed = dict(known)
+    if isinstance(facts, PlainRule):
+        fixed['decay'] = 0.5  # which it does not have
+        fixed.pop('eps', None)
+        eps, first_eps = PLAIN_SCALE, PLAIN_SCALE
+    else:
+        eps, first_eps = _epsilons(facts, steps)
+    ranges = {**RANGES, 'eps': eps}
     guesses = {
         'decay': (0.3, 0.9995),
-        'eps': ((1e-4 * small) ** power, (10 * large) ** power),
+        'eps': first_eps,
         'momentum': (0.1, 0.99),
         'weight_decay': (1e-4, 1.0),
     }
-    fixed = dict(known)
     if facts.momentum == 'none':
         fixed['momentum'] = 0.0
     if facts.weight_decay == 'none':
@@ -306,6 +320,22 @@ def _box(facts: Facts, known: Mapping[str, float], steps: Steps) -> Box:
     return Box(*np.array(rows).T)
 
 
+_Range = tuple[float, float]
+
+
+def _epsilons(facts: Facts, steps: Steps) -> tuple[_Range, _Range]:
+    """Where epsilon may be, and where to look first."""
+    size = np.abs(steps.gradients)[steps.gradients != 0]
+    small, large = (size.min(), size.max()) if size.size else (1.0, 1.0)
+    # Second moments lie between the squares of the smallest and the largest gradient, or near 1.
+    large = max(large, 1.0) if facts.start == 'one' else large
+    power = 2 if facts.epsilon == 'inside the root' else 1
+    return (
+        ((1e-12 * small) ** power, (1e6 * large) ** power),
+        ((1e-4 * small) ** power, (10 * large) ** power),
+    )
+
+
 def _slack(name: str, value: float) -> float:
     """How far from its coordinate a known hyperparameter may be.
 
@@ -315,7 +345,7 @@ def _slack(name: str, value: float) -> float:
     return relative / (1 - value) if name in ('decay', 'momentum') else relative
 
 
-def _padded(steps: Steps, judged: int | None) -> Problem:
+def _padded(steps: Steps, tolerance: float, judged: int | None) -> Problem:
     """Arrays of one of a few shapes, so that traces of similar size share a compiled program."""
     length, width = steps.gradients.shape
     shape = (_rounded_up(2 * length) // 2, _rounded_up(width))
@@ -330,6 +360,7 @@ def _padded(steps: Steps, judged: int | None) -> Problem:
         pad(steps.gradients, *shape),
         pad(steps.learning_rate, shape[0]),
         pad(steps.rounding, shape[1], fill=1.0),
+        pad(np.maximum(steps.rounding, max(FLOAT32_ROUNDING, tolerance)), shape[1], fill=1.0),
         pad(np.ones((length, width), bool)[:judged], *shape),
     )
 

@@ -26,7 +26,8 @@ FLOAT32_ROUNDING = 2.0**-24
 # In the place of an exact zero, whose logarithm or quotient is not finite.
 ZERO = 1e-300
 IN, OUT = 'inside the root', 'outside the root'
-# What needs a branch of its own in the program; the other facts are numbers.
+# What needs a branch of its own in the program; the other facts are numbers. A plain rule, which
+# has no second moment, is the branch after these.
 FORMS = tuple(itertools.product((IN, OUT), ('no', 'yes')))
 
 
@@ -53,8 +54,40 @@ class Facts:
     weight_decay: WeightDecay
 
 
-def candidates(momentum: float | None, weight_decay: float | None) -> tuple[Facts, ...]:
-    """All combinations of facts that a momentum and a weight decay allow; None means unknown."""
+@dataclasses.dataclass(frozen=True)
+class PlainRule:
+    """An optimizer without a second moment, of which RMSProp is a copy in a limit.
+
+    RMSProp turns into SGD as its decay goes to 1 or epsilon becomes large, and into signSGD as its
+    decay and epsilon go to 0.
+
+    Attributes:
+      rule: What takes the place of the direction: the gradient, or its sign.
+      momentum: Its kind.
+      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
+      weight_decay: Whether it is added to the gradient (coupled) or subtracted from the parameter.
+    """
+
+    rule: Literal['SGD', 'signSGD']
+    momentum: Momentum
+    learning_rate: RatePlace
+    weight_decay: WeightDecay
+
+
+def form_of(facts: Facts | PlainRule) -> int:
+    """The number of the branch that replays `facts`."""
+    if isinstance(facts, PlainRule):
+        return len(FORMS)
+    return FORMS.index((facts.epsilon, facts.centered))
+
+
+_Kinds = list[tuple[Momentum, RatePlace]]
+
+
+def _endings(
+    momentum: float | None, weight_decay: float | None
+) -> tuple[_Kinds, list[WeightDecay]]:
+    """The kinds of momentum and of weight decay that these numbers allow; None means unknown."""
     kinds: list[tuple[Momentum, RatePlace]] = []
     if not momentum:
         kinds.append(('none', 'no momentum'))
@@ -68,12 +101,27 @@ def candidates(momentum: float | None, weight_decay: float | None) -> tuple[Fact
     if weight_decay != 0:
         decays.append('coupled')
         decays.append('decoupled')
+    return kinds, decays
+
+
+def candidates(momentum: float | None, weight_decay: float | None) -> tuple[Facts, ...]:
+    """All combinations of facts that a momentum and a weight decay allow; None means unknown."""
+    kinds, decays = _endings(momentum, weight_decay)
     places_of_eps: tuple[Epsilon, ...] = ('inside the root', 'outside the root')
     starts = (('zero', 'no'), ('one', 'no'), ('zero', 'yes'))
     combinations = itertools.product(places_of_eps, starts, ('no', 'yes'), kinds, decays)
     return tuple(
         Facts(eps, start, correction, centered, style, place, decay)  # pyright: ignore
         for eps, (start, correction), centered, (style, place), decay in combinations
+    )
+
+
+def plain_rules(momentum: float | None, weight_decay: float | None) -> tuple[PlainRule, ...]:
+    """All plain rules that a momentum and a weight decay allow; None means unknown."""
+    kinds, decays = _endings(momentum, weight_decay)
+    return tuple(
+        PlainRule(rule, style, place, decay)  # pyright: ignore
+        for rule, (style, place), decay in itertools.product(('SGD', 'signSGD'), kinds, decays)
     )
 
 
@@ -85,12 +133,14 @@ class Problem(NamedTuple):
     gradients: Any
     learning_rate: Any
     rounding: Any
+    relative: Any
     counts: Any
 
 
 class Switches(NamedTuple):
     """A candidate as numbers, 0 or 1, but for its `FORMS`."""
 
+    sign: Any
     start: Any
     corrected: Any
     rate_first: Any
@@ -108,6 +158,8 @@ def replay(
     problem: Problem, form: jax.Array, switches: Switches, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The steps a candidate takes on the recorded gradients and parameters, and their rounding.
+
+    A plain rule has no epsilon; it divides by that coordinate, which so scales the learning rate.
 
     Rounding is followed to first order. At step t (from 1) the direction is uncertain by `4 + t`
     roundings, more where a difference cancels; momentum and learning rate carry that on as they
@@ -127,7 +179,11 @@ def replay(
         condition = _condition(whole, g, state, eps if FORMS[n][0] == IN else eps**2)
         return u, jnp.abs(u) * condition, (*states[:n], state, *states[n + 1 :])
 
-    branches = [functools.partial(direction, n) for n in range(len(FORMS))]
+    def plain(g: Any, whole: Any, states: Any) -> tuple[jax.Array, jax.Array, Any]:
+        u = jnp.where(switches.sign == 1, jnp.sign(whole), whole) / eps
+        return u, jnp.abs(u) * _cancellation(whole, g), states
+
+    branches = [*(functools.partial(direction, n) for n in range(len(FORMS))), plain]
 
     def accelerate(u: Any, state: Any) -> tuple[jax.Array, Any]:
         ahead: Any
@@ -151,7 +207,9 @@ def replay(
     _, (steps, errors) = lax.scan(step, carry, recorded)
     stored = jnp.maximum(jnp.abs(problem.before), jnp.abs(problem.after))
     rounding = problem.rounding * (1.0 + switches.decoupled) * stored
-    relative = jnp.maximum(problem.rounding, FLOAT32_ROUNDING) * errors
+    # A direction that is a thousand times too large must not excuse itself by its own uncertainty.
+    most = jnp.max(jnp.abs(problem.after - problem.before), axis=0)
+    relative = jnp.minimum(problem.relative * errors, most)
     return steps, lax.stop_gradient(rounding + relative)
 
 
@@ -171,13 +229,18 @@ def _preconditions(switches: Switches, decay: jax.Array, eps: jax.Array) -> list
     ]
 
 
+def _cancellation(whole: jax.Array, g: jax.Array) -> jax.Array:
+    """By how much adding weight decay to a gradient magnifies a relative error."""
+    added = jnp.abs(whole - g) + jnp.abs(g)
+    return added / jnp.maximum(jnp.abs(whole), 1e-3 * added + ZERO)
+
+
 def _condition(whole: jax.Array, g: jax.Array, moments: Any, offset: jax.Array) -> jax.Array:
     """By how much cancellation magnifies the relative rounding error of a direction.
 
     Frameworks subtract mu^2 from nu; adding weight decay to a gradient may cancel too.
     """
-    added = jnp.abs(whole - g) + jnp.abs(g)
-    condition = added / jnp.maximum(jnp.abs(whole), 1e-3 * added + ZERO)
+    condition = _cancellation(whole, g)
     if moments.var is not None:
         raised = moments.var + moments.mu**2
         condition += raised / jnp.maximum(moments.var + offset, 1e-4 * raised + ZERO)

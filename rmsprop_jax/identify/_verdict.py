@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rmsprop_jax.identify._fit import EXPLAINED, HYPERPARAMETERS, RULED_OUT, fit
+from rmsprop_jax.identify._fit import EXPLAINED, HYPERPARAMETERS, RANGES, RULED_OUT, fit
 from rmsprop_jax.identify._recording import Steps, Trace, lay_out, read_trace
-from rmsprop_jax.identify._replay import Facts, candidates
+from rmsprop_jax.identify._replay import Facts, PlainRule, candidates, plain_rules
+
+Outcome = Literal['settled', 'several', 'unexplained', 'degenerate']
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Facts))
 _IN, _OUT = {'inside the root'}, {'outside the root'}
@@ -19,6 +21,8 @@ _PLAIN = {'start': {'zero'}, 'bias_correction': {'no'}, 'momentum': {'none', 'he
 _FROM_ONE = {**_PLAIN, 'epsilon': _IN, 'start': {'one'}}
 _NO_DECAY, _L2 = {'weight_decay': {'none'}}, {'weight_decay': {'none', 'coupled'}}
 _STILL, _GRAVES = {'momentum': {'none'}}, {'epsilon': _IN, 'centered': {'yes'}}
+# A decay counts as run to the end of its range within this factor of it.
+_MARGIN = 10.0
 # The facts of each dialect, where it does not allow all; those with two rows change with options.
 _DIALECTS: tuple[tuple[str, Mapping[str, set[str]]], ...] = (
     ('torch', {**_PLAIN, **_L2, 'epsilon': _OUT, 'learning_rate': _AFTER}),
@@ -95,10 +99,42 @@ class Candidate:
     weight_decay: float
     dialects: tuple[str, ...]
 
+    @property
+    def described(self) -> str:
+        """The facts in words."""
+        return _in_words(dataclasses.asdict(self.facts))
+
     def __str__(self) -> str:
         values = (self.decay, self.eps, self.momentum, self.weight_decay)
         numbers = ' '.join(f'{x:<9.4g}' for x in values)
-        return f'{self.error:<9.2g} {numbers} {_in_words(dataclasses.asdict(self.facts))}'
+        return f'{self.error:<9.2g} {numbers} {self.described}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """One optimizer that is not RMSProp, and how well it explains a trace.
+
+    Attributes:
+      facts: What it is.
+      error: The largest deviation of a step, in units of what rounding can do at most.
+      rate: What it multiplies the recorded learning rate by, fitted; 1 for SGD as recorded.
+      momentum: Zero where there is none.
+      weight_decay: Zero where there is none.
+    """
+
+    facts: PlainRule
+    error: float
+    rate: float
+    momentum: float
+    weight_decay: float
+
+    def __str__(self) -> str:
+        facts = dataclasses.asdict(self.facts)
+        numbers = {'learning rate times': self.rate}
+        numbers |= {'momentum': self.momentum} if self.momentum else {}
+        numbers |= {'weight decay': self.weight_decay} if self.weight_decay else {}
+        values = ', '.join(f'{name} {value:.4g}' for name, value in numbers.items())
+        return f'{facts.pop("rule")} ({_in_words(facts)}; {values})'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +143,34 @@ class Identification:
 
     Attributes:
       candidates: All candidates, best first.
+      rivals: SGD and signSGD in all their forms, best first.
       facts: What the trace says about each property, by the names of `Facts`.
       problem: Why the trace tells nothing, or empty where some candidate explains it.
       precision: The dtype whose rounding the parameters show.
+      tolerance: The relative error of the gradients that was allowed for; 0 if none.
     """
 
     candidates: tuple[Candidate, ...]
+    rivals: tuple[Rival, ...]
     facts: Mapping[str, Fact]
     problem: str
     precision: str
+    tolerance: float = 0.0
+
+    @property
+    def outcome(self) -> Outcome:
+        """The conclusion in one word.
+
+        `'settled'`: one dialect remains, or each fact is determined, given or without a meaning.
+        `'several'`: several combinations remain.
+        `'unexplained'`: neither RMSProp nor SGD nor signSGD explains the run.
+        `'degenerate'`: the run is explained, but does not show that it is RMSProp.
+        """
+        if self.problem:
+            best = min(self.candidates[0].error, self.rivals[0].error)
+            return 'degenerate' if best <= EXPLAINED else 'unexplained'
+        open_facts = [f for f in self.facts.values() if not f.value and len(f.possible) > 1]
+        return 'several' if open_facts and len(self.dialects) != 1 else 'settled'
 
     @property
     def survivors(self) -> tuple[Candidate, ...]:
@@ -131,7 +186,14 @@ class Identification:
     def verdict(self) -> str:
         """The conclusion in words."""
         if self.problem:
-            return f'Nothing is determined: {self.problem}.'
+            lines = [f'Nothing is determined: {self.problem}.']
+            best = min((*self.candidates, *self.rivals), key=lambda c: c.error)
+            if self.outcome == 'unexplained':
+                name = best if isinstance(best, Rival) else f'RMSProp ({best.described})'
+                lines.append(
+                    f'The nearest candidate misses by {best.error:.2g} times the rounding: {name}.'
+                )
+            return '\n'.join(lines)
         lines = []
         for status in ('determined', 'given'):
             values = {n: f.value for n, f in self.facts.items() if f.status == status and f.value}
@@ -147,27 +209,33 @@ class Identification:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, which has no infinity: None stands for it."""
-        best = [
-            {**dataclasses.asdict(c), 'error': c.error if math.isfinite(c.error) else None}
-            for c in self.candidates
-        ]
+
+        def plain(c: Candidate | Rival) -> dict[str, Any]:
+            return {**dataclasses.asdict(c), 'error': c.error if math.isfinite(c.error) else None}
+
         return {
+            'outcome': self.outcome,
             'dialects': list(self.dialects),
             'problem': self.problem,
             'verdict': self.verdict,
             'precision': self.precision,
+            'tolerance': self.tolerance,
             'facts': {name: dataclasses.asdict(fact) for name, fact in self.facts.items()},
-            'candidates': best,
+            'candidates': [plain(c) for c in self.candidates],
+            'rivals': [plain(c) for c in self.rivals],
         }
 
     def __str__(self) -> str:
         shown = self.candidates[: max(5, min(len(self.survivors), 12))]
+        allowed = f'{self.precision} rounding'
+        allowed += f' with a tolerance of {self.tolerance:g}' if self.tolerance else ''
         return '\n'.join(
             [
                 f'Errors of {len(self.candidates)} candidates, best first; up to {EXPLAINED:g} '
-                f'{self.precision} rounding explains them, from {RULED_OUT:g} it cannot:',
+                f'{allowed} explains them, from {RULED_OUT:g} it cannot:',
                 'error     decay     eps       momentum  weight_decay',
                 *map(str, shown),
+                f'{self.rivals[0].error:<9.2g} not RMSProp: {self.rivals[0]}',
                 '',
                 self.verdict,
             ]
@@ -182,6 +250,7 @@ def identify_dialect(
     eps: float | None = None,
     momentum: float | None = None,
     weight_decay: float | Literal['fit'] | None = None,
+    tolerance: float | None = None,
 ) -> Identification:
     """Finds out which RMSProp made a recorded run.
 
@@ -202,9 +271,12 @@ def identify_dialect(
       momentum: Zero means that there is none.
       weight_decay: A positive number, of which coupled and decoupled decay are tried, or 'fit',
         which also finds the number. Unlike the others it is taken to be zero if nobody says it.
+      tolerance: The relative error of the recorded gradients, in [0, 1), where that is above
+        rounding: `2**-9` for gradients recorded in bfloat16, say. None judges to rounding.
 
     Returns:
-      An `Identification`: print it.
+      An `Identification`: print it. Nothing is determined where plain SGD or signSGD, at any fixed
+      multiple of the recorded rate, explains the run as well.
 
     Raises:
       ValueError: For arrays that do not fit together, are not real and finite, or are no trace.
@@ -240,19 +312,33 @@ def identify_dialect(
         elif name == 'weight_decay' and value is None:
             known[name] = 0.0
     steps, precision = lay_out(read, read.learning_rate if learning_rate is None else learning_rate)
-    facts = candidates(known.get('momentum'), known.get('weight_decay'))
-    ranked = tuple(
-        sorted(
-            (
-                Candidate(f, error, **values, dialects=_dialects(f))
-                for f, (error, values) in zip(facts, fit(steps, known, facts), strict=True)
-            ),
-            key=lambda c: c.error,
-        )
+    noise = 0.0 if tolerance is None else _number('tolerance', tolerance)
+    ranked, rivals = _ranked(steps, known, noise), _rivals(steps, known, noise)
+    problem = (
+        _silence(steps, known)
+        or _degenerate(ranked, rivals[0], known)
+        or _unexplained(steps, known, noise, ranked)
     )
-    problem = _problem(steps, known, facts, ranked[0].error)
     judged = {name: _judge(name, ranked, steps, known, problem) for name in _NAMES}
-    return Identification(ranked, judged, problem, precision)
+    return Identification(ranked, rivals, judged, problem, precision, noise)
+
+
+def _ranked(steps: Steps, known: Mapping[str, float], noise: float) -> tuple[Candidate, ...]:
+    facts = candidates(known.get('momentum'), known.get('weight_decay'))
+    found = [
+        Candidate(f, error, **values, dialects=_dialects(f))
+        for f, (error, values) in zip(facts, fit(steps, known, facts, noise), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda c: c.error))
+
+
+def _rivals(steps: Steps, known: Mapping[str, float], noise: float) -> tuple[Rival, ...]:
+    facts = plain_rules(known.get('momentum'), known.get('weight_decay'))
+    found = [
+        Rival(f, error, 1 / values['eps'], values['momentum'], values['weight_decay'])
+        for f, (error, values) in zip(facts, fit(steps, known, facts, noise), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda c: c.error))
 
 
 def _number(name: str, value: Any) -> float:
@@ -260,7 +346,7 @@ def _number(name: str, value: Any) -> float:
         number = float(value)
     except (OverflowError, TypeError, ValueError):
         raise ValueError(f'{name} must be a number, got {value!r}.') from None
-    below = 1.0 if name in ('decay', 'momentum') else math.inf
+    below = math.inf if name in ('eps', 'weight_decay') else 1.0
     if not 0 <= number < below:
         raise ValueError(f'{name} must be in [0, {below:g}), got {number}.')
     return number
@@ -276,8 +362,8 @@ def _dialects(facts: Facts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(fitting))
 
 
-def _problem(steps: Steps, known: Mapping[str, float], facts: Sequence[Facts], error: float) -> str:
-    """Why nothing can be said, if so."""
+def _silence(steps: Steps, known: Mapping[str, float]) -> str:
+    """Why the trace is too poor to say anything, if so."""
     if not steps.gradients.any():
         return 'all gradients are zero'
     if not steps.learning_rate.any():
@@ -285,9 +371,34 @@ def _problem(steps: Steps, known: Mapping[str, float], facts: Sequence[Facts], e
     unknown = len(HYPERPARAMETERS) - len(known)
     if np.count_nonzero(steps.gradients) < unknown + 3:
         return f'so few numbers can be explained in many ways with {unknown} unknown ones'
-    if error <= EXPLAINED:
+    return ''
+
+
+def _degenerate(ranked: Sequence[Candidate], rival: Rival, known: Mapping[str, float]) -> str:
+    """Why what explains the trace does not show an RMSProp, if so."""
+    explained = [c for c in ranked if c.error <= EXPLAINED]
+    if rival.error <= (RULED_OUT if explained else EXPLAINED):
+        return (
+            f'the run is {rival}, or cannot be told from it. That misses by {rival.error:.2g} '
+            'times the rounding, so that nothing of an RMSProp shows'
+        )
+    low, high = RANGES['decay'][0] * _MARGIN, 1 - (1 - RANGES['decay'][1]) * _MARGIN
+    if 'decay' not in known and explained and not any(low < c.decay < high for c in explained):
+        return (
+            f'the run is explained only with a decay of {explained[0].decay:.7g}, the end of the '
+            'range that is searched, where an average is no average'
+        )
+    return ''
+
+
+def _unexplained(
+    steps: Steps, known: Mapping[str, float], noise: float, ranked: Sequence[Candidate]
+) -> str:
+    """Why no candidate explains the trace, if so."""
+    if ranked[0].error <= EXPLAINED:
         return ''
-    if min(found.error for found in fit(steps, known, facts, judged=1)) > RULED_OUT:
+    facts = [c.facts for c in ranked]
+    if min(found.error for found in fit(steps, known, facts, noise, judged=1)) > RULED_OUT:
         return (
             'no candidate explains the first step. The run did not begin there with fresh '
             'accumulators, a hyperparameter is not what was said, weights decay (give '
