@@ -368,6 +368,8 @@ def _silence(steps: Steps, known: Mapping[str, float]) -> str:
         return 'all gradients are zero'
     if not steps.learning_rate.any():
         return 'the learning rate is zero'
+    if np.count_nonzero(steps.gradients.any(axis=1) & (steps.learning_rate != 0)) == 1:
+        return 'there is only one step, and the first step of Adam or AdaGrad is one of RMSProp too'
     unknown = len(HYPERPARAMETERS) - len(known)
     if np.count_nonzero(steps.gradients) < unknown + 3:
         return f'so few numbers can be explained in many ways with {unknown} unknown ones'
@@ -386,7 +388,7 @@ def _degenerate(ranked: Sequence[Candidate], rival: Rival, known: Mapping[str, f
     if 'decay' not in known and explained and not any(low < c.decay < high for c in explained):
         return (
             f'the run is explained only with a decay of {explained[0].decay:.7g}, the end of the '
-            'range that is searched, where an average is no average'
+            'range that is searched, where the running average is no longer one'
         )
     return ''
 
@@ -438,8 +440,6 @@ def _judge(
 def _why(name: str, steps: Steps, known: Mapping[str, float]) -> str:
     """Why several answers about `name` explain a trace."""
     rates = steps.learning_rate
-    if len(rates) == 1 and name in ('momentum', 'learning_rate'):
-        return 'there is only one step'
     if name == 'learning_rate' and not np.ptp(rates):
         return 'the learning rate is constant'
     if name == 'learning_rate' and 'momentum' not in known and _geometric(rates):
