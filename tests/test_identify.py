@@ -168,8 +168,8 @@ def test_runs_that_are_not_what_they_seem_mislead_nobody(framework: str, what: s
 
 # --- What other optimizers did -------------------------------------------------------------------
 
-# The drawn runs of the slow test; 1000 of them take some 35 minutes of one processor.
-OTHERS = int(os.environ.get('IDENTIFY_OTHERS', '112'))
+# The drawn runs of the slow test, some 4 s of a busy processor each: 1000 take an hour.
+OTHERS = int(os.environ.get('IDENTIFY_OTHERS', '48'))
 
 
 def misleads(run: Other) -> str:
