@@ -411,6 +411,7 @@ VALID: dict[Any, dict[str, Any]] = {
     recipes.mnasnet: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.mobilenet_v2: {'steps_per_epoch': 99, 'batch_size': 1},
     recipes.mobilenet_v3_timm: {'steps_per_epoch': 99, 'warmup_epochs': 1},
+    recipes.wgan: {'network': 'critic'},
     recipes.describe_mask: {'params': PARAMS, 'mask': True},
     recipes.slim_decay_mask: {'params': PARAMS},
     recipes.tensorflow_decay_mask: {'params': PARAMS},

@@ -11,7 +11,7 @@ from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import ScalarOrSchedule, checked_steps
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._records import Recipe
-from rmsprop_jax.recipes._schedules import linear_to_zero, or_else
+from rmsprop_jax.recipes._schedules import checked_rate, linear_to_zero, or_else
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -52,7 +52,7 @@ def dqn_nature(
     (update), `getQUpdate` (clipping), `__init` (defaults); run_gpu (`lr`, `minibatch_size`).
     """
     r, terms = _records.DQN_NATURE, checked_steps('mean_over', mean_over, least=1)
-    return rmsprop(learning_rate, r.decay, r.eps / terms**2, centered=r.centered)
+    return rmsprop(checked_rate(learning_rate), r.decay, r.eps / terms**2, centered=r.centered)
 
 
 def dopamine_dqn(
@@ -71,7 +71,8 @@ def dopamine_dqn(
     a13d583, dopamine/tf/agents/dqn/dqn_agent.py, `_build_train_op`.
     """
     r = _records.DOPAMINE_DQN
-    return dialects.tensorflow(learning_rate, r.decay, r.momentum, r.eps, centered=r.centered)
+    rate = checked_rate(learning_rate)
+    return dialects.tensorflow(rate, r.decay, r.momentum, r.eps, centered=r.centered)
 
 
 def a3c(
@@ -156,7 +157,7 @@ def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate)
     `A2C.train`.
     """
     r = _records.SB3_A2C
-    step = dialects.torch(learning_rate, r.decay, r.eps)
+    step = dialects.torch(checked_rate(learning_rate), r.decay, r.eps)
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
@@ -174,7 +175,7 @@ def sb3_a2c_tf_like(
     optimizer's default.
     """
     r = _records.SB3_A2C_TF_LIKE
-    step = dialects.stable_baselines3(learning_rate, r.decay, r.eps)
+    step = dialects.stable_baselines3(checked_rate(learning_rate), r.decay, r.eps)
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 

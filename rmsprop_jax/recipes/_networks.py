@@ -16,6 +16,7 @@ from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._masks import slim_decay_mask, tensorflow_decay_mask, timm_decay_mask
 from rmsprop_jax.recipes._records import Recipe
 from rmsprop_jax.recipes._schedules import (
+    checked_rate,
     or_else,
     scaled_rate,
     staircase,
@@ -40,7 +41,7 @@ def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -
     to be the paper's, arXiv:1308.0850.
     """
     r = _records.GRAVES
-    return dialects.graves(learning_rate, r.decay, r.momentum, r.eps)
+    return dialects.graves(checked_rate(learning_rate), r.decay, r.momentum, r.eps)
 
 
 def inception_v3(
@@ -260,7 +261,7 @@ def wgan(
     Source: martinarjovsky/WassersteinGAN 2cf43ba, main.py, options and training loop.
     """
     r = _records.WGAN
-    step = dialects.torch(learning_rate, r.decay, r.eps)
+    step = dialects.torch(checked_rate(learning_rate), r.decay, r.eps)
     if network == 'generator':
         return step
     if network != 'critic':

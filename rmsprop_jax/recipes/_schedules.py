@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_steps
+from rmsprop_jax._types import Hyperparameter, checked_steps
 from rmsprop_jax.recipes._records import Recipe, Staircase
 
 
@@ -24,7 +24,13 @@ def positive(name: str, value: Any) -> float:
 
 def or_else(given: Any, published: Callable[[Any], Any]) -> Any:
     """The rate that the caller gives in the place of the published schedule, if any."""
-    return published if given is None else given
+    return published if given is None else checked_rate(given)
+
+
+def checked_rate(given: Any) -> Any:
+    """A learning rate of the caller, checked under the name it has in recipes."""
+    rate = Hyperparameter('learning_rate', given)
+    return rate.at if callable(given) else rate.value
 
 
 def staircase_of(recipe: Recipe) -> Staircase:
