@@ -558,7 +558,7 @@ def test_groups_that_two_libraries_may_have_written_need_a_dialect():
     del theirs['param_groups'][0]['maximize']
     tx = dialects.stable_baselines3(1e-2, momentum=0.9)
     (found,) = _problems(lambda: interchange.from_torch(theirs, tx, params, pairs))
-    assert found.endswith('pass dialect=dialects.torch or dialect=dialects.stable_baselines3')
+    assert found.endswith('Pass dialect=dialects.torch or dialect=dialects.stable_baselines3')
     interchange.from_torch(theirs, tx, params, pairs, dialect=dialects.stable_baselines3)
     (found,) = _problems(
         lambda: interchange.from_torch(theirs, tx, params, pairs, dialect=dialects.torch)

@@ -6,9 +6,10 @@ from typing import Any
 from rmsprop_jax import dialects
 from rmsprop_jax._types import checked_flag
 from rmsprop_jax.interchange._mapping import Problems, as_number
-from rmsprop_jax.interchange._settings import NAMES, UNTOLD, recognised
+from rmsprop_jax.interchange._settings import UNTOLD, recognised
 from rmsprop_jax.interchange._sides import Claim
 
+_FRAMEWORKS = {dialects.timm: 'timm', dialects.stable_baselines3: 'Stable-Baselines3'}
 _SETTINGS = {'alpha': 'decay', 'eps': 'eps', 'momentum': 'momentum'}
 
 
@@ -77,7 +78,7 @@ def _claim(
     if 'caution' in group and numbers.get('momentum'):
         said['cautious'] = ('caution', numbers['caution'])
     return Claim(
-        'PyTorch' if dialect is None else NAMES[dialect],
+        _FRAMEWORKS.get(dialect, 'PyTorch'),
         inside,
         eps_in_sqrt=None if dialect is None else dialect is not dialects.torch,
         said=said,

@@ -94,6 +94,7 @@ class Trial:
     def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
         self._update = optax.with_extra_args_support(tx).update
         self.calls, self.fault = 1, None
+        self._decays: dict[str, float] = {}
         try:
             # Accumulators are wide whatever the parameters are, and so are then the updates.
             self._params = jax.tree.map(_zeros, params)
@@ -181,7 +182,7 @@ class Trial:
     def _at(
         self,
         count: int,
-        moment: Callable[[str], float] = lambda path: _MOMENT,
+        moment: Callable[[str], float] | None = None,
         velocity: Callable[[str], float] = lambda path: 0.0,
         parameter: float = 0.0,
     ) -> _Seen:
@@ -189,7 +190,8 @@ class Trial:
         state = _with_mini_step(with_counts(self._state, count, 0), self.calls - 1)
 
         def fill(node: Any) -> Any:
-            values = {'nu': moment, 'var': moment, 'trace': velocity}
+            start = moment or (lambda path: _MOMENT)
+            values = {'nu': start, 'var': start, 'trace': velocity}
             return node._replace(
                 **{
                     name: _filled(getattr(node, name), values.get(name, lambda path: 0.0))
@@ -201,9 +203,9 @@ class Trial:
         state = jax.tree.map(lambda x: fill(x) if is_node(x) else x, state, is_leaf=is_node)
         gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
         params = jax.tree.map(lambda p: _full(p, parameter), self._params)
-        return self._read(*self._update(gradient, state, params))
+        return self._read(*self._update(gradient, state, params), shows_decay=moment is None)
 
-    def _read(self, updates: Any, state: Any) -> _Seen:
+    def _read(self, updates: Any, state: Any, shows_decay: bool) -> _Seen:
         columns: dict[str, dict[str, float]] = {'nu': {}, 'mu': {}, 'trace': {}}
         weights: dict[str, float] = {}
         for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
@@ -217,8 +219,9 @@ class Trial:
                 # Two of a kind cannot be told apart.
                 values.update({k: math.nan if k in values else v for k, v in found.items()})
                 if name == 'nu':
-                    decays = {path: value / _MOMENT for path, value in found.items()}
-                    weights.update({p: _weight(node, d) for p, d in decays.items()})
+                    if shows_decay:
+                        self._decays |= {path: value / _MOMENT for path, value in found.items()}
+                    weights |= {p: _weight(node, self._decays[p]) for p in found}
         updated = self._values(updates)
         return _Seen(updated, columns['trace'], columns['nu'], columns['mu'], weights)
 
