@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from rmsprop_jax._lift import (
     cast_like,
@@ -303,7 +303,7 @@ def unscale(name: str, factor: ArrayLike) -> Step:
         raise ValueError(f'{name} must not be zero.')
 
     def divide(g: jax.Array) -> jax.Array:
-        return componentwise(operator.truediv, g, _opaque(number, g.real.dtype))
+        return componentwise(operator.truediv, g, cast(number, g.real.dtype))
 
     return optax.stateless(lambda updates, _: jax.tree.map(divide, updates))
 
@@ -311,14 +311,5 @@ def unscale(name: str, factor: ArrayLike) -> Step:
 def scaled(updates: Any, factor: Any) -> Any:
     """Every array of a tree times a real scalar."""
     return jax.tree.map(
-        lambda g: componentwise(operator.mul, g, _opaque(factor, g.real.dtype)), updates
+        lambda g: componentwise(operator.mul, g, cast(factor, g.real.dtype)), updates
     )
-
-
-def _opaque(number: Any, dtype: DTypeLike) -> jax.Array:
-    """A scalar whose value XLA does not know.
-
-    It multiplies known factors with each other, which rounds otherwise than the same step with
-    arrays for numbers, or without jit.
-    """
-    return lax.optimization_barrier(jnp.asarray(number, dtype))
