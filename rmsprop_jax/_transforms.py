@@ -166,12 +166,10 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         chosen = whole_mask('sparse', mask, updates)
 
         def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
-            none = jnp.zeros_like(g, bool)
-            if not is_sparse:
-                return none
-            zero = jnp.all(g == 0, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
+            zero = g == 0
+            rows = jnp.all(zero, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
             # Unlike a broadcast, this is sharded like the gradient on meshes of explicit axes.
-            return zero | none
+            return zero & (rows if is_sparse else False)
 
         return jax.tree.map(leaf, updates, chosen)
 
