@@ -19,10 +19,10 @@ from rmsprop_jax._types import (
     RmsState,
     ScalarOrSchedule,
     TraceState,
-    cast,
-    complement,
+    canonical,
     decay_rate,
     is_absent,
+    rounded,
 )
 from rmsprop_jax.storage import Storage, bfloat16, float32
 from rmsprop_jax_fused._either import either
@@ -261,8 +261,8 @@ class _Kernel:
     def _scalars(self, state: Any, after: Any) -> jax.Array:
         """The kernel's `Scalars`, from the states before and after the step."""
         rms = state[0]
-        decay, eps = self.decay.at(rms.count), self.eps.at(rms.count)
-        d, r = (cast(x, jnp.float32) for x in (decay, complement(decay)))
+        d, r = (rounded(x, jnp.float32) for x in self.decay.with_complement_at(rms.count))
+        eps = self.eps.at(rms.count)
         momentum = 0.0 if self.momentum is None else self.momentum.at(state[2].count)
         values = [
             -1.0 * self.rate.at(getattr(state[1], 'count', 0)),
@@ -310,7 +310,7 @@ class _Kernel:
         axes = jax.typeof(g).manual_axis_type
         if any(jax.typeof(x).manual_axis_type != axes for x in (p, *stored)):
             return False
-        formats = [x.format(path, g, jnp.float32) for x in self.statistics]
+        formats = [x.format(path, jnp.shape(g), jnp.float32) for x in self.statistics]
         return all(
             isinstance(kept, float32 | bfloat16)
             and x.dtype == (jnp.bfloat16 if isinstance(kept, bfloat16) else jnp.float32)
@@ -319,8 +319,8 @@ class _Kernel:
 
     def _keys(self, path: Any, g: Any) -> list[int]:
         """What tells apart the random bits of each statistic of a leaf; 0 where none are used."""
-        formats = [(x, x.format(path, g, jnp.float32)) for x in self.statistics]
-        return [int(kept.key(f'{x.name}{keystr(path)}') or 0) for x, kept in formats]
+        formats = [(x, x.format(path, jnp.shape(g), jnp.float32)) for x in self.statistics]
+        return [int(kept.key(f'{x.name}{keystr(canonical(path))}') or 0) for x, kept in formats]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
