@@ -143,10 +143,10 @@ def torch(
 
     Args:
       lr: Learning rate, in the unit of the parameter.
-      alpha: Weight of the past in the running averages, in [0, 1).
+      alpha: Weight of the past in the running averages, in [0, 1].
       eps: Added to the root, in the unit of the gradient.
       weight_decay: L2 penalty, added to the gradient after `maximize` has flipped it.
-      momentum: In [0, 1); a Python zero means none.
+      momentum: In [0, 1]; a Python zero means none.
       centered: Whether to divide by the standard deviation.
       maximize: Whether to climb.
       mask: What `weight_decay` applies to, as for `optax.add_decayed_weights`.
@@ -262,8 +262,8 @@ def keras(
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
-      rho: Weight of the past in the running averages, in [0, 1).
-      momentum: In [0, 1); a Python zero means none.
+      rho: Weight of the past in the running averages, in [0, 1].
+      momentum: In [0, 1]; a Python zero means none.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
       weight_decay: Decoupled decay per step, times the learning rate.
@@ -348,8 +348,8 @@ def keras_legacy(
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
-      rho: Weight of the past in the running averages, in [0, 1).
-      momentum: In [0, 1); a Python zero means none.
+      rho: Weight of the past in the running averages, in [0, 1].
+      momentum: In [0, 1]; a Python zero means none.
       epsilon: In the unit of the gradient without momentum, in its square with. As in TensorFlow a
         Python zero, or None, means 1e-7.
       centered: Whether to divide by the standard deviation.
@@ -399,8 +399,8 @@ def tensorflow(
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
-      decay: Weight of the past in the running averages, in [0, 1).
-      momentum: In [0, 1). The buffer exists even at zero, as in TensorFlow.
+      decay: Weight of the past in the running averages, in [0, 1].
+      momentum: In [0, 1]. The buffer exists even at zero, as in TensorFlow.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
       sparse: Which gradients TensorFlow would get as `IndexedSlices`, such as those of embedding
@@ -454,11 +454,11 @@ def timm(
                                                                    lr_in_momentum
     Args:
       lr: Learning rate, in the unit of the parameter.
-      alpha: Weight of the past in the running averages, in [0, 1).
+      alpha: Weight of the past in the running averages, in [0, 1].
       eps: Added inside the root, in the squared unit of the gradient.
       weight_decay: L2 penalty added to the gradient, or with `decoupled_decay` a share of the
         parameter, times the learning rate.
-      momentum: In [0, 1); a Python zero means none.
+      momentum: In [0, 1]; a Python zero means none.
       centered: Whether to divide by the standard deviation.
       decoupled_decay: Whether weights decay apart from the gradient.
       corrected_weight_decay: Whether decoupled decay is scaled by `lr / max_lr` once more.
@@ -561,8 +561,8 @@ def mxnet(
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
-      rho: Weight of the past in the running averages, in [0, 1).
-      momentum: In [0, 1); used only when centered, as in MXNet.
+      rho: Weight of the past in the running averages, in [0, 1].
+      momentum: In [0, 1]; used only when centered, as in MXNet.
       epsilon: In the unit of the gradient, or in its square when centered.
       centered: Whether to divide by the standard deviation.
       clip_weights: Largest magnitude of a parameter after the step; then `params` are needed and

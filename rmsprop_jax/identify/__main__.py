@@ -20,7 +20,7 @@ def _parser() -> OneLineParser:
         epilog='Exit codes: 0, one dialect remains or all facts are settled; 1, several '
         'combinations remain; 2, the trace or an option cannot be read; 3, nothing that is tried '
         'explains the run; 4, the run is explained, but does not show an RMSProp (SGD explains it '
-        'too, say).',
+        'too, say). It takes some ten seconds, more where weight decay is fitted.',
         allow_abbrev=False,
     )
     made.add_argument(

@@ -54,7 +54,7 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
       values: The parameters after the step, and whatever is averaged with them. Leaves that are
         not floating or complex, such as counters, are copied.
       count: The number of steps taken, this one included, or None.
-      decay: In [0, 1), a Python number or a scalar array of float32 or wider.
+      decay: In [0, 1], a Python number or a scalar array of float32 or wider.
 
     Returns:
       The new average, in float32 or wider.
