@@ -47,6 +47,10 @@ FUNCTIONS = {
     'read': (averaged, lambda tx, s, p: storage.read(s, None)),
     'ema_init': (averaged, lambda tx, s, p: recipes.ema_init(p)),
     'ema_init-state': (averaged, lambda tx, s, p: recipes.ema_init(s)),
+    'ema_update': (
+        averaged,
+        lambda tx, s, p: recipes.ema_update(recipes.ema_init(s), s, None, 0.5),
+    ),
     'from_optax': (
         lambda: rmsprop_jax.rmsprop(0.1),
         lambda tx, s, p: interchange.from_optax(s, tx, p, count=1),

@@ -89,7 +89,7 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
                 f'values{keystr(path)} has shape {jnp.shape(v)}, but its average {jnp.shape(a)}.'
             )
         if not jnp.issubdtype(jnp.result_type(v), jnp.inexact):
-            return v
+            return jnp.array(v)
         a = jnp.asarray(a, wide_dtype(jnp.result_type(a)))
         return a + componentwise(
             operator.mul, jnp.asarray(v, a.dtype) - a, cast(rest, a.real.dtype)
