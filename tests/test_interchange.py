@@ -379,6 +379,20 @@ def test_the_state_of_an_nnx_optimizer_goes_out_as_the_plain_one_does(name: str)
     assert 'pass what tx.init or tx.update returned, or opt_state of an nnx.Optimizer' in lost[0]
 
 
+def test_the_calls_that_an_nnx_optimizer_accumulates_are_not_lost():
+    """Eight calls at four a step: without the transformation nobody knows that they are not two."""
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    params, tx = nnx.state(model, nnx.Param), _accumulating(4)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(8):
+        optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    pairs = [interchange.Pair(name, name) for name in ('fc/kernel', 'fc/bias')]
+    lost = _problems(lambda: interchange.to_keras(optimizer.opt_state, params, pairs))
+    assert 'the state accumulates gradients: pass tx' in lost[0]
+    found = interchange.to_keras(optimizer.opt_state, params, pairs, tx=tx)
+    assert found['iteration'] == 8
+
+
 def test_the_rate_that_an_nnx_optimizer_holds_goes_to_keras():
     model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     tx = rmsprop_jax.inject_hyperparams(dialects.keras)(0.25)

@@ -11,24 +11,29 @@ that epsilon does not matter) or epsilon.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 
 from rmsprop_jax._types import RmsState, by_path, wide_dtype
 from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
-from rmsprop_jax.interchange._state import is_average, is_compact, is_corrected, is_node
+from rmsprop_jax.interchange._state import (
+    is_average,
+    is_compact,
+    is_corrected,
+    is_named,
+    is_node,
+)
 from rmsprop_jax.interchange._write import with_counts
 
 _GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
 # How many steps after today's a learning rate is looked at.
 _LATER = (1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10**4, 10**5, 10**6, 10**9)
-_MINI_STEP = GetAttrKey('mini_step')
 _MOST_CALLS = 2**20
 _LAST = 2**31 - 2
 
@@ -274,17 +279,17 @@ def accumulates(state: Any) -> bool:
 def _has_branches(state: Any) -> bool:
     """Whether a wrapper uses `lax.cond`, which is compiled at each call outside of jit."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    return any(path and path[-1] in (_MINI_STEP, GetAttrKey('notfinite_count')) for path in paths)
+    return any(is_named(path, 'mini_step', 'notfinite_count') for path in paths)
 
 
 def _mini_steps(state: Any) -> list[Any]:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return [leaf for path, leaf in leaves if path and path[-1] == _MINI_STEP]
+    return [leaf for path, leaf in leaves if is_named(path, 'mini_step')]
 
 
 def _with_mini_step(state: Any, value: int) -> Any:
-    def leaf(path: Sequence[Any], x: Any) -> Any:
-        return _full(x, value) if path and path[-1] == _MINI_STEP else x
+    def leaf(path: tuple[Any, ...], x: Any) -> Any:
+        return _full(x, value) if is_named(path, 'mini_step') else x
 
     return tree_map_with_path(leaf, state)
 

@@ -90,10 +90,16 @@ def is_average(node: Any) -> bool:
     return isinstance(node, AverageState)
 
 
+def is_named(path: tuple[Any, ...], *fields: str) -> bool:
+    """Whether a leaf is one of these fields of a state, also within the variables of Flax NNX."""
+    return bool(path) and canonical(path)[-1] in map(GetAttrKey, fields)
+
+
 def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf counts steps: those are integers, and parameters are none."""
-    named = path and canonical(path)[-1] in (GetAttrKey('count'), GetAttrKey('gradient_step'))
-    return bool(named) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+    return is_named(path, 'count', 'gradient_step') and jnp.issubdtype(
+        jnp.result_type(leaf), jnp.integer
+    )
 
 
 def is_corrected(node: Any) -> bool:
@@ -128,7 +134,7 @@ def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
             weights.update(dict.fromkeys(found['nu'], (int(np.asarray(node.count)), weight)))
     counts: set[int] = set()
     for path, leaf in tree_flatten_with_path(state, is_leaf=is_average)[0]:
-        is_mini = bool(path) and canonical(path)[-1] == GetAttrKey('mini_step')
+        is_mini = is_named(path, 'mini_step')
         if is_average(leaf) or not (is_mini or is_count(path, leaf)):
             continue
         if jnp.shape(leaf):
