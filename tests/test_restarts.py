@@ -3,8 +3,10 @@
 `python tests/test_restarts.py`, in an environment with flax, records the states of this release.
 """
 
+import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -29,6 +31,12 @@ BYTES = storage.per_statistic(
     trace=storage.large_leaves(storage.bfloat16(), min_size=1),
 )
 MEANS = storage.large_leaves(storage.factored(), min_size=1)
+HALVES = storage.large_leaves(storage.bfloat16(), min_size=1)
+HALVES_CENTERED = storage.per_statistic(
+    mu=HALVES, var=storage.large_leaves(storage.uint8(scale=2.0), min_size=1, min_ndim=1)
+)
+HALVES_OF_PAIRS = storage.per_statistic(nu=HALVES, trace=HALVES)
+MEANS_OF_PAIRS = storage.per_statistic(nu=MEANS)
 STATES: dict[str, tuple[Callable[[], Any], Any]] = {
     'plain': (lambda: rmsprop_jax.rmsprop(0.1), None),
     'everything': (
@@ -46,8 +54,26 @@ STATES: dict[str, tuple[Callable[[], Any], Any]] = {
     'bytes': (lambda: rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=BYTES), BYTES),
     'means': (lambda: rmsprop_jax.rmsprop(0.1, storage=MEANS), MEANS),
     'skipping': (lambda: rmsprop_jax.skip_nonfinite(rmsprop_jax.rmsprop(0.1)), None),
+    'halves': (lambda: rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=HALVES), HALVES),
+    'halves-centered': (
+        lambda: rmsprop_jax.rmsprop(0.1, centered=True, storage=HALVES_CENTERED),
+        HALVES_CENTERED,
+    ),
+    'complex': (lambda: rmsprop_jax.rmsprop(0.1, centered=True), None),
+    'pairs': (lambda: dialects.torch(0.1, momentum=0.9, centered=True), None),
+    'pairs-halves': (
+        lambda: dialects.torch(0.1, momentum=0.9, storage=HALVES_OF_PAIRS),
+        HALVES_OF_PAIRS,
+    ),
+    'pairs-means': (lambda: dialects.torch(0.1, storage=MEANS_OF_PAIRS), MEANS_OF_PAIRS),
 }
 PARAMS = {'kernel': jnp.linspace(-1, 1, 12).reshape(3, 4), 'bias': jnp.array([0.5, -0.25])}
+
+
+def params_of(name: str) -> Any:
+    """Complex ones where the state is that of complex arrays."""
+    is_complex = name.partition('-')[0] in ('complex', 'pairs')
+    return jax.tree.map(lambda p: p * (1 + 0.5j) if is_complex else p, PARAMS)
 
 
 def step(tx: optax.GradientTransformation, params: Any, state: Any) -> tuple[Any, Any]:
@@ -57,37 +83,81 @@ def step(tx: optax.GradientTransformation, params: Any, state: Any) -> tuple[Any
 
 def recorded() -> dict[str, Any]:
     """After three steps each state and its description, and the parameters a step later."""
-    from flax import serialization
-
     found = {}
     for name, (make, kept) in STATES.items():
-        tx, params = make(), PARAMS
+        tx, params = make(), params_of(name)
         state = tx.init(params)
         for _ in range(3):
             params, state = step(tx, params, state)
         found[name] = {
             'params': params,
-            'state': serialization.to_state_dict(state),
+            'state': state,
             'description': json.dumps(storage.describe(state, kept)),
             'next': step(tx, params, state)[0],
         }
     return jax.tree.map(lambda x: x if isinstance(x, str) else np.asarray(x), found)
 
 
+def record() -> None:
+    """Writes them as Flax, pickle and Orbax do."""
+    import orbax.checkpoint as ocp
+    from flax import serialization
+
+    OLDER.mkdir(exist_ok=True)
+    found, version = recorded(), rmsprop_jax.__version__
+    plain = {
+        name: x | {'state': serialization.to_state_dict(x['state'])} for name, x in found.items()
+    }
+    (OLDER / f'{version}.msgpack').write_bytes(serialization.msgpack_serialize(plain))
+    states = {name: x['state'] for name, x in found.items()}
+    (OLDER / f'{version}.pickle').write_bytes(pickle.dumps(states))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(OLDER / f'{version}.orbax', states, force=True)
+    # It holds the path of the folder.
+    (OLDER / f'{version}.orbax' / 'commit_success.txt').unlink()
+
+
+def by_flax(file: Path, name: str, template: Any) -> Any:
+    from flax import serialization
+
+    older = serialization.msgpack_restore(file.read_bytes())
+    return serialization.from_state_dict(template, older[name]['state'])
+
+
+def by_pickle(file: Path, name: str, template: Any) -> Any:
+    del template
+    return pickle.loads(file.with_suffix('.pickle').read_bytes())[name]
+
+
+@functools.cache
+def _orbax_states(file: Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    template = pickle.loads(file.with_suffix('.pickle').read_bytes())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(file.with_suffix('.orbax').absolute(), template)
+
+
+def by_orbax(file: Path, name: str, template: Any) -> Any:
+    del template
+    return _orbax_states(file)[name]
+
+
+@pytest.mark.parametrize('read', [by_flax, by_pickle, by_orbax])
 @pytest.mark.parametrize('file', sorted(OLDER.glob('*.msgpack')), ids=lambda file: file.stem)
 @pytest.mark.parametrize('name', STATES)
-def test_states_of_older_releases_go_on(file: Path, name: str) -> None:
+def test_states_of_older_releases_go_on(
+    file: Path, name: str, read: Callable[[Path, str, Any], Any]
+) -> None:
     serialization = pytest.importorskip('flax.serialization')
     older = serialization.msgpack_restore(file.read_bytes())
-    if name not in older:
-        pytest.skip('made by later releases only')
     (make, kept), was = STATES[name], older[name]
     tx, params = make(), jax.tree.map(jnp.asarray, was['params'])
     description = json.loads(was['description'])
     assert description['rmsprop_jax'] == file.stem
     template = tx.init(params)
     storage.check(description, template, kept)
-    state = serialization.from_state_dict(template, was['state'])
+    state = jax.tree.map(jnp.asarray, read(file, name, template))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, template)
     chex.assert_trees_all_close(step(tx, params, state)[0], was['next'], rtol=1e-6)
 
@@ -168,8 +238,4 @@ def test_a_write_that_is_killed_leaves_the_last_good_checkpoint(tmp_path: Path, 
 
 
 if __name__ == '__main__':
-    from flax import serialization
-
-    OLDER.mkdir(exist_ok=True)
-    file = OLDER / f'{rmsprop_jax.__version__}.msgpack'
-    file.write_bytes(serialization.msgpack_serialize(recorded()))
+    record()
