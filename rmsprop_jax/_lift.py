@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
@@ -29,7 +30,7 @@ from rmsprop_jax._types import (
     wide_dtype,
 )
 from rmsprop_jax.storage._choice import Storage, format_of
-from rmsprop_jax.storage._formats import Format, held_as
+from rmsprop_jax.storage._formats import Format, held_as, stored_shape
 from rmsprop_jax.storage._place import possible_shapes, whole_shape
 
 KeyPath = tuple[Any, ...]
@@ -43,11 +44,14 @@ class Statistic:
       name: `nu`, `mu`, `var` or `trace`.
       real: Whether it is real even where parameters are complex.
       storage: Which format keeps which leaf; None means float32.
+      of_pairs: Whether complex arrays are pairs of reals, with a statistic for each, as in PyTorch.
+        They are then kept with a further axis of two, their last.
     """
 
     name: str
     real: bool = False
     storage: Storage | None = None
+    of_pairs: bool = False
 
     def init(self, params: Any, fill: Any) -> Any:
         """The statistic of one number everywhere, sharded and placed like `params`.
@@ -59,26 +63,36 @@ class Statistic:
 
         def leaf(path: KeyPath, param: Any) -> Any:
             dtype = self.dtype(f'params{keystr(path)}', param)
-            chosen = {self.format(path, shape, dtype) for shape in possible_shapes(param)}
+            chosen = {self.format(path, shape, param) for shape in possible_shapes(param)}
             if len(chosen) > 1:
                 raise ValueError(
                     f"params{keystr(path)} of shape {jnp.shape(param)} may be one device's share "
                     f'of an array under jax.shard_map, and the format of its {self.name} depends '
                     'on the shape of the whole array: call init outside of shard_map.'
                 )
-            return chosen.pop().init(param, fill, dtype)
+            return chosen.pop().init(_as_pairs(param) if self.splits(param) else param, fill, dtype)
 
         return tree_map_with_path(leaf, params)
+
+    def splits(self, param: Any) -> bool:
+        """Whether a parameter, or its gradient, is taken for pairs of reals."""
+        return self.of_pairs and jnp.iscomplexobj(param)
 
     def dtype(self, name: str, param: Any) -> np.dtype:
         """In which it is accumulated for a parameter of that name."""
         dtype = wide_dtype(_inexact_dtype(name, param))
-        return real_dtype(dtype) if self.real else dtype
+        return real_dtype(dtype) if self.real or self.splits(param) else dtype
 
-    def format(self, path: KeyPath, shape: tuple[int, ...], dtype: Any) -> Format:
-        """How the leaf at `path` is kept, where the whole array has that shape."""
-        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-        return format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
+    def format(self, path: KeyPath, shape: tuple[int, ...], param: Any) -> Format:
+        """How it is kept for a parameter at `path`, where the whole array has that shape."""
+        splits = self.splits(param)
+        is_complex = jnp.iscomplexobj(param) and not (self.real or splits)
+        chosen = format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
+        return chosen.of_pairs() if splits else chosen
+
+    def shape(self, param: Any) -> tuple[int, ...]:
+        """Its own, for a parameter or one device's share of it."""
+        return (*jnp.shape(param), 2) if self.splits(param) else jnp.shape(param)
 
 
 def init_like(params: Any, fill: Any) -> Any:
@@ -101,7 +115,7 @@ def map_leaves(
     Args:
       step: Maps a gradient and the same leaf of each statistic, decoded and all in one precision,
         to a tuple: the new update, which is cast to the gradient's dtype, and the new leaf of each
-        statistic, which is encoded. Its last argument is a tuple of the formats they are kept in.
+        statistic, which is encoded. Its last argument is the `Arithmetic` of the first format.
       updates: The tree of gradients.
       moments: The statistics and their trees.
       count: Steps taken so far, of which rounding makes its random bits.
@@ -129,14 +143,14 @@ def map_leaves(
     if _is_staged():
         # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
         # this would compile anew at every update, because `step` is a new function each time.
-        leaf_step = jax.jit(leaf_step, static_argnums=(0, 1))
+        leaf_step = jax.jit(leaf_step, static_argnums=(0, 1, 2))
     partition = by_path(specs)
     results = []
     for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
         name, spec = f'updates{keystr(path)}', partition.get(canonical(path))
         _check_kind(name, g, [] if kind is None else [kind])
         shape = whole_shape(jnp.shape(g), spec)
-        formats = [x.format(path, shape, x.dtype(name, g)) for x in statistics]
+        formats = [x.format(path, shape, g) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf, spec)
             _check_shard(name, g, kept, spec)
@@ -144,9 +158,10 @@ def map_leaves(
             kept.key(f'{statistic.name}{keystr(canonical(path))}')
             for kept, statistic in zip(formats, statistics, strict=True)
         ]
-        update, *new = leaf_step(tuple(formats), spec, g, stored, keys)
-        kinds_of_new = zip(new, stored, strict=True)
-        results.append((update, *(held_as(x, old) for x, old in kinds_of_new)))
+        split = any(x.splits(g) for x in statistics)
+        update, *new = leaf_step(tuple(formats), spec, split, g, stored, keys)
+        held = (held_as(x, old) for x, old in zip(new, stored, strict=True))
+        results.append((update, *held))
     outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
     return tuple(treedef.unflatten(output) for output in outputs)
 
@@ -157,6 +172,7 @@ def _leaf_step(
     count: ArrayLike,
     formats: tuple[Format, ...],
     spec: PartitionSpec | None,
+    split: bool,
     g: jax.Array,
     stored: Sequence[Any],
     keys: Sequence[Any],
@@ -167,12 +183,22 @@ def _leaf_step(
         kept.decode(leaf, unit) for kept, leaf, unit in zip(formats, stored, before, strict=True)
     ]
     wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
-    update, *new = step(*[_in_precision(x, wide) for x in (jnp.asarray(g), *decoded)], formats)
+    parts = _as_pairs(g) if split else jnp.asarray(g)
+    way = formats[0].arithmetic
+    update, *new = step(*[_in_precision(x, wide) for x in (parts, *decoded)], way)
     encoded = [
         kept.encode(x, kept.bits(key, count, x.shape, spec), unit)
         for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
     ]
+    update = lax.complex(update[..., 0], update[..., 1]) if split else update
     return update.astype(jnp.result_type(g)), *encoded
+
+
+def _as_pairs(x: Any) -> Any:
+    """A complex array as a real one with a further axis of two, its last."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(shape=(*x.shape, 2), dtype=real_dtype(x.dtype))
+    return jnp.stack([jnp.real(x), jnp.imag(x)], -1)
 
 
 def _is_staged() -> bool:
@@ -421,11 +447,12 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 def _check_stored(
     name: str, g: Any, statistic: Statistic, kept: Format, stored: Any, spec: PartitionSpec | None
 ) -> None:
-    fault = kept.fault(stored, jnp.shape(g))
+    shape = statistic.shape(g)
+    fault = kept.fault(stored, shape)
     if fault is not None:
         message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
-        # An array of the right shape is of another format.
-        if getattr(stored, 'shape', None) == jnp.shape(g):
+        # A statistic of the right shape is of another format.
+        if stored_shape(stored) == shape:
             message += ' If the storage has changed, use storage.convert.'
             if spec is None and len(possible_shapes(g)) > 1:
                 message += (
@@ -433,7 +460,7 @@ def _check_stored(
                     'update the argument partition_specs.'
                 )
         raise ValueError(message)
-    if not statistic.real:
+    if not (statistic.real or statistic.splits(g)):
         _check_kind(name, g, [stored])
 
 

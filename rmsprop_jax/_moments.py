@@ -5,9 +5,11 @@ arrays of the same precision. See the package documentation for the derivation o
 recurrence.
 """
 
+import dataclasses
+import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,89 @@ def root_or_zero(x: jax.Array, order: float = 2) -> jax.Array:
     vanishes = x == 0
     positive = jnp.where(vanishes, 1, x)
     return jnp.where(vanishes, 0, jnp.sqrt(positive) if order == 2 else positive ** (1 / order))
+
+
+def kept_apart(root: jax.Array) -> jax.Array:
+    """A positive root that XLA does not make one operation with the quotient by it.
+
+    Multiplying with a reciprocal root rounds differently from the same step without jit. The
+    maximum never acts.
+    """
+    return jnp.maximum(root, _smallest_normal(root))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """What the way in which a moment is kept asks of the step, whose formulas it does not change.
+
+    Attributes:
+      largest: The largest number that it can be kept as, where larger ones are kept as that.
+      from_old_mean: Whether a variance is measured from the mean before the step or from the one
+        after it. A CPU would have to copy the old one, which the new one replaces.
+      keep: What keeps a root and the quotient by it two operations.
+    """
+
+    largest: float = math.inf
+    from_old_mean: bool = False
+    keep: Callable[[jax.Array], jax.Array] = kept_apart
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step, of the dtype of the arithmetic.
+
+    Attributes:
+      decay: Of the averages.
+      complement: `1 - decay`.
+      eps: Epsilon.
+      weights: The sum of the weights of an average before and after the step; None means one.
+      unit: What a moment is a multiple of where it is kept in fewer digits; else 1.
+    """
+
+    decay: Scalar
+    complement: Scalar
+    eps: Scalar
+    weights: tuple[jax.Array, jax.Array] | None = None
+    unit: Scalar = 1
+
+
+def plain_step(
+    g: jax.Array, nu: jax.Array, by: Scalars, eps_in_sqrt: bool, is_positive: bool, way: Arithmetic
+) -> tuple[jax.Array, jax.Array]:
+    """The direction of `scale_by_rms` and the second moment after the step."""
+    nu = second_moment(nu, g, by.decay, by.complement)
+    moment = nu if by.weights is None else nu / by.weights[1]
+    step = direction(g, moment, by.eps, eps_in_sqrt, is_positive=is_positive, keep=way.keep)
+    return step, nu
+
+
+def centered_step(
+    g: jax.Array,
+    var: jax.Array,
+    mu: jax.Array,
+    by: Scalars,
+    eps_in_sqrt: bool,
+    is_positive: bool,
+    way: Arithmetic,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The direction of `scale_by_stddev`, and variance and mean after the step."""
+    before, after = (None, None) if by.weights is None else by.weights
+    ratio = 1.0 if by.weights is None else by.weights[0] / by.weights[1]
+    saturated = var >= way.largest * by.unit
+    new_mu = mean(mu, g, by.complement)
+    if way.from_old_mean:
+        share = by.decay * by.complement * ratio
+        var = variance(var, g, mu, before, by.decay, share)
+    else:
+        share = by.complement * reciprocal_or_zero(by.decay * ratio)
+        var = variance(var, g, new_mu, after, by.decay, share)
+    moment = var if after is None else var / after
+    if way.largest < float(jnp.finfo(var.dtype).max) / 2:
+        # The true variance is larger, nobody knows by how much: with the squared mean added the
+        # step is bounded as that of the plain form is.
+        centre = new_mu if after is None else componentwise(operator.truediv, new_mu, after)
+        moment += jnp.where(saturated, squared_magnitude(centre), 0)
+    step = direction(g, moment, by.eps, eps_in_sqrt, is_positive=is_positive, keep=way.keep)
+    return step, var, new_mu
 
 
 def second_moment(nu: jax.Array, g: jax.Array, decay: Scalar, complement: Scalar) -> jax.Array:
@@ -80,39 +165,29 @@ def reciprocal_or_zero(x: Any) -> Any:
 
 
 def direction(
-    g: jax.Array, moment: jax.Array, eps: Scalar, eps_in_sqrt: bool, rounds: bool = False
+    g: jax.Array,
+    moment: jax.Array,
+    eps: Scalar,
+    eps_in_sqrt: bool,
+    *,
+    is_positive: bool = False,
+    keep: Callable[[jax.Array], jax.Array] = kept_apart,
 ) -> jax.Array:
     """`g / sqrt(moment + eps)`, or `g / (sqrt(moment) + eps)`; zero where the root underflows to
     zero.
 
     Subnormal numbers count as zero, as accelerators have it, and both square root and quotient are
     selected twice so that derivatives through a zero stay finite. Comparisons are written so that
-    NaN passes through. Where epsilon is known to be positive the root cannot vanish. `rounds` says
-    that the moment is kept in a format that rounds.
+    NaN passes through. `is_positive` says that epsilon is a positive normal number, so that the
+    root cannot vanish, and `keep` is what keeps root and quotient two operations.
     """
-    if isinstance(eps, float) and eps >= _smallest_normal(moment):
-        root = _apart(jnp.sqrt(moment + eps), rounds) if eps_in_sqrt else _sqrt(moment) + eps
+    if is_positive:
+        root = keep(jnp.sqrt(moment + eps)) if eps_in_sqrt else _sqrt(moment) + eps
         return componentwise(operator.truediv, g, root)
     root = _sqrt(moment + eps) if eps_in_sqrt else _sqrt(moment) + eps
     vanishes = root < _smallest_normal(root)
     quotient = componentwise(operator.truediv, g, jnp.where(vanishes, 1, root))
     return jnp.where(vanishes, 0, quotient)
-
-
-def _apart(root: jax.Array, rounds: bool) -> jax.Array:
-    """A positive root that XLA does not make one operation with the quotient by it.
-
-    Multiplying with a reciprocal root rounds differently from the same step without jit. The
-    maximum never acts. With formats that round it is left out on TPUs, whose compiler splits long
-    steps where the two are apart.
-    """
-
-    def apart(root: jax.Array) -> jax.Array:
-        return jnp.maximum(root, _smallest_normal(root))
-
-    if not rounds:
-        return apart(root)
-    return lax.platform_dependent(root, tpu=lambda root: root, default=apart)
 
 
 def componentwise(

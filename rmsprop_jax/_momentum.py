@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmsprop_jax._described import described
+from rmsprop_jax._edge import public
 from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._moments import componentwise
 from rmsprop_jax._types import (
@@ -19,10 +19,9 @@ from rmsprop_jax._types import (
     decay_rate,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage
-from rmsprop_jax.storage._formats import Format
 
 
-@described
+@public
 def trace(
     decay: ScalarOrSchedule, nesterov: bool = False, *, storage: Storage | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,10 +65,21 @@ def trace(
       Sutskever et al., On the importance of initialization and momentum in deep learning, ICML
       2013.
     """
+    return trace_step(decay, nesterov, storage=storage)
+
+
+def trace_step(
+    decay: ScalarOrSchedule,
+    nesterov: bool = False,
+    *,
+    storage: Storage | None = None,
+    of_pairs: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`trace` within a chain of ours; `of_pairs` takes complex arrays for pairs of reals."""
     decay_ = decay_rate('decay', decay)
     nesterov = checked_flag('nesterov', nesterov)
     check_storage(storage, 'trace')
-    kept = Statistic('trace', storage=storage)
+    kept = Statistic('trace', storage=storage, of_pairs=of_pairs)
 
     def init(params: optax.Params) -> Any:
         return TraceState(count=jnp.zeros([], jnp.int32), trace=kept.init(params, 0.0))
@@ -86,10 +96,8 @@ def trace(
         checked_state(state, TraceState)
         decay = decay_.at(state.count)
 
-        def step(
-            g: jax.Array, velocity: jax.Array, formats: tuple[Format, ...]
-        ) -> tuple[jax.Array, jax.Array]:
-            del formats
+        def step(g: jax.Array, velocity: jax.Array, way: Any) -> tuple[jax.Array, jax.Array]:
+            del way
             d = cast(decay, g.real.dtype)
             velocity = g + componentwise(operator.mul, velocity, d)
             ahead = g + componentwise(operator.mul, velocity, d) if nesterov else velocity

@@ -15,14 +15,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._described import described
+from rmsprop_jax._edge import public
 from rmsprop_jax._lift import cast_like, chain, checked_updates, for_state, guarded, widen
 from rmsprop_jax._moments import componentwise
-from rmsprop_jax._momentum import trace
-from rmsprop_jax._precondition import scale_by_rms
+from rmsprop_jax._momentum import trace_step
+from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._types import (
     Hyperparameter,
-    Injected,
+    Number,
     ScalarOrSchedule,
     cast,
     checked_flag,
@@ -37,7 +37,7 @@ from rmsprop_jax.storage._choice import Storage
 Factory = Callable[..., optax.GradientTransformation]
 
 
-@described
+@public
 def rmsprop(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,
@@ -120,7 +120,7 @@ def rmsprop(
     if checked_flag('nesterov', nesterov) and momentum is None:
         warnings.warn('nesterov has no effect where momentum is None.', stacklevel=2)
     steps = [
-        scale_by_rms(
+        rms_step(
             decay,
             eps,
             initial_scale,
@@ -132,7 +132,7 @@ def rmsprop(
         scale_by_learning_rate(learning_rate),
     ]
     if momentum is not None:
-        steps.append(trace(decay_rate('momentum', momentum).value, nesterov, storage=storage))
+        steps.append(trace_step(decay_rate('momentum', momentum).value, nesterov, storage=storage))
     if weight_decay is not None and not is_absent(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
     return precise_chain(*steps)
@@ -331,7 +331,7 @@ def _knowing(given: Mapping[str, Any], factory: Factory) -> Factory:
         for name, number in given.items():
             held = arguments[name]
             if isinstance(number, float | np.floating) and isinstance(held, jax.Array):
-                arguments[name] = Injected(held, float(number))
+                arguments[name] = Number.injected(held, float(number))
         return factory(**arguments)
 
     return wrapped

@@ -1,6 +1,6 @@
 """`scale_by_rms`: gradients divided by the root of a running second moment or variance."""
 
-import operator
+import functools
 from typing import Any
 
 import jax
@@ -9,25 +9,26 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import _moments
-from rmsprop_jax._described import described
+from rmsprop_jax._edge import public
 from rmsprop_jax._lift import Statistic, map_leaves
 from rmsprop_jax._types import (
     Hyperparameter,
     RmsState,
+    Scalar,
     ScalarOrSchedule,
     cast,
     checked_flag,
     checked_state,
     constant,
     decay_rate,
+    is_normal,
     rounded,
 )
 from rmsprop_jax.storage._choice import Storage, check_storage, rounds
-from rmsprop_jax.storage._formats import Format
 from rmsprop_jax.storage._rounding import next_unit
 
 
-@described
+@public
 def scale_by_rms(
     decay: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-8,
@@ -115,8 +116,25 @@ def scale_by_rms(
       West, Updating Mean and Variance Estimates: An Improved Method, CACM 22(9), 1979 (the
       variance recurrence).
     """
+    return rms_step(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=centered, storage=storage
+    )
+
+
+def rms_step(
+    decay: ScalarOrSchedule,
+    eps: ScalarOrSchedule,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+    *,
+    centered: bool = False,
+    storage: Storage | None = None,
+    of_pairs: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_rms` within a chain of ours; `of_pairs` takes complex arrays for pairs of reals."""
     decay_, eps_ = decay_rate('decay', decay), Hyperparameter('eps', eps)
-    start_value = constant('initial_scale', initial_scale)
+    start_value, is_positive = constant('initial_scale', initial_scale), is_normal(eps_.value)
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)
@@ -126,7 +144,7 @@ def scale_by_rms(
     statistics = ('var', 'mu') if centered else ('nu',)
     check_storage(storage, *statistics)
     has_unit = rounds(storage, statistics[0])
-    first, *others = (Statistic(name, name != 'mu', storage) for name in statistics)
+    first, *others = (Statistic(name, name != 'mu', storage, of_pairs) for name in statistics)
 
     def init(params: optax.Params) -> Any:
         magnitude = first.init(params, start_value)
@@ -161,43 +179,15 @@ def scale_by_rms(
 
         unit = None if state.unit is None else next_unit(state.unit, decay)
 
-        def scalars(dtype: DTypeLike) -> tuple[Any, ...]:
-            pair = weights and (weights[0].astype(dtype), weights[1].astype(dtype))
-            return rounded(decay, dtype), rounded(rest, dtype), cast(eps, dtype), pair
+        by_dtype = functools.partial(_scalars, decay, rest, eps, weights, state.unit)
 
-        def plain(
-            g: jax.Array, nu: jax.Array, formats: tuple[Format, ...]
-        ) -> tuple[jax.Array, ...]:
-            d, r, e, c = scalars(nu.dtype)
-            nu = _moments.second_moment(nu, g, d, r)
-            moment = nu if c is None else nu / c[1]
-            return _moments.direction(g, moment, e, eps_in_sqrt, formats[0].rounds), nu
+        def plain(g: jax.Array, nu: jax.Array, way: _moments.Arithmetic) -> Any:
+            by = by_dtype(nu.dtype)
+            return _moments.plain_step(g, nu, by, eps_in_sqrt, is_positive, way)
 
-        def central(
-            g: jax.Array, var: jax.Array, mu: jax.Array, formats: tuple[Format, ...]
-        ) -> tuple[jax.Array, ...]:
-            d, r, e, c = scalars(var.dtype)
-            largest = formats[0].largest
-            has_end = largest < float(jnp.finfo(var.dtype).max) / 2
-            saturated = var >= largest * (1 if state.unit is None else state.unit)
-            before, after = (None, None) if c is None else c
-            ratio = 1.0 if c is None else c[0] / c[1]
-            new_mu = _moments.mean(mu, g, r)
-            if formats[0].rounds:
-                # The other way round a TPU's compiler splits a step with so many operations.
-                var = _moments.variance(var, g, mu, before, d, d * r * ratio)
-            else:
-                # From the old mean, a CPU that puts the new one in its place would have to copy it.
-                share = r * _moments.reciprocal_or_zero(d * ratio)
-                var = _moments.variance(var, g, new_mu, after, d, share)
-            mu = new_mu
-            moment = var if c is None else var / c[1]
-            if has_end:
-                # The true variance is larger, nobody knows by how much: with the squared mean added
-                # the step is bounded as that of the plain form is.
-                centre = mu if c is None else _moments.componentwise(operator.truediv, mu, c[1])
-                moment += jnp.where(saturated, _moments.squared_magnitude(centre), 0)
-            return _moments.direction(g, moment, e, eps_in_sqrt, formats[0].rounds), var, mu
+        def central(g: jax.Array, var: jax.Array, mu: jax.Array, way: _moments.Arithmetic) -> Any:
+            by = by_dtype(var.dtype)
+            return _moments.centered_step(g, var, mu, by, eps_in_sqrt, is_positive, way)
 
         trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(
@@ -221,7 +211,7 @@ def scale_by_rms(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@described
+@public
 def scale_by_stddev(
     decay: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-8,
@@ -242,6 +232,19 @@ def scale_by_stddev(
     """
     return scale_by_rms(
         decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=True, storage=storage
+    )
+
+
+def _scalars(
+    decay: Scalar, complement: Scalar, eps: Scalar, weights: Any, unit: Any, dtype: DTypeLike
+) -> _moments.Scalars:
+    """The numbers of a step in the precision of one leaf."""
+    return _moments.Scalars(
+        decay=rounded(decay, dtype),
+        complement=rounded(complement, dtype),
+        eps=cast(eps, dtype),
+        weights=weights and (weights[0].astype(dtype), weights[1].astype(dtype)),
+        unit=1 if unit is None else unit,
     )
 
 

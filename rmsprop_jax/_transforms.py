@@ -35,34 +35,6 @@ Optimizer = optax.GradientTransformationExtraArgs
 Step = optax.GradientTransformation
 
 
-def as_pairs_of_reals(inner: Step) -> Optimizer:
-    """Runs `inner` on complex arrays as real arrays with a last axis of two, as PyTorch does."""
-    inner_ = optax.with_extra_args_support(inner)
-
-    def split(tree: Any) -> Any:
-        def leaf(x: Any) -> Any:
-            # Parameters may hold anything where nothing reads them.
-            is_complex = jnp.issubdtype(getattr(x, 'dtype', type(x)), jnp.complexfloating)
-            return jnp.stack([jnp.real(x), jnp.imag(x)], -1) if is_complex else x
-
-        return jax.tree.map(leaf, tree)
-
-    def join(tree: Any, like: Any) -> Any:
-        def leaf(x: jax.Array, y: Any) -> jax.Array:
-            return lax.complex(x[..., 0], x[..., 1]) if jnp.iscomplexobj(y) else x
-
-        return jax.tree.map(leaf, tree, like)
-
-    def init(params: optax.Params) -> Any:
-        return inner_.init(split(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        new, state = inner_.update(split(updates), state, split(params), **extra_args)
-        return join(new, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 class AverageState(NamedTuple):
     """State of `average_parameters`: calls so far, and the average, in float32 or wider."""
 

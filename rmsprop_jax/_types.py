@@ -15,25 +15,39 @@ from jax.typing import ArrayLike, DTypeLike
 Scalar = float | jax.Array
 Schedule = Callable[[ArrayLike], ArrayLike]
 ScalarOrSchedule = ArrayLike | Schedule
+_SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
-class Injected:
-    """A number that `inject_hyperparams` holds in its state, where it may be changed.
+class Number:
+    """A number that a compiled step is given, where a Python number would be a constant of it.
 
     Attributes:
-      value: What the state holds, of shape ().
-      given: The Python number that it started as.
+      value: The number, of shape ().
+      complement: One minus the number, formed in double precision where that is known.
+      is_normal: Whether it is known to be positive and no subnormal float32.
     """
 
     value: jax.Array
-    given: float
+    complement: jax.Array
+    is_normal: bool = False
 
-    def complement(self) -> jax.Array:
-        """`1 - given`, formed in double precision, until the number in the state is changed."""
-        unchanged = self.value == jnp.asarray(self.given, self.value.dtype)
-        exact = jnp.asarray(1 - self.given, self.value.dtype)
-        return jnp.where(unchanged, exact, 1 - self.value)
+    @classmethod
+    def injected(cls, value: jax.Array, given: float) -> 'Number':
+        """What `inject_hyperparams` holds in its state, where it was a Python number at first.
+
+        Until somebody changes it there, its complement is that of the Python number.
+        """
+        unchanged = value == jnp.asarray(given, value.dtype)
+        exact = jnp.asarray(1 - given, value.dtype)
+        return cls(value, jnp.where(unchanged, exact, 1 - value))
+
+
+def is_normal(value: Any) -> bool:
+    """Whether a number is known to be positive and no subnormal float32."""
+    if isinstance(value, Number):
+        return value.is_normal
+    return isinstance(value, float) and value >= _SMALLEST_NORMAL
 
 
 def is_absent(value: Any) -> bool:
@@ -43,7 +57,7 @@ def is_absent(value: Any) -> bool:
     """
     if value is None:
         return True
-    if callable(value) or isinstance(value, jax.Array | Injected | str | bytes):
+    if callable(value) or isinstance(value, jax.Array | Number | str | bytes):
         return False
     number = np.asarray(value)
     return not number.shape and bool(number == 0)
@@ -206,8 +220,8 @@ class Hyperparameter:
 
     Attributes:
       name: The argument's name, for error messages.
-      value: A Python or NumPy scalar, a JAX scalar (possibly traced), one that is `Injected`, or a
-        schedule, which maps the 0-based step count to one of those.
+      value: A Python or NumPy scalar, a JAX scalar (possibly traced), a `Number`, or a schedule,
+        which maps the 0-based step count to one of those.
       lower: The smallest value allowed.
       upper: The largest value allowed.
       exact: Whether dtypes narrower than float32 are refused: bfloat16 turns a decay of 0.999 into
@@ -221,7 +235,7 @@ class Hyperparameter:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, Injected):
+        if isinstance(self.value, Number):
             self._checked(self.value.value)
         elif not callable(self.value):
             object.__setattr__(self, 'value', self._checked(self.value))
@@ -230,7 +244,7 @@ class Hyperparameter:
         """The value at step `count`: a float where tracing knows it, else a scalar array."""
         if callable(self.value):
             return self._checked(self.value(count))
-        return self.value.value if isinstance(self.value, Injected) else self.value
+        return self.value.value if isinstance(self.value, Number) else self.value
 
     def with_complement_at(self, count: ArrayLike) -> tuple[Scalar, Scalar]:
         """The value at step `count`, and what it lacks to one.
@@ -239,7 +253,7 @@ class Hyperparameter:
         carries a rounding error of up to 3e-8, so that `1 - decay` is right to 3e-5 only.
         """
         value = self.at(count)
-        return value, self.value.complement() if isinstance(self.value, Injected) else 1 - value
+        return value, self.value.complement if isinstance(self.value, Number) else 1 - value
 
     def _checked(self, value: Any) -> Scalar:
         if isinstance(value, jax.Array):

@@ -26,12 +26,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._described import described
+from rmsprop_jax._edge import public
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
 from rmsprop_jax._lift import chain
 from rmsprop_jax._moments import magnitude, root_or_zero
-from rmsprop_jax._momentum import trace
+from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import (
     add_decayed_weights,
     in_accumulator_precision,
@@ -40,10 +40,9 @@ from rmsprop_jax._optimizer import (
     scale_by_learning_rate,
     subtract_decayed_weights,
 )
-from rmsprop_jax._precondition import scale_by_rms
+from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import (
     accumulate,
-    as_pairs_of_reals,
     average_parameters,
     cautious,
     clip_each_norm,
@@ -97,7 +96,7 @@ def _framework(**refused: str) -> Callable[[Callable[P, Optimizer]], Callable[P,
             number = _NUMBERS[name](name, value)
             return number.at if callable(value) else number.value
 
-        @described
+        @public
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
             for name in kwargs.keys() & refused.keys():
@@ -162,15 +161,11 @@ def torch(
 
     Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py.
     """
-    velocity = _momentum(momentum, storage)
-    # Masks see the user's own arrays: only what keeps statistics sees pairs of reals.
     return precise_chain(
         optax.scale(-1.0) if checked_flag('maximize', maximize) else None,
         _coupled_decay(weight_decay, mask),
-        as_pairs_of_reals(
-            scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage)
-        ),
-        None if velocity is None else as_pairs_of_reals(velocity),
+        rms_step(alpha, eps, eps_in_sqrt=False, centered=centered, storage=storage, of_pairs=True),
+        _momentum(momentum, storage, of_pairs=True),
         scale_by_learning_rate(lr),
     )
 
@@ -479,7 +474,7 @@ def timm(
     corrected_weight_decay = checked_flag('corrected_weight_decay', corrected_weight_decay)
     pace, velocity = scale_by_learning_rate(lr), _momentum(momentum, storage)
     order = (pace, velocity) if checked_flag('lr_in_momentum', lr_in_momentum) else (velocity, pace)
-    root = scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage)
+    root = rms_step(alpha, eps, initial_scale=1.0, centered=centered, storage=storage)
     step = precise_chain(root, *order)
     if checked_flag('caution', caution) and velocity is not None:
         step = cautious(step)
@@ -516,7 +511,7 @@ def stable_baselines3(
     """
     return precise_chain(
         _coupled_decay(weight_decay, mask),
-        scale_by_rms(alpha, eps, initial_scale=1.0, centered=centered, storage=storage),
+        rms_step(alpha, eps, initial_scale=1.0, centered=centered, storage=storage),
         _momentum(momentum, storage),
         scale_by_learning_rate(lr),
     )
@@ -686,10 +681,13 @@ def hinton(
     return rmsprop(learning_rate, decay, eps=0.0, storage=storage)
 
 
-def _momentum(momentum: ScalarOrSchedule, storage: Storage | None) -> Step | None:
+def _momentum(
+    momentum: ScalarOrSchedule, storage: Storage | None, of_pairs: bool = False
+) -> Step | None:
     if is_absent(momentum):
         return None
-    return trace(decay_rate('momentum', momentum).value, storage=storage)
+    decay = decay_rate('momentum', momentum).value
+    return trace_step(decay, storage=storage, of_pairs=of_pairs)
 
 
 def _coupled_decay(

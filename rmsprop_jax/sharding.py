@@ -371,8 +371,8 @@ def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> A
 
 def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:
     if isinstance(stored, Factors):
-        specs = factored().spec(_spec(sharding), stored.row.ndim + 1)
-        return jax.tree.map(lambda spec: _with_spec(sharding, spec), specs)
+        specs = factored().spec(_spec(sharding), len(param.shape))
+        return type(stored)(*[_with_spec(sharding, spec) for spec in specs])
     # Complex parameters may be kept as pairs of reals, along a further axis.
     is_alike = stored.shape[: len(param.shape)] == param.shape
     return sharding if is_alike else elsewhere

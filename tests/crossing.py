@@ -266,15 +266,7 @@ _NORMS = (
     *('torch_clip_grad_norm-inf', 'keras', 'keras-clipnorm', 'keras-global_clipnorm'),
     *('keras_legacy-clipnorm', 'keras_legacy-global_clipnorm'),
 )
-FAULTS = (
-    Row(
-        'formats are chosen by complex arrays with an axis of real and imaginary parts',
-        lambda c: (
-            (c.kind, c.home) == ('run', 'complex')
-            and c.case in ('torch-factored', 'torch-bfloat16-large')
-        ),
-    ),
-)
+FAULTS: tuple[Row, ...] = ()
 
 
 # Every cell that there could be.

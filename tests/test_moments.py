@@ -23,8 +23,8 @@ def test_a_root_that_vanishes_gives_no_step(eps_in_sqrt):
 def test_an_array_epsilon_has_its_place(eps_in_sqrt):
     g, moment, eps = jnp.array([3.0]), jnp.array([16.0]), jnp.float32(9.0)
     exact = 3 / 5 if eps_in_sqrt else 3 / 13
-    for given in (eps, float(eps)):
-        found = _moments.direction(g, moment, given, eps_in_sqrt)
+    for given, is_positive in ((eps, False), (eps, True), (float(eps), True)):
+        found = _moments.direction(g, moment, given, eps_in_sqrt, is_positive=is_positive)
         np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 

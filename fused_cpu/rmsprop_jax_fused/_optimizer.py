@@ -310,7 +310,7 @@ class _Kernel:
         axes = jax.typeof(g).manual_axis_type
         if any(jax.typeof(x).manual_axis_type != axes for x in (p, *stored)):
             return False
-        formats = [x.format(path, jnp.shape(g), jnp.float32) for x in self.statistics]
+        formats = [x.format(path, jnp.shape(g), g) for x in self.statistics]
         return all(
             isinstance(kept, float32 | bfloat16)
             and x.dtype == (jnp.bfloat16 if isinstance(kept, bfloat16) else jnp.float32)
@@ -319,7 +319,7 @@ class _Kernel:
 
     def _keys(self, path: Any, g: Any) -> list[int]:
         """What tells apart the random bits of each statistic of a leaf; 0 where none are used."""
-        formats = [(x, x.format(path, jnp.shape(g), jnp.float32)) for x in self.statistics]
+        formats = [(x, x.format(path, jnp.shape(g), g)) for x in self.statistics]
         return [int(kept.key(f'{x.name}{keystr(canonical(path))}') or 0) for x, kept in formats]
 
 

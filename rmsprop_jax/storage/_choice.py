@@ -3,6 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from rmsprop_jax._types import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
@@ -168,6 +171,16 @@ def rounds(storage: Storage | None, statistic: str) -> bool:
     """Whether some leaf of a statistic may be kept in fewer digits than float32."""
     choice = _for_statistic(storage, statistic)
     return choice.format.rounds if isinstance(choice, LargeLeaves) else choice is not None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether it is None, a number, a word, or a choice of formats without a function.
+
+    Those can be kept for good, since they keep nothing else alive.
+    """
+    if isinstance(x, PerStatistic):
+        return all(is_plain(getattr(x, statistic)) for statistic in STATISTICS)
+    return x is None or isinstance(x, bool | int | float | str | np.generic | Format | LargeLeaves)
 
 
 def _for_statistic(storage: Storage | None, statistic: str) -> LargeLeaves | PerLeaf | None:

@@ -31,6 +31,7 @@ from rmsprop_jax.storage._formats import (
     as_factors,
     factored,
     float32,
+    stored_shape,
 )
 from rmsprop_jax.storage._place import unshared, whole_shape
 
@@ -103,15 +104,14 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     def leaf(leaf: Leaf) -> Any:
         if leaf.path not in known:
             raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
-        wide = wide_dtype(leaf_dtype(f'params{keystr(leaf.path)}', known[leaf.path]))
-        decoded = leaf.decoded()
-        kept = format_of(
-            to,
-            leaf.statistic,
-            keystr(leaf.path),
-            decoded.shape,
-            jnp.iscomplexobj(decoded),
-        )
+        param, decoded = known[leaf.path], leaf.decoded()
+        wide = wide_dtype(leaf_dtype(f'params{keystr(leaf.path)}', param))
+        # A format is chosen by the shape of the parameter, of which there may be pairs of reals.
+        of_pairs = jnp.iscomplexobj(param) and decoded.shape == (*jnp.shape(param), 2)
+        shape = jnp.shape(param) if of_pairs else decoded.shape
+        is_complex = jnp.iscomplexobj(decoded)
+        kept = format_of(to, leaf.statistic, keystr(leaf.path), shape, is_complex)
+        kept = kept.of_pairs() if of_pairs else kept
         if isinstance(kept, float32):
             return decoded.astype(wide if jnp.iscomplexobj(decoded) else real_dtype(wide))
         return kept.encode(decoded, unit=leaf.unit)
@@ -377,6 +377,42 @@ class Leaf(NamedTuple):
         return size == self.format.smallest, size == self.format.largest
 
 
+def _format_of(
+    storage: Storage | None, statistic: str, path: KeyPath, stored: Any, spec: Any
+) -> Format | str:
+    """The format of a stored leaf, whose parameter is not known, or what the leaf is instead.
+
+    An array with a last axis of two may be a statistic of as many real numbers, or of complex
+    ones as pairs; up to release 0.1 formats were chosen by the shape of the pairs.
+    """
+    shape = stored_shape(stored) or ()
+    is_complex = not isinstance(stored, Factors) and jnp.iscomplexobj(stored)
+    faults, fitting = list[str](), list[Format]()
+    for of_pairs in (False, True)[: 1 + (shape[-1:] == (2,) and not is_complex)]:
+        own = shape[:-1] if of_pairs else shape
+        try:
+            kept = format_of(storage, statistic, keystr(path), whole_shape(own, spec), is_complex)
+        except ValueError:
+            # A format that cannot keep such an array; as one of real numbers it is refused.
+            if not of_pairs:
+                raise
+            continue
+        kept = kept.of_pairs() if of_pairs else kept
+        fault = kept.fault(stored, shape)
+        if fault is None:
+            fitting.append(kept)
+        else:
+            faults.append(fault)
+    if not fitting:
+        return faults[0]
+    if len({str(x.description() | {'seed': 0}) for x in fitting}) > 1:
+        return (
+            f'may be that of real or of complex numbers, and storage chooses {fitting[0]} for the '
+            f'one and {fitting[1]} for the other'
+        )
+    return fitting[0]
+
+
 def _are_means(means: Factors) -> bool:
     """Whether two arrays have the shapes that means over rows and columns have."""
     shapes = [getattr(x, 'shape', None) for x in means]
@@ -416,15 +452,11 @@ def _map_statistics(
         unit = part.unit if statistic in MAGNITUDES else None
 
         def leaf(path: KeyPath, stored: Any) -> Any:
-            factors = isinstance(stored, Factors)
-            shape = stored.row.shape + stored.col.shape[-1:] if factors else jnp.shape(stored)
-            is_complex = not factors and jnp.issubdtype(stored.dtype, jnp.complexfloating)
-            own = canonical(path)
-            whole = whole_shape(shape, partition.get(own))
-            kept = format_of(storage, statistic, keystr(own), whole, is_complex)
-            name, fault = keystr((*prefix, *path)), kept.fault(stored, shape)
-            if fault is not None:
-                raise ValueError(f'state{name} {fault}.')
+            name, own = keystr((*prefix, *path)), canonical(path)
+            stored = as_factors(stored) if isinstance(stored, Factors) else stored
+            kept = _format_of(storage, statistic, own, stored, partition.get(own))
+            if isinstance(kept, str):
+                raise ValueError(f'state{name} {kept}.')
             return function(Leaf(name, statistic, own, stored, kept, unit))
 
         moments = getattr(part, statistic)
@@ -432,7 +464,7 @@ def _map_statistics(
         def is_stored(path: KeyPath, x: Any) -> bool:
             means = as_factors(x)
             if isinstance(means, Factors) and means is not x and _are_means(means):
-                shape = means.row.shape + means.col.shape[-1:]
+                shape = stored_shape(means) or ()
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
                 if isinstance(chosen, factored):
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from rmsprop_jax._moments import Arithmetic, kept_apart
 from rmsprop_jax._types import constant, leaf_dtype, real_dtype
 from rmsprop_jax.storage._place import full_like, manual_axes, without_axis
 from rmsprop_jax.storage._rounding import (
@@ -57,6 +59,11 @@ class Format(abc.ABC):
     def largest(self) -> float:
         """The largest number it keeps, where larger ones are kept as that; else infinity."""
         return math.inf
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What it asks of a step."""
+        return Arithmetic()
 
     def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
         """Why this format cannot keep a leaf, or None if it can."""
@@ -112,6 +119,10 @@ class Format(abc.ABC):
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
         """What `stored` is instead of this format's form of an array of that shape, or None."""
 
+    def of_pairs(self) -> 'Format':
+        """The same for complex numbers as pairs of reals: arrays with a further axis of two."""
+        return self
+
     def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
         """Why one device's share of a leaf cannot be kept by itself, or None if it can."""
         del spec, ndim
@@ -157,10 +168,18 @@ class _Elementwise(Format):
 
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
         del dtype
-        return full_like(param, self.encode(jnp.asarray(fill)), self.dtype)
+        is_number = isinstance(fill, int | float)
+        code = _encoded(self, fill) if is_number else self.encode(jnp.asarray(fill))
+        return full_like(param, code, self.dtype)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.dtype.itemsize
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded(kept: Format, fill: float) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(kept.encode(jnp.asarray(fill)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +221,11 @@ class _Rounded(_Elementwise):
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f'seed must be a Python integer, got {self.seed!r}.')
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        # The compiler of a TPU splits so long a step where it starts from the new mean.
+        return Arithmetic(self.largest, from_old_mean=True, keep=_kept_apart)
 
     def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> jax.Array:
         leaf_dtype('x', x)
@@ -358,11 +382,32 @@ class Factors(NamedTuple):
     col: Any
 
 
-def as_factors(stored: Any) -> Any:
-    """`stored`, or the `Factors` that Flax NNX has turned into a mapping of its own."""
+class FactorsOfPairs(Factors):
+    """The factors of complex numbers as pairs of reals, which are the last axis of both."""
+
+
+def as_factors(stored: Any, kind: type[Factors] = Factors) -> Any:
+    """`stored`, or the factors that Flax NNX has turned into a mapping of its own.
+
+    Up to release 0.1 those of pairs were means over the last two axes, and are plain factors: who
+    restores them into a state of today has them in the other kind.
+    """
     if isinstance(stored, Mapping) and set(stored) == set(Factors._fields):
-        return Factors(**stored)
-    return stored
+        stored = kind(**stored)
+    if not isinstance(stored, FactorsOfPairs):
+        return stored
+    row, col = jnp.shape(stored.row), jnp.shape(stored.col)
+    are_pairs = row[-1:] == col[-1:] == (2,) and row[:-2] == col[:-2]
+    return stored if are_pairs else Factors(*stored)
+
+
+def stored_shape(stored: Any) -> tuple[int, ...] | None:
+    """The shape of the statistic that is kept so, or None if that is no array."""
+    stored = as_factors(stored)
+    if not isinstance(stored, Factors):
+        return getattr(stored, 'shape', None)
+    row, col = stored.row.shape, stored.col.shape
+    return (*row[:-1], *col[-2:]) if isinstance(stored, FactorsOfPairs) else row + col[-1:]
 
 
 def held_as(new: Any, old: Any) -> Any:
@@ -401,41 +446,46 @@ class factored(Format):
     """
 
     holds = ('nu',)
+    _kind: ClassVar[type[Factors]] = Factors
+    # The axis that `row` is a mean over; `col` is one over the axis before.
+    _columns: ClassVar[int] = -1
 
     def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
         if len(shape) < 2 and statistic in self.holds:
             return f'storage.factored needs two axes, not an array of shape {shape}.'
         return super().refusal(statistic, shape, is_complex)
 
+    def of_pairs(self) -> Format:
+        return _FactoredPairs()
+
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Factors:
         dtype = real_dtype(dtype)
-        return Factors(
-            row=full_like(param, fill, dtype, without=-1),
-            col=full_like(param, fill, dtype, without=-2),
+        return self._kind(
+            row=full_like(param, fill, dtype, without=self._columns),
+            col=full_like(param, fill, dtype, without=self._columns - 1),
         )
 
     def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> Factors:
         del bits, unit
-        return Factors(row=jnp.mean(x, axis=-1), col=jnp.mean(x, axis=-2))
+        columns = self._columns
+        return self._kind(row=jnp.mean(x, axis=columns), col=jnp.mean(x, axis=columns - 1))
 
     def decode(self, stored: Any, unit: Any = None) -> jax.Array:
         del unit
-        stored = as_factors(stored)
-        if not isinstance(stored, Factors):
+        stored, columns = as_factors(stored, self._kind), self._columns
+        if type(stored) is not self._kind:
             raise ValueError('stored is not in the format storage.factored.')
-        total = jnp.mean(stored.row, axis=-1, keepdims=True)
+        total = jnp.mean(stored.row, axis=columns, keepdims=True)
         vanishes = total < float(jnp.finfo(total.dtype).tiny)
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))
-        return share[..., :, None] * stored.col[..., None, :]
+        return jnp.expand_dims(share, columns) * jnp.expand_dims(stored.col, columns - 1)
 
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
-        stored = as_factors(stored)
-        if not isinstance(stored, Factors):
+        stored, columns = as_factors(stored, self._kind), self._columns
+        if type(stored) is not self._kind:
             return 'is not stored in the format storage.factored'
-        if (jnp.shape(stored.row), jnp.shape(stored.col)) != (
-            shape[:-1],
-            shape[:-2] + shape[-1:],
-        ):
+        wanted = tuple(shape[:i] + shape[len(shape) + i + 1 :] for i in (columns, columns - 1))
+        if (jnp.shape(stored.row), jnp.shape(stored.col)) != wanted:
             return f'has factors of shapes {jnp.shape(stored.row)} and {jnp.shape(stored.col)}'
         return None
 
@@ -462,6 +512,26 @@ class factored(Format):
             'means over rows and columns keep neither a sign nor a small difference. Give '
             'storage.per_statistic(nu=storage.factored()), and bfloat16 or float32 for the others.'
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FactoredPairs(factored):
+    """`factored` for pairs of reals: real and imaginary parts have means of their own."""
+
+    _kind = FactorsOfPairs
+    _columns = -2
+
+    @property
+    def name(self) -> str:
+        return 'factored'
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), 'of': 'pairs'}
+
+
+def _kept_apart(root: jax.Array) -> jax.Array:
+    """`kept_apart`, but on TPUs, whose compiler splits long steps where the two are apart."""
+    return lax.platform_dependent(root, tpu=lambda root: root, default=kept_apart)
 
 
 # Encoders come in two forms that give the same numbers. Float arithmetic: a bitcast of floats to

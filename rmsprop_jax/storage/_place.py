@@ -1,11 +1,13 @@
 """Where arrays are: constants placed like a parameter, and shares of arrays under shard_map."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,9 +31,7 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
         if without is not None:
             sharding = _without_axis(sharding, without, len(shape))
             shape = shape[:without] + shape[len(shape) + without + 1 :]
-        filled = jnp.full(shape, fill, dtype, device=sharding)
-        # A scalar filled with an array is that array: shared, it could not be donated.
-        return filled.copy() if isinstance(fill, jax.Array) else filled
+        return filled(shape, fill, dtype, sharding)
     # Under jit a constant does not take part in sharding propagation and would be replicated. An
     # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
     # and it stays in the parameter's memory. This one is zero, but no compiler sees it before
@@ -41,6 +41,21 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
     if without is not None:
         zeros = jnp.any(zeros, axis=without)
     return zeros.astype(dtype) + jnp.asarray(fill, dtype)
+
+
+def filled(shape: tuple[int, ...], fill: Any, dtype: DTypeLike, sharding: Any = None) -> jax.Array:
+    """An array of one number, which shares no buffer with it."""
+    return _fill(sharding)(fill, shape, np.dtype(dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _fill(sharding: Any) -> Callable[..., jax.Array]:
+    # One compiled call costs a fraction of what `jnp.full` does outside of jit.
+    def full(fill: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        return jnp.full(shape, fill, dtype)
+
+    placed = {} if sharding is None else {'out_shardings': sharding}
+    return jax.jit(full, static_argnums=(1, 2), inline=True, **placed)
 
 
 def unshared(tree: Any, *arguments: Any) -> Any:

@@ -1,0 +1,189 @@
+"""The edge of a public transformation: it prints as the call that made it, and outside of jit its
+step is one compiled program."""
+
+import functools
+import inspect
+import reprlib
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from rmsprop_jax._types import Number, Schedule, is_normal
+from rmsprop_jax.storage._choice import is_plain
+
+P = ParamSpec('P')
+Update = Callable[..., tuple[Any, Any]]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxother = 80
+# What a function does that looks at a number it is given, such as the step count of a schedule.
+_LOOKED_AT = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """A transformation whose `repr` is the call that made it; otherwise it is Optax's class.
+
+    Attributes:
+      call: The factory with its arguments, or None if `optax` or `jax.tree` rebuilt the tuple.
+    """
+
+    call: functools.partial[Any] | None = None
+
+    def __repr__(self) -> str:
+        """The call, with defaults; arguments that are None by default are left out."""
+        if self.call is None:
+            return super().__repr__()
+        factory = self.call.func
+        parameters = inspect.signature(factory).parameters
+        shown = [
+            f'{name}={_SHORT.repr(value)}'
+            for name, value in _arguments(self.call).items()
+            if value is not None or parameters[name].default is not None
+        ]
+        names = [*factory.__module__.split('.'), factory.__name__]
+        public = '.'.join(name for name in names if not name.startswith('_'))
+        return f'{public}({", ".join(shown)})'
+
+
+def public(
+    factory: Callable[P, optax.GradientTransformationExtraArgs],
+) -> Callable[P, optax.GradientTransformationExtraArgs]:
+    """Makes the transformations of `factory` print as the call that made them, and compiles their
+    steps outside of jit.
+
+    Arguments are looked at when the transformation is printed or takes a step, so that arrays are
+    not read before.
+    """
+
+    @functools.wraps(factory)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
+        tx = factory(*args, **kwargs)
+        call = functools.partial(factory, *args, **kwargs)
+        made = Transformation(tx.init, compiled(tx.update, functools.partial(_program, tx, call)))
+        made.call = call
+        return made
+
+    return wrapped
+
+
+def compiled(update: Update, program: Callable[[], Update]) -> Update:
+    """`update`, which outside of jit is one compiled program instead of many small ones.
+
+    Args:
+      update: The update of a transformation.
+      program: Makes the compiled one, when it is needed first.
+    """
+    program = functools.cache(program)
+
+    @functools.wraps(update)
+    def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not _are_arrays((updates, state, params, extra_args)):
+            return update(updates, state, params, **extra_args)
+        try:
+            return program()(updates, state, params, extra_args)
+        except _LOOKED_AT:
+            return update(updates, state, params, **extra_args)
+
+    return wrapped
+
+
+def compiled_alone(update: Update) -> Update:
+    """`update`, compiled outside of jit for its transformation alone."""
+    return compiled(update, lambda: _own_program(update))
+
+
+def _own_program(update: Update) -> Update:
+    @jax.jit
+    def step(updates: Any, state: Any, params: Any, extra_args: Any) -> tuple[Any, Any]:
+        return update(updates, state, params, **extra_args)
+
+    return step
+
+
+def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> Update:
+    """The program of a transformation, which all share whose calls differ in numbers alone.
+
+    Where an argument is a function, a tree or an array the program is the transformation's own:
+    kept for others, it would keep alive what they refer to.
+    """
+    given, accepts = _arguments(call), _takers_of_numbers(call.func)
+    numbers = {name: x for name, x in given.items() if name in accepts and _is_number(x)}
+    rest = {name: x for name, x in given.items() if name not in numbers}
+    if not all(map(is_plain, rest.values())):
+        return _own_program(optax.with_extra_args_support(tx).update)
+    names = tuple((name, is_normal(float(x))) for name, x in numbers.items())
+    # In one array, which costs a call far less than one for each.
+    values = np.array([(float(x), 1 - float(x)) for x in numbers.values()]).reshape(-1, 2)
+    return functools.partial(_shared_step, call.func, tuple(rest.items()), names, values)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _shared_step(
+    factory: Callable[..., optax.GradientTransformationExtraArgs],
+    rest: tuple[tuple[str, Any], ...],
+    names: tuple[tuple[str, bool], ...],
+    numbers: jax.Array,
+    updates: Any,
+    state: Any,
+    params: Any,
+    extra_args: Any,
+) -> tuple[Any, Any]:
+    """A step of the transformation that `factory` makes of `rest` and of the numbers."""
+    pairs = zip(names, numbers, strict=True)
+    given = {name: Number(x[0], x[1], known) for (name, known), x in pairs}
+    with warnings.catch_warnings():
+        # Whoever made the transformation has been warned.
+        warnings.simplefilter('ignore')
+        tx = factory(**dict(rest), **given)
+    return tx.update(updates, state, params, **extra_args)
+
+
+def _arguments(call: functools.partial[Any]) -> dict[str, Any]:
+    bound = inspect.signature(call.func).bind(*call.args, **call.keywords)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@functools.cache
+def _takers_of_numbers(factory: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that may be schedules: what they are may change from step to step."""
+    parameters = inspect.signature(factory).parameters.items()
+    return frozenset(n for n, x in parameters if Schedule in typing.get_args(x.annotation))
+
+
+def _is_number(x: Any) -> bool:
+    """Whether it is a Python or NumPy number that does not stand for something else.
+
+    Zero may mean that there is nothing, and one that there is no end.
+    """
+    return isinstance(x, int | float | np.integer | np.floating) and x not in (0, 1)
+
+
+def _are_arrays(tree: Any) -> bool:
+    """Whether all leaves are concrete arrays or numbers; others are left to the step to refuse."""
+    try:
+        leaves = jax.tree.leaves(tree)
+    except (TypeError, ValueError):
+        return False
+    kinds = {type(x) for x in leaves}
+    if not all(map(_is_array_type, kinds)):
+        return False
+    # Arrays of NumPy may hold anything.
+    return np.ndarray not in kinds or all(map(_holds_numbers, leaves))
+
+
+def _holds_numbers(x: Any) -> bool:
+    return not isinstance(x, np.ndarray) or x.dtype.kind not in 'OSUmM'
+
+
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    if issubclass(kind, bool | int | float | complex | np.ndarray | np.number | np.bool_):
+        return True
+    return issubclass(kind, jax.Array) and not issubclass(kind, Tracer)
