@@ -88,6 +88,7 @@ docs: $(DOCS_VENV)/.installed build/notebooks/.executed  ## Build the documentat
 golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces in tests/ anew
 	$(foreach name,$(FRAMEWORKS),$(call record_trace,$(name),golden/$(name).npz))
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) golden.record_worked_example ../notebooks/data/worked_example.npz)
+	$(if $(filter tensorflow,$(FRAMEWORKS)),$(call in,tensorflow) golden.record_embeddings golden/embeddings.json)
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)

@@ -154,6 +154,7 @@ WRONG = [
         'ema_overwrite_frequency must be an integer',
     ),
     (dialects.keras_legacy, {'decay': -1}, ValueError, 'decay must be in'),
+    (dialects.keras_legacy, {'sparse': 3}, TypeError, f'sparse {FLAG}'),
     (dialects.tensorflow, (0.1, 0.9, None), TypeError, f'momentum {NUMBER}'),
     (dialects.tensorflow, {'learning_rate': 0.1, 'sparse': 3}, TypeError, f'sparse {FLAG}'),
     (dialects.timm, {'caution': 'x', 'momentum': 0.9}, TypeError, f'caution {FLAG}'),
