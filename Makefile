@@ -88,6 +88,8 @@ docs: $(DOCS_VENV)/.installed build/notebooks/.executed  ## Build the documentat
 golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces in tests/ anew
 	$(foreach name,$(FRAMEWORKS),$(call record_trace,$(name),golden/$(name).npz))
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) golden.record_worked_example ../notebooks/data/worked_example.npz)
+	$(if $(filter tensorflow,$(FRAMEWORKS)),$(call in,tensorflow) golden.record_embeddings golden/embeddings.json)
+	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_averages,$(name)))
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
@@ -112,6 +114,10 @@ $(call in,$1) interchange_data.frameworks $1 $2
 endef
 define record_identification
 $1 identify_data.record_$2
+
+endef
+define record_averages
+$(call in,$1) golden.record_averages $1 golden/averages_$1.json
 
 endef
 define record_float64

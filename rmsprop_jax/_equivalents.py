@@ -34,7 +34,8 @@ EQUIVALENTS = (
         'Sonnet 2 `snt.optimizers.RMSProp`',
         'learning_rate, decay=0.9, momentum=0.0, epsilon=1e-10, centered=False',
         'rmsprop(lr, eps=1e-10, momentum=0.0)',
-        'The epsilon of TensorFlow 1, but a start at zero. Sparse gradients touch their rows only.',
+        'The epsilon of TensorFlow 1, but a start at zero. Sparse gradients touch their rows only: '
+        'dialects.keras_legacy(lr, momentum=jnp.array(0.0), epsilon=1e-10, sparse=True).',
     ),
     Equivalent(
         'Chainer 7 `RMSprop`',

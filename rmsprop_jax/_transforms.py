@@ -140,8 +140,10 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
             zero = g == 0
             rows = jnp.all(zero, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
-            # Unlike a broadcast, this is sharded like the gradient on meshes of explicit axes.
-            return zero & (rows if is_sparse else False)
+            # Unlike a broadcast, this is sharded like the gradient on meshes of explicit axes. The
+            # compiler drops it, where `zero & rows` would be written out on GPUs.
+            none = zero & False
+            return none | rows if is_sparse else none
 
         return jax.tree.map(leaf, updates, chosen)
 

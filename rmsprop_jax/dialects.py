@@ -60,6 +60,7 @@ from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     checked_flag,
+    checked_mask,
     checked_steps,
     constant,
     decay_rate,
@@ -255,6 +256,11 @@ def keras(
     average is in the state: `optax.tree.get(state, 'ema')`. With `use_ema` this must be the last
     transformation of a chain, and needs `params`.
 
+    Embeddings: on TensorFlow too, rows that were not looked up decay, and momentum moves them. But
+    where ids repeat within a step, Keras on TensorFlow squares and clips the gradient of each
+    lookup apart. (It adds them first with `gradient_accumulation_steps`, and after taking the norm
+    with `global_clipnorm`.) A dense gradient holds their sum only: this cannot be reproduced here.
+
     Args:
       learning_rate: Step size, in the unit of the parameter.
       rho: Weight of the past in the running averages, in [0, 1].
@@ -328,6 +334,7 @@ def keras_legacy(
     clipvalue: ArrayLike | None = None,
     global_clipnorm: ArrayLike | None = None,
     decay: ScalarOrSchedule = 0.0,
+    sparse: Any = False,
     storage: Storage | None = None,
 ) -> Optimizer:
     """`tf.keras.optimizers.RMSprop` of TensorFlow 2.0 to 2.10 (OptimizerV2), now in `tf_keras`.
@@ -352,14 +359,22 @@ def keras_legacy(
       clipvalue: Largest magnitude of each entry; applied before `clipnorm` or `global_clipnorm`.
       global_clipnorm: Largest norm of all gradients together; not with `clipnorm`.
       decay: The learning rate is divided by `1 + decay step`.
+      sparse: Which gradients TensorFlow would get as `IndexedSlices`, as for `tensorflow`. It has
+        an effect only with momentum, where TensorFlow's kernel skips rows that were not looked up.
+        Without momentum their statistics decay, as those of dense gradients do.
       storage: How the statistics are kept in memory, as for `rmsprop`.
+
+    tf_keras clips the gradient of each lookup of a row, and then adds them. A dense gradient holds
+    their sum only: where ids repeat within a step, `clipnorm`, `clipvalue` and `global_clipnorm`
+    cannot be reproduced here.
 
     Source: tf_keras 2.21, tf_keras/src/optimizers/legacy/rmsprop.py and optimizer_v2.py.
     """
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError('give clipnorm or global_clipnorm, not both.')
     plain = is_absent(momentum)
-    return precise_chain(
+    sparse = checked_mask('sparse', sparse)
+    dense = precise_chain(
         _clipping(clipvalue=clipvalue),
         _clipping(clipnorm=clipnorm, global_clipnorm=global_clipnorm),
         rmsprop(
@@ -372,6 +387,7 @@ def keras_legacy(
             storage=storage,
         ),
     )
+    return dense if plain or sparse is False else skip_zero_rows(dense, sparse)
 
 
 @_framework(name=_NAME, use_locking='updates are pure functions: leave it out')

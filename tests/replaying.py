@@ -115,7 +115,7 @@ def transformation(configuration: Configuration) -> optax.GradientTransformation
     if 'exclude' in configuration:
         excluded = configuration['exclude']
         given['mask'] = lambda params: {n: n not in excluded for n in params}
-    if configuration['problem'] == 'sparse' and 'sparse' in parameters:
+    if configuration['problem'].startswith('sparse') and 'sparse' in parameters:
         given['sparse'] = {'table': True, 'vector': False}
     tx = factory(**given)
     clip = configuration.get('clip')

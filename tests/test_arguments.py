@@ -154,6 +154,7 @@ WRONG = [
         'ema_overwrite_frequency must be an integer',
     ),
     (dialects.keras_legacy, {'decay': -1}, ValueError, 'decay must be in'),
+    (dialects.keras_legacy, {'sparse': 3}, TypeError, f'sparse {FLAG}'),
     (dialects.tensorflow, (0.1, 0.9, None), TypeError, f'momentum {NUMBER}'),
     (dialects.tensorflow, {'learning_rate': 0.1, 'sparse': 3}, TypeError, f'sparse {FLAG}'),
     (dialects.timm, {'caution': 'x', 'momentum': 0.9}, TypeError, f'caution {FLAG}'),
@@ -415,7 +416,13 @@ VALID: dict[Any, dict[str, Any]] = {
     recipes.describe_mask: {'params': PARAMS, 'mask': True},
     recipes.slim_decay_mask: {'params': PARAMS},
     recipes.tensorflow_decay_mask: {'params': PARAMS},
-    recipes.ema_update: {'average': PARAMS, 'values': PARAMS, 'count': 1, 'decay': 0.9},
+    recipes.ema_update: {
+        'average': PARAMS,
+        'values': PARAMS,
+        'count': 1,
+        'decay': 0.9,
+        'copies': 1,
+    },
     storage.large_leaves: {'format': storage.uint8()},
     storage.read: {'state': STATE, 'storage': None},
     storage.saturation: {'state': STATE, 'storage': None},
@@ -489,7 +496,7 @@ NUMBERS = (
     *('learning_rate', 'decay', 'eps', 'initial_scale', 'momentum', 'weight_decay', 'lr', 'alpha'),
     *('rho', 'epsilon', 'gamma1', 'gamma2', 'wd', 'ema_momentum', 'clipnorm', 'clipvalue'),
     *('global_clipnorm', 'clip_weights', 'clip_gradient', 'rescale_grad', 'loss_scale_factor'),
-    *('max_lr', 'max_norm', 'scale', 'count'),
+    *('max_lr', 'max_norm', 'scale', 'count', 'copies', 'warmup_power'),
 )
 FLAGS = (
     *('centered', 'eps_in_sqrt', 'bias_correction', 'nesterov', 'maximize', 'use_ema', 'caution'),

@@ -385,6 +385,7 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         'clipvalue': (0.1, {}),
         'global_clipnorm': (0.1, {}),
         'decay': (0.5, {}),
+        'sparse': (True, {'momentum': 0.9}),
     },
     'tensorflow': {
         'learning_rate': (0.1, {}),
@@ -733,10 +734,17 @@ def _static(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize('centered', [False, True])
-def test_rows_without_gradient_keep_all_their_statistics(centered):
-    tx = dialects.tensorflow(
-        0.1, momentum=0.9, centered=centered, sparse={'table': True, 'dense': False}
-    )
+@pytest.mark.parametrize(
+    ('dialect', 'momentum'),
+    [
+        (dialects.tensorflow, 0.9),
+        (dialects.keras_legacy, 0.9),
+        (dialects.keras_legacy, jnp.float32(0.9)),
+        (dialects.keras_legacy, halving),
+    ],
+)
+def test_rows_without_gradient_keep_all_their_statistics(dialect, momentum, centered):
+    tx = dialect(0.1, momentum=momentum, centered=centered, sparse={'table': True, 'dense': False})
     params = {'table': jnp.ones((4, 3)), 'dense': jnp.ones((4, 3))}
     full = jnp.full((4, 3), 2.0)
     _, before = tx.update({'table': full, 'dense': full}, tx.init(params))
@@ -754,15 +762,26 @@ def test_rows_without_gradient_keep_all_their_statistics(centered):
         assert (new['table'][2] != old['table'][2]).all(), name
 
 
-def test_a_function_may_name_the_sparse_ones():
+@pytest.mark.parametrize('momentum', [0.0, jnp.float32(0.0)])
+def test_legacy_keras_skips_rows_where_it_has_a_momentum(momentum):
+    """An array counts as one, also at zero."""
+    tx = dialects.keras_legacy(0.1, momentum=momentum, sparse=True)
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.zeros(2)))
+    _, state = tx.update(jnp.array([1.0, 0.0]), state)
+    skips = not isinstance(momentum, float)
+    np.testing.assert_allclose(optax.tree.get(state, 'nu'), [0.19, 0.1 if skips else 0.09], 1e-6)
+
+
+@pytest.mark.parametrize('dialect', [dialects.tensorflow, dialects.keras_legacy])
+def test_a_function_may_name_the_sparse_ones(dialect):
     def tables(tree: Any) -> Any:
         return {n: jnp.ndim(x) == 2 for n, x in tree.items()}
 
     options: dict[str, Any] = {'learning_rate': RATE, 'momentum': 0.9}
     only = {'matrix': True, 'vector': False, 'scalar': False}
-    by_function = dialects.tensorflow(**options, sparse=tables)
-    assert_same(by_function, dialects.tensorflow(**options, sparse=only))
-    assert_other(by_function, dialects.tensorflow(**options, sparse=True))
+    by_function = dialect(**options, sparse=tables)
+    assert_same(by_function, dialect(**options, sparse=only))
+    assert_other(by_function, dialect(**options, sparse=True))
 
 
 NARROW, WIDE = ('bfloat16', 'float32', 'complex64'), ('float64', 'complex128')

@@ -76,6 +76,10 @@ FACTORIES = {
         dialects.keras_legacy,
         {'learning_rate': 0.01, 'rho': 0.999, 'clipvalue': 0.3, 'decay': 1e-3},
     ),
+    'keras_legacy-sparse': (
+        dialects.keras_legacy,
+        {'learning_rate': 1e-4, 'rho': 0.999, 'momentum': 0.9, 'sparse': True},
+    ),
     'tensorflow': (
         dialects.tensorflow,
         {'learning_rate': 0.01, 'decay': 0.999, 'momentum': 0.9, 'sparse': True},
@@ -140,6 +144,7 @@ def uncompiled(update):
 EXCEPTIONS = {
     'rmsprop-centered': 'the schedule multiplies and adds, and only one program fuses the two',
     'keras-scaled': 'known factors that are no powers of two are multiplied with each other first',
+    'keras_legacy-sparse': 'as tensorflow',
     'tensorflow': 'rows are skipped, and the two velocities are fused with different producers',
 }
 

@@ -57,7 +57,8 @@ DECAYING = {
         0.1, weight_decay=0.5, mask=mask
     ),
     'mnasnet': lambda mask: recipes.mnasnet(steps_per_epoch=2, batch_size=8, mask=mask),
-    'sparse': lambda mask: dialects.tensorflow(0.1, momentum=0.5, sparse=mask),
+    'keras_legacy': lambda mask: dialects.keras_legacy(0.1, momentum=0.5, sparse=mask),
+    'tensorflow': lambda mask: dialects.tensorflow(0.1, momentum=0.5, sparse=mask),
 }
 
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import json
 import math
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from flax import nnx
 from rmsprop_jax import recipes
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / 'docs' / 'recipes.md'
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 Tree = dict[str, Any]
 
 # name: learning rate, decay, momentum, eps, centered, L2, clipping norm, clamp, average's decay
@@ -674,6 +676,63 @@ def test_average(decay: float, counted: bool):
     np.testing.assert_allclose(narrow, shadow, rtol=1e-5, atol=1e-6)
 
 
+# Of golden/record_averages.py: weights are sin(n) and buffers cos(n) after update n, decay is 0.9.
+AVERAGES = {
+    framework: json.loads((GOLDEN / f'averages_{framework}.json').read_text())
+    for framework in ('torch', 'tensorflow')
+}
+LATE = 20
+FORMS: dict[tuple[str, str], dict[str, Any]] = {
+    ('torch', 'ModelEma'): {'counted': False},
+    ('torch', 'ModelEmaV2'): {'counted': False},
+    ('torch', 'ModelEmaV3'): {'counted': False},
+    ('torch', 'ModelEmaV3 step'): {'copies': 1},
+    ('torch', 'ModelEmaV3 step late'): {'copies': 1 + LATE},
+    ('torch', 'ModelEmaV3 step warmup'): {'copies': 1, 'warmup_power': 2 / 3},
+    ('torch', 'ModelEmaV3 step warmup late'): {'copies': 1 + LATE, 'warmup_power': 0.75},
+    ('torch', 'AveragedModel'): {'copies': 1},
+    ('torch', 'AveragedModel without buffers'): {'copies': 1},
+    ('torch', 'torchvision'): {'copies': LATE + 1},
+    ('tensorflow', 'num_updates'): {},
+    ('tensorflow', 'plain'): {'counted': False},
+}
+
+
+@pytest.mark.parametrize(('framework', 'form'), FORMS)
+def test_averages_of_the_sources(framework: str, form: str):
+    """TensorFlow holds the decay in float32."""
+    options = dict(FORMS[framework, form])
+    counted = options.pop('counted', True)
+    recorded = AVERAGES[framework][form]
+    with jax.enable_x64(True):
+        n = jnp.arange(101.0)
+        values = {'weight': jnp.sin(n), 'buffer': jnp.cos(n)}
+
+        def step(average: Any, inputs: Any) -> tuple[Any, Any]:
+            count, now = inputs
+            new = recipes.ema_update(average, now, count if counted else None, 0.9, **options)
+            return new, new['weight']
+
+        start = recipes.ema_init(jax.tree.map(lambda x: x[0], values))
+        rest = jnp.arange(1, 101), jax.tree.map(lambda x: x[1:], values)
+        last, weights = jax.jit(lambda a, xs: jax.lax.scan(step, a, xs))(start, rest)
+    rtol, atol = (1e-6, 1e-7) if framework == 'tensorflow' else (1e-12, 1e-14)
+    np.testing.assert_allclose(weights, recorded['weight'], rtol, atol)
+    buffer = values['buffer'][-1] if form == 'AveragedModel without buffers' else last['buffer']
+    np.testing.assert_allclose(buffer, recorded['buffer'], rtol, atol)
+
+
+def test_every_recorded_average_has_its_form():
+    made = {(f, form) for f, forms in AVERAGES.items() for form in forms if form != 'versions'}
+    assert made == FORMS.keys()
+
+
+def test_a_copy_is_exact():
+    average = {'a': jnp.float32(1e8), 'b': jnp.float32(jnp.inf)}
+    values = {'a': jnp.float32(0.1), 'b': jnp.float32(0.2)}
+    assert recipes.ema_update(average, values, 3, 0.9999, copies=3) == values
+
+
 def test_average_of_narrow_integer_and_complex_leaves():
     values = {
         'half': jnp.ones(3, jnp.bfloat16),
@@ -725,6 +784,10 @@ def test_average_under_strict_promotion(decay: Any):
         for count in (None, 100, jnp.int32(100)):
             got = recipes.ema_update(jnp.zeros(2), jnp.ones(2), count, decay)
             np.testing.assert_allclose(got, 0.1, rtol=1e-6)
+        for copies in (1, jnp.int32(1)):
+            late: dict[str, Any] = {'copies': copies, 'warmup_power': 1}
+            got = recipes.ema_update(jnp.zeros(2), jnp.ones(2), jnp.int32(100), decay, **late)
+            np.testing.assert_allclose(got, 0.1, rtol=1e-6)
 
 
 def test_average_refuses_what_does_not_fit():
@@ -734,6 +797,10 @@ def test_average_refuses_what_does_not_fit():
         recipes.ema_update(jnp.ones(()), jnp.ones(()), None, 1.5)
     with pytest.raises(ValueError, match=r'count must be in \[0, inf\), got -1'):
         recipes.ema_update(jnp.ones(()), jnp.ones(()), -1, 0.9)
+    with pytest.raises(ValueError, match='copies needs count'):
+        recipes.ema_update(jnp.ones(()), jnp.ones(()), None, 0.9, copies=1)
+    with pytest.raises(ValueError, match='warmup_power needs copies'):
+        recipes.ema_update(jnp.ones(()), jnp.ones(()), 1, 0.9, warmup_power=2 / 3)
     with pytest.raises(TypeError, match='decay cannot be a schedule'):
         recipes.ema_update(jnp.ones(()), jnp.ones(()), None, lambda count: 0.9)  # pyright: ignore[reportArgumentType]
 

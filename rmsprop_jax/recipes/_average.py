@@ -35,32 +35,56 @@ def ema_init(values: Any) -> Any:
     return tree_map_with_path(leaf, values)
 
 
-def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayLike) -> Any:
+def ema_update(
+    average: Any,
+    values: Any,
+    count: ArrayLike | None,
+    decay: ArrayLike,
+    *,
+    copies: ArrayLike | None = None,
+    warmup_power: ArrayLike | None = None,
+) -> Any:
     """A step of an exponential moving average, over any tree of arrays.
 
     ::
 
-        average <- average + (1 - d) (values - average)
-        d        = decay                                    where count is None
-        d        = min(decay, (1 + count) / (10 + count))   otherwise
+        average <- d average + (1 - d) values
+        d        = decay                                                 count is None
+        d        = min(decay, (1 + count) / (10 + count))                count alone
+        d        = 0 while count <= copies, then decay                   count and copies
+        d        = 0 while count <= copies, then                         and warmup_power
+                   min(decay, 1 - (1 + count - copies)^-warmup_power)
 
-    The first form is timm's; the second TensorFlow's, with `num_updates`, whose average follows the
-    weights closely at first. Average batch statistics along with the parameters, as both sources
-    do: give a tuple of the two, or the whole `nnx.State`. Call it after the optimizer's step, also
-    under `jax.jit` or in a scan, and evaluate with the average cast to the values' dtypes.
+    Which source runs which:
+
+    - TensorFlow's `ExponentialMovingAverage`: the second with `num_updates`, else the first.
+    - timm's `ModelEma` and `ModelEmaV2`: the first.
+    - timm's `ModelEmaV3`: with `step`, as timm's script calls it, `copies=1 + update_after_step`,
+      which is 1 by default; with `use_warmup` also `warmup_power=2/3`. Without `step` the first.
+    - `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`: `copies=1`.
+    - torchvision's references: `copies` is 1 more than the updates of the average in the warm-up.
+
+    Average batch statistics along with the parameters, as these sources do: give a tuple of the
+    two, or the whole `nnx.State`. (`AveragedModel` does it with `use_buffers=True`; without, take
+    the newest statistics.) Call it after the optimizer's step, also under `jax.jit` or in a scan,
+    and evaluate with the average cast to the values' dtypes.
 
     Args:
       average: What `ema_init` or the last call returned.
       values: The parameters after the step, and whatever is averaged with them. Leaves that are
         not floating or complex, such as counters, are copied.
-      count: The number of steps taken, this one included, or None.
+      count: The number of updates, this one included, or None. Sources that do not average at
+        every step count the updates of the average.
       decay: In [0, 1], a Python number or a scalar array of float32 or wider.
+      copies: How many updates, from the first on, copy the values. Needs `count`.
+      warmup_power: How fast the decay rises after the copies. Needs `copies`.
 
     Returns:
       The new average, in float32 or wider.
 
     Raises:
-      ValueError: For trees or leaves that differ in structure or shape, or a number out of range.
+      ValueError: For trees or leaves that differ in structure or shape, a number out of range, or
+        an argument without the one that it needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,12 +94,14 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
       0.25
       >>> print(recipes.ema_update(average, jnp.ones(()), 8, decay=0.75))  # d = 9 / 18
       0.5
+      >>> print(recipes.ema_update(average, jnp.ones(()), 1, decay=0.75, copies=1))  # d = 0
+      1.0
 
     Source: tensorflow/tensorflow 0004ac9, tensorflow/python/training/moving_averages.py,
-    ExponentialMovingAverage.apply; huggingface/pytorch-image-models 0a044bf,
-    timm/utils/model_ema.py, ModelEmaV2 and V3.
+    ExponentialMovingAverage.apply; timm 1.0.31, timm/utils/model_ema.py, and train.py; PyTorch
+    2.13, torch/optim/swa_utils.py; pytorch/vision 017e9b9, references/classification/train.py.
     """
-    rest = _share(count, decay)
+    rest = _share(count, decay, copies, warmup_power)
     here, there = jax.tree.structure(values), jax.tree.structure(average)
     if here != there:
         raise ValueError(f'values and average differ in structure:\n  {here}\n  {there}')
@@ -91,20 +117,40 @@ def ema_update(average: Any, values: Any, count: ArrayLike | None, decay: ArrayL
         if not jnp.issubdtype(jnp.result_type(v), jnp.inexact):
             return jnp.array(v)
         a = jnp.asarray(a, wide_dtype(jnp.result_type(a)))
-        return a + componentwise(
-            operator.mul, jnp.asarray(v, a.dtype) - a, cast(rest, a.real.dtype)
-        )
+        v = jnp.asarray(v, a.dtype)
+        moved = a + componentwise(operator.mul, v - a, cast(rest, a.real.dtype))
+        # A copy is exact, also of an average that has overflowed.
+        return jnp.where(rest == 1, v, moved)
 
     return tree_map_with_path(leaf, average, values)
 
 
-def _share(count: ArrayLike | None, decay: ArrayLike) -> Scalar:
+def _share(
+    count: ArrayLike | None,
+    decay: ArrayLike,
+    copies: ArrayLike | None,
+    warmup_power: ArrayLike | None,
+) -> Scalar:
     """The weight of the new values, `1 - d`."""
     if callable(decay):
         raise TypeError('decay cannot be a schedule.')
     _, rest = decay_rate('decay', decay).with_complement_at(0)
+    if count is None and copies is not None:
+        raise ValueError('copies needs count, the number of updates.')
+    if copies is None and warmup_power is not None:
+        raise ValueError('warmup_power needs copies; timm copies 1 update.')
     if count is None:
         return rest
-    taken = jnp.asarray(Hyperparameter('count', count).value, float)
-    # 1 - (1 + n) / (10 + n), without the subtraction.
-    return jnp.maximum(cast(rest, float), 9.0 / (10.0 + taken))
+
+    def number(name: str, value: ArrayLike) -> Scalar:
+        return jnp.asarray(Hyperparameter(name, value).value, float)
+
+    rest, taken = cast(rest, float), number('count', count)
+    if copies is None:
+        # 1 - (1 + n) / (10 + n), without the subtraction.
+        return jnp.maximum(rest, 9.0 / (10.0 + taken))
+    since = taken - number('copies', copies)
+    if warmup_power is not None:
+        power = number('warmup_power', warmup_power)
+        rest = jnp.maximum(rest, (1.0 + jnp.maximum(since, 0.0)) ** -power)
+    return jnp.where(since > 0, rest, 1.0)

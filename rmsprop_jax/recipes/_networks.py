@@ -181,7 +181,8 @@ def efficientnet_timm(
     with the epoch a whole number, so that the rate is constant within it. Momentum is 0.9 and so is
     alpha. The commands for B2 (batch 2 x 128, r 0.016), B0 (2 x 384, 0.048) and ES (8 x 128, 0.064)
     agree on `r` per example. The loss is a mean over the batch. B0 and B2 are evaluated with
-    `ema_update`, decay 0.9999, count None.
+    `ema_update`, decay 0.9999, count None: the script at these commits averages with `ModelEmaV2`.
+    Newer ones run `ModelEmaV3`, for which see `ema_update`.
 
     Args:
       steps_per_epoch: Updates per epoch, whole.

@@ -257,6 +257,12 @@ BOUNDED = (
         **SPARSE,
     ),
     Bounded(
+        'keras_legacy-sparse',
+        lambda: dialects.keras_legacy(1e-3, momentum=0.9, sparse=True),
+        moments=2,
+        **SPARSE,
+    ),
+    Bounded(
         'tensorflow-sparse-centered',
         lambda: dialects.tensorflow(1e-3, momentum=0.9, centered=True, sparse=True),
         moments=3,

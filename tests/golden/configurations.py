@@ -196,6 +196,19 @@ def _keras_legacy() -> list[dict[str, Any]]:
         _one(name, 'global_clipnorm', global_clipnorm=0.5, momentum=0.9),
         _one(name, 'clipvalue and clipnorm', clipvalue=0.1, clipnorm=0.2),
         _one(name, 'clipvalue and global_clipnorm', clipvalue=0.1, global_clipnorm=0.2),
+        _one(name, 'sparse', problem='sparse', momentum=0.9),
+        _one(name, 'sparse centered', problem='sparse', momentum=0.9, centered=True, decay=0.1),
+        _one(name, 'sparse plain', problem='sparse'),
+        _one(name, 'sparse plain centered', problem='sparse', centered=True),
+        # It clips the values of repeated indices one by one, unlike their sum when dense.
+        _one(
+            name,
+            'sparse clipped',
+            problem='sparse without repetitions',
+            momentum=0.9,
+            clipvalue=0.5,
+            global_clipnorm=1.0,
+        ),
         _nearly_constant(name),
     ]
 

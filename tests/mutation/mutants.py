@@ -46,7 +46,7 @@ SELECTIONS: dict[str, list[str]] = {
     'arguments': [f'{_DIALECTS}::test_every_argument_matters'],
     'rows': [
         f'{_DIALECTS}::test_rows_without_gradient_keep_all_their_statistics',
-        *_golden('tensorflow: sparse'),
+        *_golden('tensorflow: sparse', 'keras_legacy: sparse'),
     ],
     'accumulation': [
         f'{_DIALECTS}::test_accumulation_takes_a_mean_and_its_schedule_the_calls',

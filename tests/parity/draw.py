@@ -119,7 +119,8 @@ def keras_legacy(draw: Draw) -> Options:
     )
     if draw.chance():
         options[draw.choice('clipnorm', 'global_clipnorm')] = draw.between(0.01, 10.0)
-    return {'options': options}
+    # It clips the values of repeated indices one by one, unlike their sum when dense.
+    return {'options': options, 'problem': draw.choice('normal', 'sparse without repetitions')}
 
 
 def tensorflow(draw: Draw) -> Options:
