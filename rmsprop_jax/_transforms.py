@@ -71,7 +71,10 @@ class AverageState(NamedTuple):
 
 
 def average_parameters(
-    momentum: ScalarOrSchedule, overwrite_frequency: int | None = None, every: int = 1
+    momentum: ScalarOrSchedule,
+    overwrite_frequency: int | None = None,
+    every: int = 1,
+    from_start: bool = False,
 ) -> Optimizer:
     """Averages the updated parameters as Keras does, and may put the average in their place.
 
@@ -80,14 +83,20 @@ def average_parameters(
         a <- momentum a + (1 - momentum) (p + u)          the first `every` calls: a <- p + u
         u <- a - p        where floor(call / every) + 1 is a multiple of overwrite_frequency
 
+    With `from_start`, as in tf_keras, `a` is `p` before the first call, and no call copies.
     It must be the last transformation of a chain; updates come back in the parameters' dtype.
     """
     weight = decay_rate('ema_momentum', momentum)
+    copied = 0 if from_start else 1
     if overwrite_frequency is not None:
         overwrite_frequency = checked_steps('ema_overwrite_frequency', overwrite_frequency, least=1)
 
     def init(params: optax.Params) -> Any:
-        return AverageState(count=jnp.zeros([], jnp.int32), ema=init_like(params, 0.0))
+        ema = init_like(params, 0.0)
+        if from_start:
+            # A copy also under jit, where the parameters would otherwise be forwarded.
+            ema = jax.tree.map(lambda a, p: jnp.array(p, a.dtype), ema, params)
+        return AverageState(count=jnp.zeros([], jnp.int32), ema=ema)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         check_alike(
@@ -97,7 +106,9 @@ def average_parameters(
             checked_state(state, AverageState).ema,
         )
         step = state.count // every
-        past = jnp.where(step == 0, 0.0, weight.at(state.count))
+        # Also chosen where no call copies: XLA may round a constant otherwise than the same number
+        # in the state of `inject_hyperparams`. And `interchange` measures at a step of -1.
+        past = jnp.where(step < copied, 0.0, weight.at(state.count))
         wide = widen(params)
         target = jax.tree.map(jnp.add, wide, widen(updates))
 

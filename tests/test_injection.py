@@ -76,6 +76,18 @@ FACTORIES = {
         dialects.keras_legacy,
         {'learning_rate': 0.01, 'rho': 0.999, 'clipvalue': 0.3, 'decay': 1e-3},
     ),
+    'tf_keras': (
+        dialects.tf_keras,
+        {
+            'learning_rate': 0.01,
+            'rho': 0.999,
+            'weight_decay': 1e-3,
+            'clipnorm': 0.3,
+            'use_ema': True,
+            'ema_momentum': 0.9,
+            'ema_overwrite_frequency': 3,
+        },
+    ),
     'tensorflow': (
         dialects.tensorflow,
         {'learning_rate': 0.01, 'decay': 0.999, 'momentum': 0.9, 'sparse': True},
