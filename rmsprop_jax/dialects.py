@@ -348,7 +348,7 @@ def tf_keras(
 
     The rule is that of `keras`. The average of the weights is not: it starts at the parameters::
 
-        a  <- ema_momentum a + (1 - ema_momentum) p             from the parameters before step 1
+        a  <- ema_momentum a + (1 - ema_momentum) p     in the first step from p before that step
         p  <- a                                       every ema_overwrite_frequency, 100 by default
 
     `fit` puts the average in the place of the parameters once more at its end

@@ -279,6 +279,7 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
         ('operator.mul, p, 1 - w)', 'operator.mul, p, w)', ('keras averages',)),
         ('0 if from_start else 1', '0 if from_start else 2', ('keras averages',)),
         ('0 if from_start else 1', '1', ('keras averages',)),
+        ('step == 0, p, a)', 'step == 1, p, a)', ('keras averages',)),
         ('(step + 1) % overwrite', '(step + 2) % overwrite', ('keras averages',)),
         ('cast(bound, p.dtype)) - p', 'cast(bound, p.dtype))', ('equations',)),
         ('u * g < 0', 'u * g > 0', ('cautious',)),
