@@ -43,7 +43,10 @@ class AverageState(NamedTuple):
 
 
 def average_parameters(
-    momentum: ScalarOrSchedule, overwrite_frequency: int | None = None, every: int = 1
+    momentum: ScalarOrSchedule,
+    overwrite_frequency: int | None = None,
+    every: int = 1,
+    from_start: bool = False,
 ) -> Optimizer:
     """Averages the updated parameters as Keras does, and may put the average in their place.
 
@@ -52,9 +55,11 @@ def average_parameters(
         a <- momentum a + (1 - momentum) (p + u)          the first `every` calls: a <- p + u
         u <- a - p        where floor(call / every) + 1 is a multiple of overwrite_frequency
 
+    With `from_start`, as in tf_keras, `a` is `p` at the first call, and no call copies.
     It must be the last transformation of a chain; updates come back in the parameters' dtype.
     """
     weight = decay_rate('ema_momentum', momentum)
+    copied = 0 if from_start else 1
     if overwrite_frequency is not None:
         overwrite_frequency = checked_steps('ema_overwrite_frequency', overwrite_frequency, least=1)
 
@@ -69,15 +74,20 @@ def average_parameters(
             checked_state(state, AverageState).ema,
         )
         step = state.count // every
-        past = jnp.where(step == 0, 0.0, weight.at(state.count))
-        wide = widen(params)
+        # Also chosen where no call copies: XLA may round a constant otherwise than the same number
+        # in the state of `inject_hyperparams`. And `interchange` measures at a step of -1.
+        past = jnp.where(step < copied, 0.0, weight.at(state.count))
+        wide, ema = widen(params), state.ema
+        if from_start:
+            # Not in `init`, whose values depend on no parameter.
+            ema = jax.tree.map(lambda a, p: jnp.where(step == 0, p, a), ema, wide)
         target = jax.tree.map(jnp.add, wide, widen(updates))
 
         def average(a: jax.Array, p: jax.Array) -> jax.Array:
             w = cast(past, a.real.dtype)
             return componentwise(operator.mul, a, w) + componentwise(operator.mul, p, 1 - w)
 
-        ema = jax.tree.map(average, state.ema, target)
+        ema = jax.tree.map(average, ema, target)
         if overwrite_frequency is not None:
             due = (step + 1) % overwrite_frequency == 0
             target = jax.tree.map(lambda a, p: jnp.where(due, a, p), ema, target)

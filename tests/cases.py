@@ -160,6 +160,21 @@ CASES = (
         real_only=True,
     ),
     Case(
+        'tf_keras',
+        lambda: dialects.tf_keras(
+            _halved,
+            momentum=0.5,
+            weight_decay=1e-3,
+            use_ema=True,
+            ema_momentum=0.5,
+            ema_overwrite_frequency=3,
+        ),
+        ('nu', 'trace'),
+        needs_params=True,
+        real_only=True,
+        rewrites_params=True,
+    ),
+    Case(
         'tensorflow',
         lambda: dialects.tensorflow(0.02, momentum=0.5, centered=True, sparse=True),
         (*CENTERED, 'trace'),

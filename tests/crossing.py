@@ -118,6 +118,7 @@ MASKED: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     'torch': lambda mask: dialects.torch(0.05, weight_decay=0.1, mask=mask),
     'keras': lambda mask: dialects.keras(0.05, weight_decay=0.1, mask=mask),
     'keras_legacy': lambda mask: dialects.keras_legacy(0.05, momentum=0.9, sparse=mask),
+    'tf_keras': lambda mask: dialects.tf_keras(0.05, weight_decay=0.1, mask=mask),
     'tensorflow': lambda mask: dialects.tensorflow(0.05, momentum=0.9, sparse=mask),
     'timm': lambda mask: dialects.timm(0.05, weight_decay=0.1, mask=mask),
     'timm-decoupled': lambda mask: dialects.timm(

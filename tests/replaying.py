@@ -22,6 +22,7 @@ _MXNET |= {'clip_weights', 'clip_gradient'}
 FLOAT32_HYPERPARAMETERS = {
     'keras': {'weight_decay'},
     'keras_legacy': {'learning_rate', 'rho', 'momentum', 'decay'},
+    'tf_keras': {'learning_rate', 'weight_decay'},
     'tensorflow': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
     'sonnet': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
     'mxnet': _MXNET | {'rho', 'momentum'},
@@ -84,6 +85,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     'stable_baselines3': dialects.stable_baselines3,
     'keras': dialects.keras,
     'keras_legacy': dialects.keras_legacy,
+    'tf_keras': dialects.tf_keras,
     'tensorflow': dialects.tensorflow,
     'mxnet': dialects.mxnet,
     'mxnet_unfused': dialects.mxnet,

@@ -153,6 +153,18 @@ WRONG = [
         ValueError,
         'ema_overwrite_frequency must be an integer',
     ),
+    (
+        dialects.tf_keras,
+        {'use_ema': True, 'ema_overwrite_frequency': -1},
+        ValueError,
+        'ema_overwrite_frequency must be an integer',
+    ),
+    (
+        dialects.tf_keras,
+        {'clipnorm': 1.0, 'clipvalue': 'x'},
+        TypeError,
+        f'clipvalue {NUMBER}',
+    ),
     (dialects.keras_legacy, {'decay': -1}, ValueError, 'decay must be in'),
     (dialects.keras_legacy, {'sparse': 3}, TypeError, f'sparse {FLAG}'),
     (dialects.tensorflow, (0.1, 0.9, None), TypeError, f'momentum {NUMBER}'),
@@ -389,6 +401,7 @@ VALID: dict[Any, dict[str, Any]] = {
     dialects.torch_clip_grad_norm: {'max_norm': 1.0},
     dialects.keras: {'weight_decay': 0.1, 'momentum': 0.9, 'use_ema': True},
     dialects.keras_legacy: {'momentum': 0.9},
+    dialects.tf_keras: {'weight_decay': 0.1, 'momentum': 0.9, 'use_ema': True},
     dialects.tensorflow: {'learning_rate': 0.1},
     dialects.timm: {
         'weight_decay': 0.1,

@@ -36,6 +36,7 @@ DIALECTS: dict[str, Callable[..., Any]] = {
         dialects.torch,
         dialects.keras,
         dialects.keras_legacy,
+        dialects.tf_keras,
         dialects.tensorflow,
         dialects.timm,
         dialects.stable_baselines3,
@@ -120,6 +121,22 @@ SAME = {
     'Keras with everything of ours': lambda: (
         dialects.keras(halving, 0.95, 0.5, 1e-3, True, 0.1),
         rmsprop(halving, 0.95, 1e-3, momentum=0.5, centered=True, weight_decay=0.1),
+    ),
+    'tf_keras is Keras but for the average of weights': lambda: (
+        dialects.tf_keras(halving, 0.95, 0.5, 1e-3, True, 0.1, global_clipnorm=1.0),
+        dialects.keras(halving, 0.95, 0.5, 1e-3, True, 0.1, global_clipnorm=1.0),
+    ),
+    'tf_keras clips by one norm': lambda: (
+        dialects.tf_keras(RATE, clipnorm=0.5, clipvalue=0.1),
+        dialects.keras(RATE, clipnorm=0.5),
+    ),
+    'tf_keras clips by value where a norm of zero means none': lambda: (
+        dialects.tf_keras(RATE, global_clipnorm=0.0, clipvalue=0.1),
+        dialects.keras(RATE, clipvalue=0.1),
+    ),
+    'tf_keras takes a frequency of zero for never': lambda: (
+        dialects.tf_keras(RATE, use_ema=True, ema_overwrite_frequency=0),
+        dialects.tf_keras(RATE, use_ema=True, ema_overwrite_frequency=None),
     ),
     'legacy Keras with momentum is Keras': lambda: (
         dialects.keras_legacy(halving, momentum=0.9, epsilon=0.01),
@@ -375,6 +392,21 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         'gradient_accumulation_steps': (2, {}),
         'mask': (_ONLY_MATRIX, _WEIGHTS),
     },
+    'tf_keras': {
+        'learning_rate': (0.1, {}),
+        'rho': (0.99, {}),
+        'momentum': (0.9, {}),
+        'epsilon': (0.1, {}),
+        'centered': (True, {}),
+        'weight_decay': (0.1, {}),
+        'clipnorm': (0.1, {}),
+        'clipvalue': (0.1, {}),
+        'global_clipnorm': (0.1, {}),
+        'use_ema': (True, {'ema_overwrite_frequency': 2}),
+        'ema_momentum': (0.5, _EMA),
+        'ema_overwrite_frequency': (3, {'use_ema': True}),
+        'mask': (_ONLY_MATRIX, _WEIGHTS),
+    },
     'keras_legacy': {
         'learning_rate': (0.1, {}),
         'rho': (0.99, {}),
@@ -491,6 +523,22 @@ def test_two_kinds_of_clipping(one, other):
     else:
         with pytest.raises(ValueError, match='not both'):
             dialects.keras_legacy(**{one: 1.0, other: 1.0})
+        # As in tf_keras, also where both mean none.
+        with pytest.raises(ValueError, match='at most one of clipnorm, global_clipnorm'):
+            dialects.tf_keras(**{one: 0.0, other: 0.0})
+
+
+def test_the_average_of_tf_keras_starts_at_the_parameters():
+    """As tf_keras 2.21 computes it: p = g = 1."""
+    tx = dialects.tf_keras(0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=2)
+    one = jnp.ones(())
+    state, p, seen = tx.init(one), one, []
+    for _ in range(4):
+        update, state = tx.update(one, state, p)
+        p += update
+        seen.append((p, optax.tree.get(state, 'ema')))
+    expected = [(0.683772, 0.968377), (0.916975,) * 2, (0.724880, 0.897766), (0.863425,) * 2]
+    np.testing.assert_allclose(seen, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', CLIPS)
@@ -652,7 +700,7 @@ SCHEDULED = [(name, argument) for name, arguments in READ.items() for argument i
 def full(name: str) -> dict[str, Any]:
     """Every number of a dialect, with a value that is not its default."""
     options = {n: NUMBERS.get(n, 0.8) for n in READ[name]}
-    if name == 'keras':
+    if name in ('keras', 'tf_keras'):
         options |= _EMA
     if name.startswith('mxnet'):
         options |= {'centered': True}

@@ -317,6 +317,7 @@ OURS: dict[str, Callable[[Any], Any]] = {
     'torch': torch,
     'keras': lambda lr: dialects.keras(lr, 0.9, 0.7, 0.01, weight_decay=0.1),
     'keras_legacy': lambda lr: dialects.keras_legacy(lr, 0.9, 0.0, 0.01),
+    'tf_keras': lambda lr: dialects.tf_keras(lr, 0.9, 0.7, 0.01, weight_decay=0.1),
     'tensorflow': lambda lr: dialects.tensorflow(lr, 0.8, 0.5, 0.01, centered=True),
     'timm': lambda lr: dialects.timm(
         lr, 0.8, 0.01, 0.1, 0.7, decoupled_decay=True, lr_in_momentum=False
@@ -329,7 +330,7 @@ OURS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize('name', OURS)
 def test_our_dialects_are_identified(name: str):
-    decaying = name in ('keras', 'timm', 'stable_baselines3')
+    decaying = name in ('keras', 'tf_keras', 'timm', 'stable_baselines3')
     asked = decaying or name == 'torch'
     found = identify_dialect(run(OURS[name]), **({'weight_decay': 'fit'} if asked else {}))
     assert name in found.dialects, str(found)
@@ -342,6 +343,15 @@ def test_our_dialects_are_identified(name: str):
     best = found.candidates[0]
     assert best.eps == pytest.approx(0.01, rel=0.01)
     assert best.weight_decay == pytest.approx(0.1 if decaying else 0.0, rel=0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize('name', ['keras', 'tf_keras'])
+def test_one_rule_under_two_names_is_settled(name: str):
+    """With a constant rate its side of the momentum stays open, and yet one rule remains."""
+    found = identify_dialect(run(OURS[name], np.full(20, 0.02)), weight_decay='fit')
+    assert found.facts['learning_rate'].status == 'not determined'
+    assert found.dialects == ('keras', 'tf_keras')
+    assert found.outcome == 'settled'
 
 
 def test_hyperparameters_are_found_or_taken_as_given():

@@ -80,6 +80,18 @@ FACTORIES = {
         dialects.keras_legacy,
         {'learning_rate': 1e-4, 'rho': 0.999, 'momentum': 0.9, 'sparse': True},
     ),
+    'tf_keras': (
+        dialects.tf_keras,
+        {
+            'learning_rate': 0.01,
+            'rho': 0.999,
+            'weight_decay': 1e-3,
+            'clipnorm': 0.3,
+            'use_ema': True,
+            'ema_momentum': 0.9,
+            'ema_overwrite_frequency': 3,
+        },
+    ),
     'tensorflow': (
         dialects.tensorflow,
         {'learning_rate': 0.01, 'decay': 0.999, 'momentum': 0.9, 'sparse': True},

@@ -141,8 +141,8 @@ FIRST_STEPS = {
     'keras': dialects.keras,
     'keras with a schedule': dialects.keras,
     # Of TensorFlow 2.11 and newer.
-    'tf_keras': dialects.keras,
-    'tf_keras with a schedule': dialects.keras,
+    'tf_keras': dialects.tf_keras,
+    'tf_keras with a schedule': dialects.tf_keras,
     'keras_legacy': dialects.keras_legacy,
     'tensorflow': dialects.tensorflow,
 }
@@ -619,6 +619,26 @@ def test_the_calls_of_a_step_are_found(every: int):
         assert {int(count) for _, count in counts} == {40 // every}
         back = interchange.to_keras(state, params, pairs, tx=tx)
         assert_same(back, theirs)
+
+
+@pytest.mark.parametrize('frequency', [None, 1, 3])
+@pytest.mark.parametrize('make', [dialects.keras, dialects.tf_keras])
+def test_averages_that_overwrite_do_not_hide_the_rate(make, frequency):
+    """Also where every step is overwritten, of which a share `1 - ema_momentum` is left."""
+    options = {'ema_momentum': 0.75, 'ema_overwrite_frequency': frequency}
+    tx = make(0.125, momentum=0.5, weight_decay=0.1, use_ema=True, **options)
+    params, pairs = {'w': jnp.array([0.5, -2.0])}, [interchange.Pair('w', 'w')]
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    theirs = interchange.to_keras(state, params, pairs, tx=tx, learning_rate=0.125)
+    back = interchange.from_keras(theirs, tx, params, pairs)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    (found, *_) = _problems(
+        lambda: interchange.from_keras({**theirs, 'learning_rate': 0.5}, tx, params, pairs)
+    )
+    assert 'learning_rate is 0.5 there, and 0.125 in tx' in found
 
 
 def test_a_schedule_reads_the_count_of_keras_after_an_accumulation():

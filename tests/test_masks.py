@@ -47,6 +47,7 @@ DECAYING = {
     'rmsprop': lambda mask: rmsprop_jax.rmsprop(0.1, weight_decay=0.5, mask=mask),
     'torch': lambda mask: dialects.torch(0.1, weight_decay=0.5, mask=mask),
     'keras': lambda mask: dialects.keras(0.1, weight_decay=0.5, mask=mask),
+    'tf_keras': lambda mask: dialects.tf_keras(0.1, weight_decay=0.5, mask=mask),
     'timm': lambda mask: dialects.timm(
         0.1, weight_decay=0.5, decoupled_decay=True, corrected_weight_decay=True, mask=mask
     ),

@@ -609,6 +609,31 @@ def test_names_of_batch_normalisation(name: str, found: bool):
     assert recipes.tensorflow_decay_mask({name: jnp.ones(2)}) == {name: not found}
 
 
+def test_a_mask_that_finds_no_batch_normalisation_says_so():
+    layers = [{'kernel': jnp.ones((3, 3, 2, 4))}, {'scale': jnp.ones(4), 'bias': jnp.ones(4)}]
+    params = {'features': [layers]}
+    message = r"tensorflow_decay_mask .* batch_norm=.* lets 'features/0/1/scale' decay"
+    with pytest.warns(UserWarning, match=message):
+        assert all(jax.tree.leaves(recipes.tensorflow_decay_mask(params)))
+    for name in ('gamma', 'beta', 'Scale', 'features/0/1/gamma:0'):
+        with pytest.warns(UserWarning, match=f"lets 'layer/{name}' decay"):
+            recipes.tensorflow_decay_mask({'layer': {name: jnp.ones(4), 'kernel': jnp.ones(4)}})
+    # Silent, since pytest raises warnings: a match of our pattern or theirs, or no normalisation.
+    recipes.tensorflow_decay_mask(params | {'bn1': {'scale': jnp.ones(4)}})
+    recipes.tensorflow_decay_mask(params, batch_norm='^1$')
+    recipes.tensorflow_decay_mask({'dense': layers[0], 'grayscale': jnp.ones(4)})
+    recipes.tensorflow_decay_mask({})
+
+
+def test_a_mask_that_finds_no_depthwise_convolution_says_so():
+    first, depthwise, dense = jnp.ones((3, 3, 1, 8)), jnp.ones((3, 3, 1, 16)), jnp.ones((1, 8))
+    params = {'0': {'kernel': first}, '1': {'kernel': depthwise}, '2': {'kernel': dense}}
+    with pytest.warns(UserWarning, match=r"slim_decay_mask .* depthwise=.* lets '1/kernel' decay"):
+        assert all(jax.tree.leaves(recipes.slim_decay_mask(params)))
+    recipes.slim_decay_mask(params, depthwise='^1$')
+    recipes.slim_decay_mask({'0': params['0'], '2': params['2']})
+
+
 def test_a_wide_bias_does_not_decay_in_timm():
     params = {'bias': jnp.ones((2, 2)), 'value': jnp.ones((2, 2)), 'scalar': jnp.ones(())}
     assert recipes.timm_decay_mask(params) == {'bias': False, 'value': True, 'scalar': False}

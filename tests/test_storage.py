@@ -353,7 +353,10 @@ def test_small_leaves_stay_float32_by_a_rule_that_can_be_changed():
     assert dtypes(storage.per_statistic(trace=kept)) == dict.fromkeys(params, 'float32')
 
 
-DIALECTS = ('torch', 'keras', 'keras_legacy', 'timm', 'stable_baselines3', 'mxnet', 'mxnet1')
+DIALECTS = (
+    *('torch', 'keras', 'keras_legacy', 'tf_keras', 'timm', 'stable_baselines3'),
+    *('mxnet', 'mxnet1'),
+)
 
 
 @pytest.mark.parametrize('name', [*DIALECTS, 'tensorflow', 'graves', 'hinton'])

@@ -21,6 +21,7 @@ from rmsprop_jax.aot import _models
 _DIALECTS = (
     'torch',
     'keras',
+    'tf_keras',
     'keras_legacy',
     'tensorflow',
     'timm',

@@ -20,21 +20,22 @@ _BEFORE, _AFTER = {'before momentum', 'no momentum'}, {'after momentum', 'no mom
 _PLAIN = {'start': {'zero'}, 'bias_correction': {'no'}, 'momentum': {'none', 'heavy ball'}}
 _FROM_ONE = {**_PLAIN, 'epsilon': _IN, 'start': {'one'}}
 _NO_DECAY, _L2 = {'weight_decay': {'none'}}, {'weight_decay': {'none', 'coupled'}}
+_KERAS = {
+    **_PLAIN,
+    'epsilon': _IN,
+    'learning_rate': _BEFORE,
+    'weight_decay': {'none', 'decoupled'},
+}
 _STILL, _GRAVES = {'momentum': {'none'}}, {'epsilon': _IN, 'centered': {'yes'}}
+# The same rule under another name: the two differ in what they average afterwards.
+_TWINS = {'tf_keras': 'keras'}
 # A decay counts as run to the end of its range within this factor of it.
 _MARGIN = 10.0
 # The facts of each dialect, where it does not allow all; those with two rows change with options.
 _DIALECTS: tuple[tuple[str, Mapping[str, set[str]]], ...] = (
     ('torch', {**_PLAIN, **_L2, 'epsilon': _OUT, 'learning_rate': _AFTER}),
-    (
-        'keras',
-        {
-            **_PLAIN,
-            'epsilon': _IN,
-            'learning_rate': _BEFORE,
-            'weight_decay': {'none', 'decoupled'},
-        },
-    ),
+    ('keras', _KERAS),
+    ('tf_keras', _KERAS),
     ('keras_legacy', {**_PLAIN, **_NO_DECAY, **_STILL, 'epsilon': _OUT}),
     (
         'keras_legacy',
@@ -161,7 +162,8 @@ class Identification:
     def outcome(self) -> Outcome:
         """The conclusion in one word.
 
-        `'settled'`: one dialect remains, or each fact is determined, given or without a meaning.
+        `'settled'`: one dialect remains (`keras` and `tf_keras`, whose rule is the same, count as
+        one), or each fact is determined, given or without a meaning.
         `'several'`: several combinations remain.
         `'unexplained'`: neither RMSProp nor SGD nor signSGD explains the run.
         `'degenerate'`: the run is explained, but does not show that it is RMSProp.
@@ -170,7 +172,8 @@ class Identification:
             best = min(self.candidates[0].error, self.rivals[0].error)
             return 'degenerate' if best <= EXPLAINED else 'unexplained'
         open_facts = [f for f in self.facts.values() if not f.value and len(f.possible) > 1]
-        return 'several' if open_facts and len(self.dialects) != 1 else 'settled'
+        rules = {_TWINS.get(name, name) for name in self.dialects}
+        return 'several' if open_facts and len(rules) != 1 else 'settled'
 
     @property
     def survivors(self) -> tuple[Candidate, ...]:

@@ -192,7 +192,8 @@ class Trial:
         parameter: float = 0.0,
     ) -> _Seen:
         """One update at these values of everything."""
-        state = _with_mini_step(with_counts(self._state, count, 0), self.calls - 1)
+        # Before its first call an average copies, so that it cannot be seen in the update.
+        state = _with_mini_step(with_counts(self._state, count, -1), self.calls - 1)
 
         def fill(node: Any) -> Any:
             start = moment or (lambda path: _MOMENT)

@@ -1,17 +1,20 @@
 """Which parameters decay, by the paths of a tree, in a form that can be printed and checked."""
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._types import canonical, checked_leaves, checked_mask, whole_mask
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
+# What the weights of normalisation layers are called, also at the end of a name with slashes.
+_OF_A_NORM = re.compile(r'(^|[/.])(scale|gamma|beta)(:\d+)?$', re.IGNORECASE)
 
 
 def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
@@ -29,6 +32,10 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
     Returns:
       A tree of booleans like `params`, True for what decays.
 
+    Warns:
+      UserWarning: Where no part of any path matches, so that everything decays, though a parameter
+        is called `scale`, `gamma` or `beta`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from rmsprop_jax import recipes
@@ -37,7 +44,11 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
       {'bn1': {'scale': False}, 'dense': {'bias': True}}
     """
     pattern = _pattern('batch_norm', batch_norm)
-    return _by_path(lambda path, _: not _matches(pattern, path), params)
+    found = _by_path(lambda path, _: not _matches(pattern, path), params)
+    if all(jax.tree.leaves(found)):
+        norms = [path for path in _paths(params) if _OF_A_NORM.search(path[-1])]
+        _warn_unless_empty('tensorflow_decay_mask', 'batch_norm', batch_norm, norms)
+    return found
 
 
 def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
@@ -45,6 +56,10 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
 
     That is, arrays of at least two axes whose path does not match `depthwise`, a regular expression
     searched as in `tensorflow_decay_mask`. Name the depthwise layers so, or pass their names.
+
+    Warns:
+      UserWarning: Where no part of any path matches, though two or more arrays have the shape of
+        a depthwise kernel, `(height, width, 1, channels)`.
     """
 
     pattern = _pattern('depthwise', depthwise)
@@ -52,7 +67,14 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
     def decays(path: Any, leaf: Any) -> bool:
         return np.ndim(leaf) >= 2 and not _matches(pattern, path)
 
-    return _by_path(decays, params)
+    found = _by_path(decays, params)
+    paths = _paths(params)
+    if not any(pattern.search(part) for path in paths for part in path):
+        shapes = map(np.shape, jax.tree.leaves(params))
+        kernels = [path for path, shape in zip(paths, shapes, strict=True) if _is_depthwise(shape)]
+        # One alone may be the first convolution of a network that sees grey images.
+        _warn_unless_empty('slim_decay_mask', 'depthwise', depthwise, kernels[1:])
+    return found
 
 
 def timm_decay_mask(params: Any) -> Any:
@@ -95,6 +117,26 @@ def describe_mask(params: Any, mask: Any) -> str:
 def _by_path(decays: Callable[[Any, Any], bool], params: Any) -> Any:
     checked_leaves('params', params)
     return tree_map_with_path(decays, params)
+
+
+def _paths(params: Any) -> list[list[str]]:
+    """The parts of each leaf's path; a tree that is one leaf has one empty part."""
+    return [_parts(path) or [''] for path, _ in tree_flatten_with_path(params)[0]]
+
+
+def _is_depthwise(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[-2] == 1 < shape[-1]
+
+
+def _warn_unless_empty(mask: str, argument: str, pattern: str, suspects: list[list[str]]) -> None:
+    """Says that a pattern matched nothing, though some parameters look as if it should have."""
+    if suspects:
+        warnings.warn(
+            f'{mask} found nothing that matches {argument}={pattern!r}, and so lets '
+            f'{"/".join(suspects[0])!r} decay. If that should not decay, give {argument} a pattern '
+            'that matches its path.',
+            stacklevel=3,
+        )
 
 
 def _pattern(name: str, pattern: Any) -> re.Pattern[str]:

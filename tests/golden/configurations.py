@@ -14,6 +14,7 @@ def golden_configurations() -> list[dict[str, Any]]:
         *_stable_baselines3(),
         *_keras(),
         *_keras_legacy(),
+        *_tf_keras(),
         *_tensorflow(),
         *_mxnet(),
         *_equivalents(),
@@ -209,6 +210,30 @@ def _keras_legacy() -> list[dict[str, Any]]:
             clipvalue=0.5,
             global_clipnorm=1.0,
         ),
+        _nearly_constant(name),
+    ]
+
+
+def _tf_keras() -> list[dict[str, Any]]:
+    name = 'tf_keras'
+    ema = {'use_ema': True, 'ema_momentum': 0.8}
+    return [
+        *_in_both_precisions(name, momentum=0.9, weight_decay=1e-2, centered=True),
+        _one(name, 'defaults'),
+        _one(name, 'eps 0.01', epsilon=0.01, rho=0.95, momentum=0.5),
+        _one(name, 'schedule', schedule=DROPS, momentum=0.9, weight_decay=0.1),
+        _one(name, 'clipnorm before clipvalue', clipnorm=0.5, clipvalue=0.01),
+        _one(name, 'global_clipnorm before clipvalue', global_clipnorm=0.5, clipvalue=0.01),
+        _one(name, 'clipvalue', clipvalue=0.1, clipnorm=0.0, weight_decay=0.1),
+        _one(name, 'ema', 250, use_ema=True),
+        _one(name, 'ema overwriting', ema_overwrite_frequency=2, momentum=0.9, **ema),
+        _one(name, 'ema never overwriting', 150, ema_overwrite_frequency=None, **ema),
+        _one(
+            name, 'ema with all', schedule=DROPS, ema_overwrite_frequency=3, weight_decay=0.1, **ema
+        )
+        | {'exclude': ['vector', 'scalar']},
+        _one(name, 'sparse', problem='sparse', momentum=0.9, centered=True),
+        _one(name, 'sparse without momentum', problem='sparse'),
         _nearly_constant(name),
     ]
 

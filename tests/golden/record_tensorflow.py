@@ -1,4 +1,4 @@
-"""Keras 3, the Keras of TensorFlow 2.0 to 2.10, TensorFlow 1 and Sonnet 2."""
+"""Keras 3, the Keras of TensorFlow 2.0 to 2.10 and of 2.11 to 2.15, TensorFlow 1 and Sonnet 2."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ class Tabulated(keras.optimizers.schedules.LearningRateSchedule):
         return tf.gather(self.rates, tf.cast(step, 'int64'))
 
 
-class LegacyTabulated(tf_keras.optimizers.schedules.LearningRateSchedule):
-    """The same for the older Keras."""
+class OlderTabulated(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """The same for the older two."""
 
     def __init__(self, rates: np.ndarray):
         self.rates = tf.constant(rates)
@@ -60,22 +60,45 @@ def start_keras(configuration: Configuration, given: Problem) -> Step:
     def step(number: int) -> Arrays:
         found = gradients_at(given, number)
         tx.apply([found[n] for n in variables])
-        result = values(variables)
-        if tx.use_ema:
-            averages = tx._model_variables_moving_average
-            result |= {f'average {n}': a.numpy() for n, a in zip(variables, averages, strict=True)}
-        return result
+        return values(variables) | averages_of(tx, variables)
 
     return step
+
+
+def averages_of(tx: Any, variables: dict[str, Any]) -> Arrays:
+    """The averages that Keras, or tf_keras, keeps of its variables."""
+    if not tx.use_ema:
+        return {}
+    averages = tx._model_variables_moving_average
+    return {f'average {n}': a.numpy() for n, a in zip(variables, averages, strict=True)}
 
 
 def start_keras_legacy(configuration: Configuration, given: Problem) -> Step:
     rates = learning_rates(configuration)
     options = dict(configuration['options'])
     if rates is not None:
-        options['learning_rate'] = LegacyTabulated(rates)
+        options['learning_rate'] = OlderTabulated(rates)
     tx = tf_keras.optimizers.legacy.RMSprop(**options)
     return apply_gradients(tx, given)
+
+
+def start_tf_keras(configuration: Configuration, given: Problem) -> Step:
+    rates = learning_rates(configuration)
+    options = dict(configuration['options'])
+    if rates is not None:
+        options['learning_rate'] = OlderTabulated(rates)
+    tx = tf_keras.optimizers.RMSprop(**options)
+    variables = {n: tf.Variable(p) for n, p in given.params.items()}
+    if configuration.get('exclude'):
+        tx.exclude_from_weight_decay([variables[n] for n in configuration['exclude']])
+    tx.build(list(variables.values()))
+
+    def step(number: int) -> Arrays:
+        found = gradients_at(given, number)
+        tx.apply_gradients([(found[n], v) for n, v in variables.items()])
+        return values(variables) | averages_of(tx, variables)
+
+    return step
 
 
 def start_tensorflow(configuration: Configuration, given: Problem) -> Step:
@@ -120,10 +143,9 @@ def start_sonnet(configuration: Configuration, given: Problem) -> Step:
     return step
 
 
-def legacy_signature() -> dict[str, str]:
-    """With the keyword arguments that the base class takes out of `**kwargs`."""
-    extra = ('clipnorm', 'clipvalue', 'global_clipnorm', 'decay', 'lr')
-    return signature(tf_keras.optimizers.legacy.RMSprop) | dict.fromkeys(extra, 'in kwargs')
+def with_extra(optimizer: Any, *extra: str) -> dict[str, str]:
+    """A signature with the keyword arguments that the base class takes out of `**kwargs`."""
+    return signature(optimizer) | dict.fromkeys(extra, 'in kwargs')
 
 
 if __name__ == '__main__':
@@ -131,12 +153,17 @@ if __name__ == '__main__':
         {
             'keras': start_keras,
             'keras_legacy': start_keras_legacy,
+            'tf_keras': start_tf_keras,
             'tensorflow': start_tensorflow,
             'sonnet': start_sonnet,
         },
         {
             'keras': signature(keras.optimizers.RMSprop),
-            'keras_legacy': legacy_signature(),
+            'keras_legacy': with_extra(
+                tf_keras.optimizers.legacy.RMSprop,
+                *('clipnorm', 'clipvalue', 'global_clipnorm', 'decay', 'lr'),
+            ),
+            'tf_keras': with_extra(tf_keras.optimizers.RMSprop, 'lr'),
             'tensorflow': signature(tf.compat.v1.train.RMSPropOptimizer),
             'sonnet': signature(sonnet.optimizers.RMSProp.__init__),
         },

@@ -59,7 +59,7 @@ SELECTIONS: dict[str, list[str]] = {
         'torch: clip max_norm 1.0 normal', 'torch: clip max_norm 1000000.0 normal'
     ),
     'keras clips': _golden('keras: clipnorm', 'keras: global_clipnorm', 'keras: loss scale'),
-    'keras averages': _golden('keras: ema', 'keras: ema overwriting'),
+    'keras averages': _golden('keras: ema', 'keras: ema overwriting', 'tf_keras: ema overwriting'),
     'legacy': _golden(
         'keras_legacy: eps 0.01 plain',
         'keras_legacy: eps 0',
@@ -277,7 +277,9 @@ MUTANTS: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
             ('torch complex',),
         ),
         ('operator.mul, p, 1 - w)', 'operator.mul, p, w)', ('keras averages',)),
-        ('jnp.where(step == 0', 'jnp.where(step == 1', ('keras averages',)),
+        ('0 if from_start else 1', '0 if from_start else 2', ('keras averages',)),
+        ('0 if from_start else 1', '1', ('keras averages',)),
+        ('step == 0, p, a)', 'step == 1, p, a)', ('keras averages',)),
         ('(step + 1) % overwrite', '(step + 2) % overwrite', ('keras averages',)),
         ('cast(bound, p.dtype)) - p', 'cast(bound, p.dtype))', ('equations',)),
         ('u * g < 0', 'u * g > 0', ('cautious',)),

@@ -123,6 +123,18 @@ def keras_legacy(draw: Draw) -> Options:
     return {'options': options, 'problem': draw.choice('normal', 'sparse without repetitions')}
 
 
+def tf_keras(draw: Draw) -> Options:
+    options = draw.shared('rho', 'epsilon') | draw.some(
+        weight_decay=draw.between(1e-3, 1.0), clipvalue=draw.between(0.01, 10.0)
+    )
+    if draw.chance():
+        options[draw.choice('clipnorm', 'global_clipnorm')] = draw.between(0.01, 10.0)
+    if draw.chance():
+        options |= {'use_ema': True, **draw.some(ema_momentum=draw.decay())}
+        options |= draw.some(ema_overwrite_frequency=draw.choice(None, 0, 1, 2, 3, 4, 5))
+    return {'options': options} | draw.some(exclude=['scalar'])
+
+
 def tensorflow(draw: Draw) -> Options:
     problem = draw.choice('normal', 'sparse')
     return {'options': draw.shared('decay', 'epsilon'), 'problem': problem}
@@ -194,6 +206,7 @@ DRAWS: dict[str, tuple[Callable[[Draw], Options], int, str]] = {
     'chainer_graves': (chainer_graves, 8, 'lr'),
     'mlx': (mlx, 8, 'learning_rate'),
     'bitsandbytes': (bitsandbytes, 8, 'lr'),
+    'tf_keras': (tf_keras, 40, 'learning_rate'),
 }
 # Whose learning rate cannot change.
 CONSTANT_RATE = {'mlx'}
