@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rmsprop_jax._edge import public
-from rmsprop_jax._lift import Statistic, map_leaves
-from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import (
-    ScalarOrSchedule,
-    TraceState,
-    cast,
-    checked_flag,
-    checked_state,
-    decay_rate,
-)
+from rmsprop_jax._checks import checked_flag, checked_state
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.leaves import Statistic, map_leaves
+from rmsprop_jax._core.moments import componentwise
+from rmsprop_jax._types import ScalarOrSchedule, TraceState, cast, decay_rate
 from rmsprop_jax.storage._choice import Storage, check_storage
 
 

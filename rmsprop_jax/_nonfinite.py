@@ -12,23 +12,22 @@ from jax import lax
 from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import (
+from rmsprop_jax._checks import (
     check_alike,
-    check_storage_is_given,
+    checked_leaves,
+    checked_state,
+    checked_transformation,
     checked_updates,
+)
+from rmsprop_jax._core.wrapped import (
+    check_storage_is_given,
     map_rms_states,
     map_with_moments,
     placed,
     select,
 )
 from rmsprop_jax._transforms import AccumulateState
-from rmsprop_jax._types import (
-    by_path,
-    canonical,
-    checked_leaves,
-    checked_state,
-    checked_transformation,
-)
+from rmsprop_jax._types import by_path, canonical
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import carried, read
 from rmsprop_jax.storage._place import split_axes, whole_sum

@@ -15,9 +15,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._edge import public
-from rmsprop_jax._lift import cast_like, chain, checked_updates, for_state, guarded, widen
-from rmsprop_jax._moments import componentwise
+from rmsprop_jax._checks import checked_flag, checked_mask, checked_updates, whole_mask
+from rmsprop_jax._core.chains import chain, for_state, guarded
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.leaves import cast_like, widen
+from rmsprop_jax._core.moments import componentwise
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._types import (
@@ -25,12 +27,9 @@ from rmsprop_jax._types import (
     Number,
     ScalarOrSchedule,
     cast,
-    checked_flag,
-    checked_mask,
     decay_rate,
     is_absent,
     rounded,
-    whole_mask,
 )
 from rmsprop_jax.storage._choice import Storage
 

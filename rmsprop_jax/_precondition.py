@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax import _moments
-from rmsprop_jax._edge import public
-from rmsprop_jax._lift import Statistic, map_leaves
+from rmsprop_jax._checks import checked_flag, checked_state
+from rmsprop_jax._core import moments
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.leaves import Statistic, map_leaves
 from rmsprop_jax._types import (
     Hyperparameter,
     RmsState,
     Scalar,
     ScalarOrSchedule,
     cast,
-    checked_flag,
-    checked_state,
     constant,
     decay_rate,
     is_normal,
@@ -174,20 +173,20 @@ def rms_step(
         weights = None
         if state.weight is not None:
             dtype = state.weight.dtype
-            after = _moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
+            after = moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
             weights = (state.weight, after)
 
         unit = None if state.unit is None else next_unit(state.unit, decay)
 
         by_dtype = functools.partial(_scalars, decay, rest, eps, weights, state.unit)
 
-        def plain(g: jax.Array, nu: jax.Array, way: _moments.Arithmetic) -> Any:
+        def plain(g: jax.Array, nu: jax.Array, way: moments.Arithmetic) -> Any:
             by = by_dtype(nu.dtype)
-            return _moments.plain_step(g, nu, by, eps_in_sqrt, is_positive, way)
+            return moments.plain_step(g, nu, by, eps_in_sqrt, is_positive, way)
 
-        def central(g: jax.Array, var: jax.Array, mu: jax.Array, way: _moments.Arithmetic) -> Any:
+        def central(g: jax.Array, var: jax.Array, mu: jax.Array, way: moments.Arithmetic) -> Any:
             by = by_dtype(var.dtype)
-            return _moments.centered_step(g, var, mu, by, eps_in_sqrt, is_positive, way)
+            return moments.centered_step(g, var, mu, by, eps_in_sqrt, is_positive, way)
 
         trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(
@@ -237,9 +236,9 @@ def scale_by_stddev(
 
 def _scalars(
     decay: Scalar, complement: Scalar, eps: Scalar, weights: Any, unit: Any, dtype: DTypeLike
-) -> _moments.Scalars:
+) -> moments.Scalars:
     """The numbers of a step in the precision of one leaf."""
-    return _moments.Scalars(
+    return moments.Scalars(
         decay=rounded(decay, dtype),
         complement=rounded(complement, dtype),
         eps=cast(eps, dtype),

@@ -10,24 +10,24 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._lift import (
+from rmsprop_jax._checks import (
+    broadcast_prefix,
     check_alike,
+    checked_flag,
+    checked_transformation,
+    is_function,
+)
+from rmsprop_jax._core.leaves import widen
+from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
     map_rms_states,
     map_with_moments,
     placed,
     rms_states,
     select,
-    widen,
 )
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import (
-    RmsState,
-    broadcast_prefix,
-    checked_flag,
-    checked_transformation,
-    is_function,
-)
+from rmsprop_jax._types import RmsState
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import convert, read
 from rmsprop_jax.storage._place import unshared

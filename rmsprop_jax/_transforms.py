@@ -9,26 +9,18 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import (
-    cast_like,
+from rmsprop_jax._checks import (
     check_alike,
-    checked_params,
-    init_like,
-    rms_states,
-    widen,
-)
-from rmsprop_jax._moments import componentwise, root_or_zero
-from rmsprop_jax._types import (
-    ScalarOrSchedule,
-    cast,
     checked_mask,
+    checked_params,
     checked_state,
     checked_steps,
-    constant,
-    decay_rate,
-    is_absent,
     whole_mask,
 )
+from rmsprop_jax._core.leaves import cast_like, init_like, widen
+from rmsprop_jax._core.moments import componentwise, root_or_zero
+from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_absent
 from rmsprop_jax.storage._formats import Factors
 
 Optimizer = optax.GradientTransformationExtraArgs

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array
+KeyPath = tuple[Any, ...]
+
+
 Schedule = Callable[[ArrayLike], ArrayLike]
+
+
 ScalarOrSchedule = ArrayLike | Schedule
+
+
 _SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -63,79 +70,6 @@ def is_absent(value: Any) -> bool:
     return not number.shape and bool(number == 0)
 
 
-def checked_flag(name: str, value: Any) -> bool:
-    """Returns `value` as a bool, refusing everything that is not one."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f'{name} must be True or False, got {value!r} ({type(value).__name__}).')
-    return bool(value)
-
-
-def checked_steps(name: str, value: Any, least: int) -> int:
-    """Returns `value` as an int of at least `least`; it decides what a program looks like."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f'{name} must be a Python integer, got an array. Under optax.inject_hyperparams name '
-            'it in static_args, or use rmsprop_jax.inject_hyperparams.'
-        )
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
-    return int(value)
-
-
-def checked_transformation(name: str, value: Any) -> Any:
-    """Returns `value`, refusing what has no `init` and `update`."""
-    if not (callable(getattr(value, 'init', None)) and callable(getattr(value, 'update', None))):
-        raise TypeError(f'{name} must be a gradient transformation, got {value!r}.')
-    return value
-
-
-def checked_state(state: Any, kind: type) -> Any:
-    """Returns `state`, refusing what is not of the kind that `init` makes."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f'state must be the {kind.__name__} that init returned, got {type(state).__name__}.'
-        )
-    return state
-
-
-def is_function(given: Any) -> bool:
-    """Whether an argument is a function to a tree, rather than such a tree.
-
-    As in `optax.masked`, a tree that happens to be callable, such as an Equinox module of booleans,
-    is a tree: only what consists of functions is a function.
-    """
-    leaves = jax.tree.leaves(given)
-    return bool(leaves) and all(map(callable, leaves))
-
-
-def checked_mask(name: str, mask: Any) -> Any:
-    """Returns `mask`, which may be None, a tree of booleans or a function to one.
-
-    What a function returns is checked by `whole_mask`.
-    """
-    if mask is not None and not is_function(mask):
-        for path, value in tree_flatten_with_path(mask)[0]:
-            checked_flag(f'{name}{keystr(path)}', value)
-    return mask
-
-
-def whole_mask(name: str, mask: Any, tree: Any) -> Any:
-    """A boolean for each leaf of `tree`, of a mask that is a prefix of it or a function to one."""
-    if is_function(mask):
-        mask = mask(tree)
-        if is_function(mask):
-            raise TypeError(f'{name} must return a tree of booleans, but returned a function.')
-    return broadcast_prefix(name, checked_mask(name, mask), tree)
-
-
-def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
-    """`prefix` in the structure of `tree`, which is that of the parameters."""
-    try:
-        return jax.tree.broadcast(prefix, tree)
-    except ValueError as error:
-        raise ValueError(f'{name} is neither like params nor a prefix of them: {error}') from None
-
-
 def canonical(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """A leaf's path without the `.value` of a Flax NNX variable.
 
@@ -147,30 +81,6 @@ def canonical(path: tuple[Any, ...]) -> tuple[Any, ...]:
 def by_path(tree: Any) -> dict[tuple[Any, ...], Any]:
     """The leaves of a tree by their canonical paths."""
     return {canonical(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
-
-
-def leaves_with_path(name: str, tree: Any) -> list[tuple[Any, Any]]:
-    """The leaves of a tree with their key paths, refusing keys that cannot be put in order."""
-    try:
-        return tree_flatten_with_path(tree)[0]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'{name} is no tree: {error}') from None
-
-
-def checked_leaves(name: str, tree: Any) -> list[tuple[Any, Any]]:
-    """The leaves of a tree with their key paths, refusing what is no array."""
-    leaves = leaves_with_path(name, tree)
-    for path, leaf in leaves:
-        leaf_dtype(f'{name}{keystr(path)}', leaf)
-    return leaves
-
-
-def leaf_dtype(name: str, leaf: Any) -> np.dtype:
-    """The dtype of an array, or of what JAX takes for one."""
-    try:
-        return leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
-    except (TypeError, ValueError):
-        raise TypeError(f'{name} is a {type(leaf).__name__}, not an array.') from None
 
 
 class RmsState(NamedTuple):

@@ -19,21 +19,20 @@ from jax import lax
 from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import check_alike, checked_params, checked_updates, rms_states
-from rmsprop_jax._types import (
-    Hyperparameter,
-    ScalarOrSchedule,
+from rmsprop_jax._checks import (
     broadcast_prefix,
-    by_path,
-    canonical,
-    cast,
+    check_alike,
     checked_flag,
     checked_leaves,
+    checked_params,
     checked_state,
     checked_steps,
     checked_transformation,
+    checked_updates,
     is_function,
 )
+from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._types import Hyperparameter, KeyPath, ScalarOrSchedule, by_path, canonical, cast
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
 from rmsprop_jax.storage._convert import stored_leaves
@@ -41,7 +40,6 @@ from rmsprop_jax.storage._place import split_axes, whole_sum
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
-KeyPath = tuple[Any, ...]
 Labels = Any
 Leaves = Iterable[tuple[KeyPath, Any]]
 

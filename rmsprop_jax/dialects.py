@@ -26,11 +26,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._edge import public
+from rmsprop_jax._checks import checked_flag, checked_mask, checked_steps
+from rmsprop_jax._core.chains import chain
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.moments import magnitude, root_or_zero
 from rmsprop_jax._equivalents import Equivalent as Equivalent
 from rmsprop_jax._equivalents import table as table
-from rmsprop_jax._lift import chain
-from rmsprop_jax._moments import magnitude, root_or_zero
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import (
     add_decayed_weights,
@@ -59,9 +60,6 @@ from rmsprop_jax._types import (
     Hyperparameter,
     ScalarOrSchedule,
     cast,
-    checked_flag,
-    checked_mask,
-    checked_steps,
     constant,
     decay_rate,
     is_absent,

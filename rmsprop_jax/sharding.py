@@ -16,18 +16,18 @@ from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._lift import check_alike, checked_params, checked_updates, map_with_moments
-from rmsprop_jax._types import (
+from rmsprop_jax._checks import (
     broadcast_prefix,
-    by_path,
-    canonical,
+    check_alike,
     checked_leaves,
+    checked_params,
     checked_transformation,
+    checked_updates,
 )
+from rmsprop_jax._core.wrapped import map_with_moments
+from rmsprop_jax._types import KeyPath, by_path, canonical
 from rmsprop_jax.storage._formats import Factors, factored
 from rmsprop_jax.storage._place import axis_names, varying_axes
-
-KeyPath = tuple[Any, ...]
 
 
 def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:

@@ -4,17 +4,23 @@ import ast
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import rmsprop_jax
 
 PACKAGE = pathlib.Path(rmsprop_jax.__file__).parent
-# Each module (or folder of modules) of the trunk may import only from those before it.
+# Each module (or folder of modules) of the trunk may import only from those before it. The
+# mathematics comes before storage, whose formats say what they ask of it, and what takes leaves
+# through both comes after.
 TRUNK = [
-    '_described',
     '_types',
-    '_moments',
+    '_checks',
+    '_core.moments',
     'storage',
-    '_lift',
+    '_core.wrapped',
+    '_core.leaves',
+    '_core.edge',
+    '_core.chains',
     '_precondition',
     '_momentum',
     '_optimizer',
@@ -38,11 +44,18 @@ BRANCHES = {
 }
 
 
+def room(parts: Sequence[str]) -> str:
+    """The module or folder of the package that a path or a dotted name is of."""
+    names = [part.removesuffix('.py') for part in parts]
+    return '.'.join(names[: 2 if names[0] == '_core' else 1])
+
+
 def sources() -> dict[str, list[pathlib.Path]]:
     """The source files of each module or folder of the package."""
     found: dict[str, list[pathlib.Path]] = {}
     for path in PACKAGE.rglob('*.py'):
-        found.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix('.py'), []).append(path)
+        found.setdefault(room(path.relative_to(PACKAGE).parts), []).append(path)
+    del found['_core.__init__']
     return found
 
 
@@ -53,10 +66,11 @@ def imported_modules(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = node.module.split('.')
             if parts[0] == 'rmsprop_jax':
-                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+                names = [[*parts[1:], alias.name] for alias in node.names]
+                found |= set(map(room, names))
         elif isinstance(node, ast.Import):
             parts = [alias.name.split('.') for alias in node.names]
-            found |= {p[1] for p in parts if p[0] == 'rmsprop_jax' and len(p) > 1}
+            found |= {room(p[1:]) for p in parts if p[0] == 'rmsprop_jax' and len(p) > 1}
     return found & sources().keys()
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmsprop_jax import _moments, rmsprop, scale_by_rms, scale_by_stddev, storage, trace
+from rmsprop_jax import rmsprop, scale_by_rms, scale_by_stddev, storage, trace
+from rmsprop_jax._core import moments
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -24,7 +25,7 @@ def test_an_array_epsilon_has_its_place(eps_in_sqrt):
     g, moment, eps = jnp.array([3.0]), jnp.array([16.0]), jnp.float32(9.0)
     exact = 3 / 5 if eps_in_sqrt else 3 / 13
     for given, is_positive in ((eps, False), (eps, True), (float(eps), True)):
-        found = _moments.direction(g, moment, given, eps_in_sqrt, is_positive=is_positive)
+        found = moments.direction(g, moment, given, eps_in_sqrt, is_positive=is_positive)
         np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 
@@ -41,16 +42,16 @@ def test_without_memory_there_is_no_variance(decay, bias_correction):
 
 
 def test_the_reciprocal_of_nothing_is_nothing():
-    assert _moments.reciprocal_or_zero(0.0) == 0.0
-    assert _moments.reciprocal_or_zero(4.0) == 0.25
+    assert moments.reciprocal_or_zero(0.0) == 0.0
+    assert moments.reciprocal_or_zero(4.0) == 0.25
     x = jnp.array([0.0, TINY / 2, TINY, 4.0])
-    np.testing.assert_allclose(_moments.reciprocal_or_zero(x), [0.0, 0.0, 1 / TINY, 0.25])
-    assert np.isfinite(jax.jacfwd(_moments.reciprocal_or_zero)(x)[:2]).all()
+    np.testing.assert_allclose(moments.reciprocal_or_zero(x), [0.0, 0.0, 1 / TINY, 0.25])
+    assert np.isfinite(jax.jacfwd(moments.reciprocal_or_zero)(x)[:2]).all()
 
 
 def test_the_first_variance_has_no_mean_to_deviate_from():
     zero, g = jnp.zeros(2), jnp.array([1.0, 2.0])
-    found = _moments.variance(zero, g, zero, jnp.float32(0.0), 0.9, jnp.float32(0.0))
+    found = moments.variance(zero, g, zero, jnp.float32(0.0), 0.9, jnp.float32(0.0))
     np.testing.assert_array_equal(found, [0.0, 0.0])
 
 

@@ -12,8 +12,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
 import rmsprop_jax
-from rmsprop_jax import _moments
-from rmsprop_jax._lift import Statistic
+from rmsprop_jax._core import moments
+from rmsprop_jax._core.leaves import Statistic
 from rmsprop_jax._types import (
     Hyperparameter,
     RmsState,
@@ -274,7 +274,7 @@ class _Kernel:
             # The plain path computes the new weight, and what follows from it, for each leaf.
             rms.weight if self.corrected else 1.0,
             d * r,
-            r * _moments.reciprocal_or_zero(d),
+            r * moments.reciprocal_or_zero(d),
             1.0 if rms.unit is None else rms.unit,
             1.0 if rms.unit is None else 1 / after[0].unit,
         ]

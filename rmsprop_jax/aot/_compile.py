@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from rmsprop_jax._types import checked_leaves, checked_transformation
+from rmsprop_jax._checks import checked_leaves, checked_transformation
 from rmsprop_jax.aot._program import Collective, Program
 from rmsprop_jax.aot._targets import devices
 

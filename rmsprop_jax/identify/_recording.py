@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from rmsprop_jax._types import leaves_with_path
+from rmsprop_jax._checks import leaves_with_path
 
 _COARSE_FIRST = ('bfloat16', 'float16', 'float32', 'float64')
 _MOST_ELEMENTS, _MOST_NUMBERS = 128, 4096

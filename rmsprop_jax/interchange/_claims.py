@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmsprop_jax import dialects
-from rmsprop_jax._types import checked_flag
+from rmsprop_jax._checks import checked_flag
 from rmsprop_jax.interchange._mapping import Problems, as_number
 from rmsprop_jax.interchange._settings import UNTOLD, recognised
 from rmsprop_jax.interchange._sides import Claim

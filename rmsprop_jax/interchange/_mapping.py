@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from rmsprop_jax._types import canonical, checked_flag, checked_steps
+from rmsprop_jax._checks import checked_flag, checked_steps
+from rmsprop_jax._types import canonical
 
 
 class InterchangeError(ValueError):

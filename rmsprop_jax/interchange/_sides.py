@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._checks import checked_transformation
 from rmsprop_jax.interchange._mapping import Problems
 from rmsprop_jax.interchange._measure import Action, Trial, near
 from rmsprop_jax.interchange._state import wide

@@ -15,8 +15,9 @@ from jax.tree_util import (
     tree_map_with_path,
 )
 
+from rmsprop_jax._checks import checked_leaves
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState, TraceState, canonical, checked_leaves
+from rmsprop_jax._types import RmsState, TraceState, canonical
 from rmsprop_jax.interchange._mapping import (
     Pair,
     Problems,

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_steps, checked_transformation, constant
+from rmsprop_jax._checks import checked_steps, checked_transformation
+from rmsprop_jax._types import constant
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
     Layout,

@@ -8,7 +8,8 @@ from typing import Any
 
 import optax
 
-from rmsprop_jax._types import checked_leaves, checked_transformation, decay_rate
+from rmsprop_jax._checks import checked_leaves, checked_transformation
+from rmsprop_jax._types import decay_rate
 from rmsprop_jax.interchange._mapping import Problems, checked_count
 from rmsprop_jax.interchange._measure import Trial, near
 from rmsprop_jax.interchange._sides import Claim, checked_source, settle

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_flag, checked_transformation
+from rmsprop_jax._checks import checked_flag, checked_transformation
 from rmsprop_jax.interchange._mapping import (
     Pair,
     Problems,

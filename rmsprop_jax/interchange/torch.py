@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._types import checked_transformation
+from rmsprop_jax._checks import checked_transformation
 from rmsprop_jax.interchange._claims import Claims
 from rmsprop_jax.interchange._groups import (
     SLOTS,

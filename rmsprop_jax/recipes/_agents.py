@@ -6,9 +6,10 @@ from typing import Any
 import optax
 
 from rmsprop_jax import dialects
+from rmsprop_jax._checks import checked_steps
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_global_norm
-from rmsprop_jax._types import ScalarOrSchedule, checked_steps
+from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._records import Recipe
 from rmsprop_jax.recipes._schedules import checked_rate, linear_to_zero, or_else

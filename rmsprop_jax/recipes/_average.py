@@ -8,17 +8,9 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_map_with_path
 from jax.typing import ArrayLike
 
-from rmsprop_jax._lift import KeyPath
-from rmsprop_jax._moments import componentwise
-from rmsprop_jax._types import (
-    Hyperparameter,
-    Scalar,
-    cast,
-    checked_leaves,
-    decay_rate,
-    leaf_dtype,
-    wide_dtype,
-)
+from rmsprop_jax._checks import checked_leaves, leaf_dtype
+from rmsprop_jax._core.moments import componentwise
+from rmsprop_jax._types import Hyperparameter, KeyPath, Scalar, cast, decay_rate, wide_dtype
 
 
 def ema_init(values: Any) -> Any:

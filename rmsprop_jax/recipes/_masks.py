@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._types import canonical, checked_leaves, checked_mask, whole_mask
+from rmsprop_jax._checks import checked_leaves, checked_mask, whole_mask
+from rmsprop_jax._types import canonical
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'

@@ -8,10 +8,10 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
-from rmsprop_jax._lift import KeyPath, Statistic
+from rmsprop_jax._core.leaves import Statistic
 from rmsprop_jax._optimizer import add_decayed_weights, precise_chain
 from rmsprop_jax._transforms import clip_parameters
-from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax._types import KeyPath, ScalarOrSchedule
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._masks import slim_decay_mask, tensorflow_decay_mask, timm_decay_mask
 from rmsprop_jax.recipes._records import Recipe

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._types import Hyperparameter, checked_steps
+from rmsprop_jax._checks import checked_steps
+from rmsprop_jax._types import Hyperparameter
 from rmsprop_jax.recipes._records import Recipe, Staircase
 
 

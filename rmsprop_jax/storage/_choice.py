@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._types import checked_steps
+from rmsprop_jax._checks import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
 
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._moments import componentwise
+from rmsprop_jax._checks import checked_leaves, leaf_dtype
+from rmsprop_jax._core.moments import componentwise
 from rmsprop_jax._types import (
+    KeyPath,
     RmsState,
     TraceState,
     by_path,
     canonical,
-    checked_leaves,
-    leaf_dtype,
     real_dtype,
     wide_dtype,
 )
@@ -36,7 +36,6 @@ from rmsprop_jax.storage._formats import (
 from rmsprop_jax.storage._place import unshared, whole_shape
 
 _VERSION = 1
-KeyPath = tuple[Any, ...]
 Partition = Mapping[KeyPath, PartitionSpec]
 
 

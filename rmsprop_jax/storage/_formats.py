@@ -14,8 +14,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax._moments import Arithmetic, kept_apart
-from rmsprop_jax._types import constant, leaf_dtype, real_dtype
+from rmsprop_jax._checks import leaf_dtype
+from rmsprop_jax._core.moments import Arithmetic, kept_apart
+from rmsprop_jax._types import constant, real_dtype
 from rmsprop_jax.storage._place import full_like, manual_axes, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
@@ -111,9 +112,16 @@ class Format(abc.ABC):
         """
         return None if key is None else random_bits(shape, salt(key, count), spec)
 
-    @abc.abstractmethod
     def decode(self, stored: Any, unit: Any = None) -> jax.Array:
         """The numbers that `encode` kept with the same unit, in float32 or wider."""
+        fault = self.fault(stored, stored_shape(stored) or ())
+        if fault is not None:
+            raise ValueError(f'stored {fault}.')
+        return self.decode_own(stored, unit)
+
+    @abc.abstractmethod
+    def decode_own(self, stored: Any, unit: Any = None) -> jax.Array:
+        """`decode` of what has been checked: `fault` is None for it."""
 
     @abc.abstractmethod
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
@@ -161,11 +169,6 @@ class _Elementwise(Format):
     def _is_own(self, dtype: np.dtype) -> bool:
         return dtype == self.dtype
 
-    def _check_own(self, stored: Any) -> None:
-        fault = self.fault(stored, np.shape(stored))
-        if fault is not None:
-            raise ValueError(f'stored {fault}.')
-
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> jax.Array:
         del dtype
         is_number = isinstance(fill, int | float)
@@ -201,9 +204,8 @@ class float32(_Elementwise):
         del bits, unit
         return x
 
-    def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+    def decode_own(self, stored: jax.Array, unit: Any = None) -> jax.Array:
         del unit
-        self._check_own(stored)
         return stored
 
     def _is_own(self, dtype: np.dtype) -> bool:
@@ -232,8 +234,7 @@ class _Rounded(_Elementwise):
         multiple = jnp.asarray(x, jnp.float32) * (1.0 if unit is None else 1 / unit)
         return self.rounded(multiple, HALF if bits is None else bits)
 
-    def decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
-        self._check_own(stored)
+    def decode_own(self, stored: jax.Array, unit: Any = None) -> jax.Array:
         return self.widened(stored) * (1.0 if unit is None else unit)
 
     @abc.abstractmethod
@@ -470,11 +471,9 @@ class factored(Format):
         columns = self._columns
         return self._kind(row=jnp.mean(x, axis=columns), col=jnp.mean(x, axis=columns - 1))
 
-    def decode(self, stored: Any, unit: Any = None) -> jax.Array:
+    def decode_own(self, stored: Any, unit: Any = None) -> jax.Array:
         del unit
         stored, columns = as_factors(stored, self._kind), self._columns
-        if type(stored) is not self._kind:
-            raise ValueError('stored is not in the format storage.factored.')
         total = jnp.mean(stored.row, axis=columns, keepdims=True)
         vanishes = total < float(jnp.finfo(total.dtype).tiny)
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))

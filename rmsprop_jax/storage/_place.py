@@ -93,6 +93,8 @@ def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
 
 def whole_shape(shape: tuple[int, ...], spec: PartitionSpec | None) -> tuple[int, ...]:
     """The shape of an array, given the shape of one device's share of it and its partition."""
+    if spec is None:
+        return shape
     return tuple(n * _devices(manual_axes(spec, axis)) for axis, n in enumerate(shape))
 
 

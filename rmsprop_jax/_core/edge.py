@@ -18,10 +18,17 @@ from rmsprop_jax._types import Number, Schedule, is_normal
 from rmsprop_jax.storage._choice import is_plain
 
 P = ParamSpec('P')
+
+
 Update = Callable[..., tuple[Any, Any]]
 
+
 _SHORT = reprlib.Repr()
+
+
 _SHORT.maxother = 80
+
+
 # What a function does that looks at a number it is given, such as the step count of a schedule.
 _LOOKED_AT = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 

@@ -1,0 +1,255 @@
+"""The one place where array mathematics meets trees: a leaf is decoded, stepped and encoded here.
+
+Every leaf is visited once per update, in one flatten and one unflatten of the gradient tree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+from jax.typing import ArrayLike
+
+from rmsprop_jax._checks import check_kind, inexact_dtype, matched
+from rmsprop_jax._types import KeyPath, by_path, canonical, real_dtype, wide_dtype
+from rmsprop_jax.storage._choice import Storage, format_of
+from rmsprop_jax.storage._formats import Format, float32, held_as, stored_shape
+from rmsprop_jax.storage._place import possible_shapes, whole_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """What is kept for each entry of the parameters between steps.
+
+    Attributes:
+      name: `nu`, `mu`, `var` or `trace`.
+      real: Whether it is real even where parameters are complex.
+      storage: Which format keeps which leaf; None means float32.
+      of_pairs: Whether complex arrays are pairs of reals, with a statistic for each, as in PyTorch.
+        They are then kept with a further axis of two, their last.
+    """
+
+    name: str
+    real: bool = False
+    storage: Storage | None = None
+    of_pairs: bool = False
+
+    def init(self, params: Any, fill: Any) -> Any:
+        """The statistic of one number everywhere, sharded and placed like `params`.
+
+        Args:
+          params: Any tree of floating or complex arrays (or `jax.ShapeDtypeStruct`s).
+          fill: A scalar, possibly traced.
+        """
+
+        def leaf(path: KeyPath, param: Any) -> Any:
+            dtype = self.dtype(f'params{keystr(path)}', param)
+            chosen = {self.format(path, shape, param) for shape in possible_shapes(param)}
+            if len(chosen) > 1:
+                raise ValueError(
+                    f"params{keystr(path)} of shape {jnp.shape(param)} may be one device's share "
+                    f'of an array under jax.shard_map, and the format of its {self.name} depends '
+                    'on the shape of the whole array: call init outside of shard_map.'
+                )
+            return chosen.pop().init(_as_pairs(param) if self.splits(param) else param, fill, dtype)
+
+        return tree_map_with_path(leaf, params)
+
+    def splits(self, param: Any) -> bool:
+        """Whether a parameter, or its gradient, is taken for pairs of reals."""
+        return self.of_pairs and jnp.iscomplexobj(param)
+
+    def dtype(self, name: str, param: Any) -> np.dtype:
+        """In which it is accumulated for a parameter of that name."""
+        dtype = wide_dtype(inexact_dtype(name, param))
+        return real_dtype(dtype) if self.real or self.splits(param) else dtype
+
+    def format(self, path: KeyPath, shape: tuple[int, ...], param: Any) -> Format:
+        """How it is kept for a parameter at `path`, where the whole array has that shape."""
+        if self.storage is None:
+            return float32()
+        splits = self.splits(param)
+        is_complex = jnp.iscomplexobj(param) and not (self.real or splits)
+        chosen = format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
+        return chosen.of_pairs() if splits else chosen
+
+    def shape(self, param: Any) -> tuple[int, ...]:
+        """Its own, for a parameter or one device's share of it."""
+        return (*jnp.shape(param), 2) if self.splits(param) else jnp.shape(param)
+
+
+def init_like(params: Any, fill: Any) -> Any:
+    """A tree shaped, sharded and placed like `params`, of one number, in float32 or wider."""
+    return Statistic('parameters').init(params, fill)
+
+
+def map_leaves(
+    step: Callable[..., tuple[jax.Array, ...]],
+    updates: Any,
+    moments: Sequence[tuple[Statistic, Any]],
+    *,
+    count: ArrayLike,
+    units: tuple[Any, Any] = (None, None),
+    params: Any = None,
+    specs: Any = None,
+) -> tuple[Any, ...]:
+    """Applies `step` to each leaf of `updates` with its statistics; returns a tree of each result.
+
+    Args:
+      step: Maps a gradient and the same leaf of each statistic, decoded and all in one precision,
+        to a tuple: the new update, which is cast to the gradient's dtype, and the new leaf of each
+        statistic, which is encoded. Its last argument is the `Arithmetic` of the first format.
+      updates: The tree of gradients.
+      moments: The statistics and their trees.
+      count: Steps taken so far, of which rounding makes its random bits.
+      units: What rounded magnitudes are multiples of before and after this step.
+      params: The parameters, where the caller has them: a complex gradient of a real one is
+        refused.
+      specs: Under `jax.shard_map`, how the parameters are partitioned: a tree of `PartitionSpec`s,
+        which may have more leaves than `updates`.
+
+    Raises:
+      ValueError: If a statistic's structure, or the shape or format of one of its leaves, is not
+        what the gradients and its storage ask for.
+      TypeError: If a gradient is not floating or complex, or is complex where its statistic or
+        parameter is not.
+    """
+    leaves, treedef = tree_flatten_with_path(updates)
+    statistics = [statistic for statistic, _ in moments]
+    columns = [matched(treedef, updates, tree) for _, tree in moments]
+    # Means and velocities are signed sums, which do not decay alike.
+    before, after = ([unit if x.real else None for x in statistics] for unit in units)
+    # Wrappers may pass any tree as params, so a different one is no error.
+    known = params is not None and jax.tree.structure(params) == treedef
+    kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
+    leaf_step = functools.partial(_leaf_step, step, (before, after), count)
+    if _is_staged():
+        # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
+        # this would compile anew at every update, because `step` is a new function each time.
+        leaf_step = jax.jit(leaf_step, static_argnums=(0, 1, 2))
+    partition = by_path(specs)
+    results = []
+    for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
+        own = canonical(path)
+        name, spec = f'updates{keystr(path)}', partition.get(own)
+        check_kind(name, g, [] if kind is None else [kind])
+        shape = whole_shape(jnp.shape(g), spec)
+        formats = [x.format(own, shape, g) for x in statistics]
+        for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
+            _check_stored(name, g, statistic, kept, leaf, spec)
+            if spec is not None:
+                _check_shard(name, g, kept, spec)
+        keys = [
+            kept.key(f'{statistic.name}{keystr(own)}') if kept.rounds else None
+            for kept, statistic in zip(formats, statistics, strict=True)
+        ]
+        split = any(x.splits(g) for x in statistics)
+        update, *new = leaf_step(tuple(formats), spec, split, g, stored, keys)
+        held = (held_as(x, old) for x, old in zip(new, stored, strict=True))
+        results.append((update, *held))
+    outputs = zip(*results, strict=True) if results else [()] * (1 + len(columns))
+    return tuple(treedef.unflatten(output) for output in outputs)
+
+
+def _leaf_step(
+    step: Callable[..., tuple[jax.Array, ...]],
+    units: tuple[Sequence[Any], Sequence[Any]],
+    count: ArrayLike,
+    formats: tuple[Format, ...],
+    spec: PartitionSpec | None,
+    split: bool,
+    g: jax.Array,
+    stored: Sequence[Any],
+    keys: Sequence[Any],
+) -> tuple[Any, ...]:
+    """Decodes the statistics of one leaf, steps, and encodes them."""
+
+    def bits(kept: Format, key: Any, x: jax.Array) -> Any:
+        return kept.bits(key, count, x.shape, spec) if kept.rounds else None
+
+    before, after = units
+    decoded = [
+        kept.decode_own(leaf, unit)
+        for kept, leaf, unit in zip(formats, stored, before, strict=True)
+    ]
+    wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
+    parts = _as_pairs(g) if split else jnp.asarray(g)
+    way = formats[0].arithmetic
+    update, *new = step(*[_in_precision(x, wide) for x in (parts, *decoded)], way)
+    encoded = [
+        kept.encode(x, bits(kept, key, x), unit)
+        for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
+    ]
+    update = lax.complex(update[..., 0], update[..., 1]) if split else update
+    return update.astype(jnp.result_type(g)), *encoded
+
+
+def _as_pairs(x: Any) -> Any:
+    """A complex array as a real one with a further axis of two, its last."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(shape=(*x.shape, 2), dtype=real_dtype(x.dtype))
+    return jnp.stack([jnp.real(x), jnp.imag(x)], -1)
+
+
+def _is_staged() -> bool:
+    """Whether operations are recorded for a compiler: under jit, but not under vmap or grad alone.
+
+    Those two leave an operation on a constant alone.
+    """
+    return isinstance(jnp.zeros(()), Tracer)
+
+
+def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
+    return x.astype(np.promote_types(wide, np.complex64) if jnp.iscomplexobj(x) else wide)
+
+
+def widen(tree: Any) -> Any:
+    """Casts floating and complex leaves to their accumulation dtype, and leaves others alone.
+
+    Those may be anything, such as the functions in an Equinox model: who reads them checks them.
+    """
+
+    def leaf(x: Any) -> Any:
+        if not jnp.issubdtype(getattr(x, 'dtype', type(x)), jnp.inexact):
+            return x
+        return jnp.asarray(x, wide_dtype(jnp.result_type(x)))
+
+    return jax.tree.map(leaf, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts each leaf of `tree` to the dtype of the same leaf of `like`."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def _check_stored(
+    name: str, g: Any, statistic: Statistic, kept: Format, stored: Any, spec: PartitionSpec | None
+) -> None:
+    shape = statistic.shape(g)
+    fault = kept.fault(stored, shape)
+    if fault is not None:
+        message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
+        # A statistic of the right shape is of another format.
+        if stored_shape(stored) == shape:
+            message += ' If the storage has changed, use storage.convert.'
+            if spec is None and len(possible_shapes(g)) > 1:
+                message += (
+                    ' Under jax.shard_map a format is chosen by the shape of the whole array: give '
+                    'update the argument partition_specs.'
+                )
+        raise ValueError(message)
+    if not (statistic.real or statistic.splits(g)):
+        check_kind(name, g, [stored])
+
+
+def _check_shard(name: str, g: Any, kept: Format, spec: PartitionSpec | None) -> None:
+    fault = kept.shard_fault(spec, jnp.ndim(g))
+    if fault is not None:
+        raise ValueError(f'{name}: {fault}')

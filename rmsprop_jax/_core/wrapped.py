@@ -1,0 +1,114 @@
+"""Our states inside those of wrappers and chains: found, mapped, and matched with parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path, tree_map_with_path
+
+from rmsprop_jax._types import KeyPath, RmsState
+from rmsprop_jax.storage._choice import Storage
+
+
+def map_with_moments(function: Callable[..., Any], tree: Any, moments: Any, *others: Any) -> Any:
+    """`moments` with `function` of each leaf of `tree`, of what is kept in its place, and of the
+    same leaf of others.
+
+    Where a mask has left out a branch, all of it is one `optax.MaskedNode`, which stays.
+
+    Args:
+      function: Maps a leaf, the part of `moments` in its place, and leaves of `others`.
+      tree: A tree like the parameters.
+      moments: A tree of which those are a prefix, but for what has been masked out.
+      others: Trees like `tree`.
+    """
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = tree_flatten_with_path(moments, is_leaf=is_masked)[0]
+    masked = {path for path, node in nodes if is_masked(node)}
+
+    def leaf(path: KeyPath, x: Any, part: Any, *same: Any) -> Any:
+        return part if path in masked else function(x, part, *same)
+
+    return tree_map_with_path(
+        leaf,
+        tree,
+        moments,
+        *others,
+        is_leaf=lambda path, _: path in masked,
+        is_leaf_takes_path=True,
+    )
+
+
+def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
+    """A tree like `state`: the leaf of `tree` at each parameter for all that `state` keeps in that
+    parameter's place, and `elsewhere` for the rest."""
+
+    def moments_of(x: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: x, part)
+
+    return optax.tree.map_params(
+        tx,
+        lambda moments, tree: map_with_moments(moments_of, tree, moments),
+        state,
+        tree,
+        transform_non_params=lambda _: elsewhere,
+        # Whole trees are handed over, so that what wrappers have masked out can be skipped.
+        is_leaf=lambda _: True,
+    )
+
+
+def select(mark: Any, new: Any, old: Any) -> Any:
+    """`new` where `mark` is true, else `old`: a bool, or a boolean array of shape () or that of the
+    parameter whose statistic the other two are.
+
+    Raises:
+      ValueError: If a mark of the parameter's shape does not tell which entries of the statistic
+        are meant.
+    """
+    if isinstance(mark, bool):
+        return new if mark else old
+    if jnp.ndim(mark) and jnp.shape(mark) != jnp.shape(new):
+        # Statistics of complex numbers as pairs of reals have one more axis, of two.
+        if jnp.shape(new) != (*jnp.shape(mark), 2):
+            raise ValueError(
+                f'a statistic of shape {jnp.shape(new)} has no entry for each of a parameter of '
+                f'shape {jnp.shape(mark)}, as factored ones have none: it can be selected as a '
+                'whole only.'
+            )
+        mark = jnp.expand_dims(mark, -1)
+    return jnp.where(mark, new, old)
+
+
+def rms_states(state: Any) -> list[RmsState]:
+    """The `RmsState`s anywhere in an optimizer's state."""
+    parts = jax.tree.leaves(state, is_leaf=_is_rms_state)
+    return [part for part in parts if _is_rms_state(part)]
+
+
+def map_rms_states(function: Callable[..., Any], state: Any, *others: Any) -> Any:
+    """`state` with `function` of each of its `RmsState`s, and of the same ones of `others`, in its
+    place."""
+    nodes = zip(*map(rms_states, (state, *others)), strict=True)
+    return jax.tree.map(
+        lambda node: function(*next(nodes)) if _is_rms_state(node) else node,
+        state,
+        is_leaf=_is_rms_state,
+    )
+
+
+def check_storage_is_given(state: Any, storage: Storage | None) -> None:
+    """Refuses a state with units where it is not known what is kept in them."""
+    if storage is None and any(node.unit is not None for node in rms_states(state)):
+        raise ValueError(
+            'give the storage that the transformation was given: the state is kept in compact '
+            'formats.'
+        )
+
+
+def _is_rms_state(node: Any) -> bool:
+    return isinstance(node, RmsState)
