@@ -19,6 +19,7 @@ from rmsprop_jax._checks import (
     checked_transformation,
     checked_updates,
 )
+from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
     map_rms_states,
@@ -49,6 +50,7 @@ class SkipNonfiniteState(NamedTuple):
     inner_state: Any
 
 
+@public
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     per: Unit = 'coordinate',

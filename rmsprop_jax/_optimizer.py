@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag, checked_mask, checked_updates, whole_mask
 from rmsprop_jax._core.chains import chain, for_state, guarded
-from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.edge import compiled_alone, public
 from rmsprop_jax._core.leaves import cast_like, widen
 from rmsprop_jax._core.moments import componentwise
 from rmsprop_jax._momentum import trace_step
@@ -305,7 +305,8 @@ def inject_hyperparams(
             factory = _knowing(given, inner_factory)
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
         tx = optax.inject_hyperparams(factory, static | absent, dtype)(*args, **kwargs)
-        return for_state(tx, optax.InjectStatefulHyperparamsState)
+        checked = for_state(tx, optax.InjectStatefulHyperparamsState)
+        return checked._replace(update=compiled_alone(checked.update))
 
     return wrapped
 

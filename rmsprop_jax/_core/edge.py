@@ -116,18 +116,19 @@ def _own_program(update: Update) -> Update:
 def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> Update:
     """The program of a transformation, which all share whose calls differ in numbers alone.
 
-    Where an argument is a function, a tree or an array the program is the transformation's own:
-    kept for others, it would keep alive what they refer to.
+    Where an argument is a function or a tree the program is the transformation's own: kept for
+    others, it would keep alive what they refer to.
     """
-    given, accepts = _arguments(call), _takers_of_numbers(call.func)
-    numbers = {name: x for name, x in given.items() if name in accepts and _is_number(x)}
-    rest = {name: x for name, x in given.items() if name not in numbers}
+    given, (of_schedules, of_arrays) = _arguments(call), _takers_of_numbers(call.func)
+    arrays = {n: x for n, x in given.items() if n in of_arrays and isinstance(x, jax.Array)}
+    numbers = {n: float(x) for n, x in given.items() if n in of_schedules and _is_number(x)}
+    rest = {n: x for n, x in given.items() if n not in {*arrays, *numbers}}
     if not all(map(is_plain, rest.values())):
         return _own_program(optax.with_extra_args_support(tx).update)
-    names = tuple((name, is_normal(float(x))) for name, x in numbers.items())
+    names = tuple((name, is_normal(x)) for name, x in numbers.items())
     # In one array, which costs a call far less than one for each.
-    values = np.array([(float(x), 1 - float(x)) for x in numbers.values()]).reshape(-1, 2)
-    return functools.partial(_shared_step, call.func, tuple(rest.items()), names, values)
+    values = np.array([(x, 1 - x) for x in numbers.values()]).reshape(-1, 2)
+    return functools.partial(_shared_step, call.func, tuple(rest.items()), names, values, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -136,18 +137,19 @@ def _shared_step(
     rest: tuple[tuple[str, Any], ...],
     names: tuple[tuple[str, bool], ...],
     numbers: jax.Array,
+    arrays: dict[str, jax.Array],
     updates: Any,
     state: Any,
     params: Any,
     extra_args: Any,
 ) -> tuple[Any, Any]:
-    """A step of the transformation that `factory` makes of `rest` and of the numbers."""
+    """A step of the transformation that `factory` makes of all these arguments."""
     pairs = zip(names, numbers, strict=True)
     given = {name: Number(x[0], x[1], known) for (name, known), x in pairs}
     with warnings.catch_warnings():
         # Whoever made the transformation has been warned.
         warnings.simplefilter('ignore')
-        tx = factory(**dict(rest), **given)
+        tx = factory(**dict(rest), **given, **arrays)
     return tx.update(updates, state, params, **extra_args)
 
 
@@ -158,10 +160,16 @@ def _arguments(call: functools.partial[Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _takers_of_numbers(factory: Callable[..., Any]) -> frozenset[str]:
-    """The arguments that may be schedules: what they are may change from step to step."""
+def _takers_of_numbers(factory: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """The arguments that may be schedules, which numbers that change are, and those that may be
+    arrays."""
     parameters = inspect.signature(factory).parameters.items()
-    return frozenset(n for n, x in parameters if Schedule in typing.get_args(x.annotation))
+    kinds = {name: typing.get_args(x.annotation) for name, x in parameters}
+    schedules, arrays = (
+        frozenset(name for name, given in kinds.items() if kind in given)
+        for kind in (Schedule, jax.Array)
+    )
+    return schedules, arrays
 
 
 def _is_number(x: Any) -> bool:

@@ -180,9 +180,12 @@ class _Elementwise(Format):
 
 
 @functools.lru_cache(maxsize=256)
-def _encoded(kept: Format, fill: float) -> np.ndarray:
+def _encoded(kept: _Elementwise, fill: float) -> np.ndarray:
+    """One number. Zero stays zero in every format, and need not be compiled."""
+    if fill == 0:
+        return np.zeros((), kept.dtype)
     with jax.ensure_compile_time_eval():
-        return np.asarray(kept.encode(jnp.asarray(fill)))
+        return np.asarray(jax.jit(kept.encode)(fill))
 
 
 @dataclasses.dataclass(frozen=True)
