@@ -21,7 +21,7 @@ from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
 from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_absent
-from rmsprop_jax.storage._formats import Factors
+from rmsprop_jax.storage._formats import Means
 
 Optimizer = optax.GradientTransformationExtraArgs
 Step = optax.GradientTransformation
@@ -166,8 +166,8 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
 def _check_rows_can_be_held(state: Any) -> None:
     """Rounded averages are multiples of a unit that decays, and factored ones have no rows."""
     for node in rms_states(state):
-        kept = jax.tree.leaves(node.nu, is_leaf=lambda x: isinstance(x, Factors))
-        if node.unit is not None or any(isinstance(x, Factors) for x in kept):
+        kept = jax.tree.leaves(node.nu, is_leaf=lambda x: isinstance(x, Means))
+        if node.unit is not None or any(isinstance(x, Means) for x in kept):
             raise ValueError(
                 'rows can be held still only in float32: with sparse, choose no other storage for '
                 'nu and var.'

@@ -26,7 +26,7 @@ from rmsprop_jax._checks import (
 )
 from rmsprop_jax._core.wrapped import map_with_moments
 from rmsprop_jax._types import KeyPath, by_path, canonical
-from rmsprop_jax.storage._formats import Factors, factored
+from rmsprop_jax.storage._formats import Means, factored
 from rmsprop_jax.storage._place import axis_names, varying_axes
 
 
@@ -363,14 +363,14 @@ def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> A
         return jax.tree.map(
             lambda part: _like_param(part, param, sharding, elsewhere),
             stored,
-            is_leaf=lambda part: isinstance(part, Factors),
+            is_leaf=lambda part: isinstance(part, Means),
         )
 
     return map_with_moments(leaf, params, moments, shardings)
 
 
 def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:
-    if isinstance(stored, Factors):
+    if isinstance(stored, Means):
         specs = factored().spec(_spec(sharding), len(param.shape))
         return type(stored)(*[_with_spec(sharding, spec) for spec in specs])
     # Complex parameters may be kept as pairs of reals, along a further axis.

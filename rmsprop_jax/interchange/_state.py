@@ -26,7 +26,7 @@ from rmsprop_jax.interchange._mapping import (
     named_leaves,
     sharding_of,
 )
-from rmsprop_jax.storage._formats import STATISTICS, Factors
+from rmsprop_jax.storage._formats import STATISTICS, Means
 
 # By name, since Optax exports only two of these classes.
 _OPTAX_RMS = frozenset(
@@ -82,8 +82,8 @@ def is_compact(node: Any) -> bool:
     if not isinstance(node, RmsState | TraceState):
         return False
     trees = [getattr(node, name, None) for name in STATISTICS]
-    leaves = jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Factors))
-    return any(isinstance(x, Factors) or x.dtype.itemsize < 4 for x in leaves)
+    leaves = jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Means))
+    return any(isinstance(x, Means) or x.dtype.itemsize < 4 for x in leaves)
 
 
 def is_average(node: Any) -> bool:

@@ -28,6 +28,7 @@ from rmsprop_jax.storage._formats import (
     STATISTICS,
     Factors,
     Format,
+    Means,
     as_factors,
     factored,
     float32,
@@ -385,7 +386,7 @@ def _format_of(
     ones as pairs; up to release 0.1 formats were chosen by the shape of the pairs.
     """
     shape = stored_shape(stored) or ()
-    is_complex = not isinstance(stored, Factors) and jnp.iscomplexobj(stored)
+    is_complex = not isinstance(stored, Means) and jnp.iscomplexobj(stored)
     faults, fitting = list[str](), list[Format]()
     for of_pairs in (False, True)[: 1 + (shape[-1:] == (2,) and not is_complex)]:
         own = shape[:-1] if of_pairs else shape
@@ -412,7 +413,7 @@ def _format_of(
     return fitting[0]
 
 
-def _are_means(means: Factors) -> bool:
+def _are_means(means: Means) -> bool:
     """Whether two arrays have the shapes that means over rows and columns have."""
     shapes = [getattr(x, 'shape', None) for x in means]
     return all(shapes) and shapes[0][:-1] == shapes[1][:-1]  # pyright: ignore[reportOptionalSubscript]
@@ -452,7 +453,7 @@ def _map_statistics(
 
         def leaf(path: KeyPath, stored: Any) -> Any:
             name, own = keystr((*prefix, *path)), canonical(path)
-            stored = as_factors(stored) if isinstance(stored, Factors) else stored
+            stored = as_factors(stored) if isinstance(stored, Means) else stored
             kept = _format_of(storage, statistic, own, stored, partition.get(own))
             if isinstance(kept, str):
                 raise ValueError(f'state{name} {kept}.')
@@ -462,7 +463,7 @@ def _map_statistics(
 
         def is_stored(path: KeyPath, x: Any) -> bool:
             means = as_factors(x)
-            if isinstance(means, Factors) and means is not x and _are_means(means):
+            if isinstance(means, Means) and means is not x and _are_means(means):
                 shape = stored_shape(means) or ()
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
                 if isinstance(chosen, factored):
@@ -471,7 +472,7 @@ def _map_statistics(
                         'parameters, or the means of one that Flax NNX has turned into a mapping: '
                         'put storage.Factors(row, col) in their place.'
                     )
-            return isinstance(x, Factors)
+            return isinstance(x, Means)
 
         return tree_map_with_path(leaf, moments, is_leaf=is_stored, is_leaf_takes_path=True)
 

@@ -386,11 +386,17 @@ class Factors(NamedTuple):
     col: Any
 
 
-class FactorsOfPairs(Factors):
+class FactorsOfPairs(NamedTuple):
     """The factors of complex numbers as pairs of reals, which are the last axis of both."""
 
+    row: Any
+    col: Any
 
-def as_factors(stored: Any, kind: type[Factors] = Factors) -> Any:
+
+Means = Factors | FactorsOfPairs
+
+
+def as_factors(stored: Any, kind: type[Means] = Factors) -> Any:
     """`stored`, or the factors that Flax NNX has turned into a mapping of its own.
 
     Up to release 0.1 those of pairs were means over the last two axes, and are plain factors: who
@@ -408,7 +414,7 @@ def as_factors(stored: Any, kind: type[Factors] = Factors) -> Any:
 def stored_shape(stored: Any) -> tuple[int, ...] | None:
     """The shape of the statistic that is kept so, or None if that is no array."""
     stored = as_factors(stored)
-    if not isinstance(stored, Factors):
+    if not isinstance(stored, Means):
         return getattr(stored, 'shape', None)
     row, col = stored.row.shape, stored.col.shape
     return (*row[:-1], *col[-2:]) if isinstance(stored, FactorsOfPairs) else row + col[-1:]
@@ -416,7 +422,7 @@ def stored_shape(stored: Any) -> tuple[int, ...] | None:
 
 def held_as(new: Any, old: Any) -> Any:
     """New factors as a mapping where the old ones are one."""
-    if isinstance(new, Factors) and isinstance(old, Mapping):
+    if isinstance(new, Means) and isinstance(old, Mapping):
         return type(old)(new._asdict())  # pyright: ignore[reportCallIssue]
     return new
 
@@ -450,7 +456,7 @@ class factored(Format):
     """
 
     holds = ('nu',)
-    _kind: ClassVar[type[Factors]] = Factors
+    _kind: ClassVar[type[Means]] = Factors
     # The axis that `row` is a mean over; `col` is one over the axis before.
     _columns: ClassVar[int] = -1
 
@@ -462,14 +468,14 @@ class factored(Format):
     def of_pairs(self) -> Format:
         return _FactoredPairs()
 
-    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Factors:
+    def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Means:
         dtype = real_dtype(dtype)
         return self._kind(
             row=full_like(param, fill, dtype, without=self._columns),
             col=full_like(param, fill, dtype, without=self._columns - 1),
         )
 
-    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> Factors:
+    def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> Means:
         del bits, unit
         columns = self._columns
         return self._kind(row=jnp.mean(x, axis=columns), col=jnp.mean(x, axis=columns - 1))
