@@ -26,7 +26,6 @@ from rmsprop_jax.storage._choice import Storage, check_storage, format_of, round
 from rmsprop_jax.storage._formats import (
     MAGNITUDES,
     STATISTICS,
-    Factors,
     Format,
     Means,
     as_factors,
