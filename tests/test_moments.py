@@ -63,7 +63,9 @@ def test_what_is_subnormal_in_float32_counts_as_zero_beside_float64():
                 jnp.float32(1), jnp.float32(TINY / 2), 1e-30, False, is_positive=is_positive
             )
             np.testing.assert_allclose(found, 1e30, rtol=1e-6)
-        assert moments.direction(jnp.float32(1), jnp.float32(TINY / 2), 0.0, True) == 0
+        step = functools.partial(moments.direction, eps_in_sqrt=False)
+        assert step(jnp.float32(1), jnp.float32(TINY / 2), 0.0) == 0
+        assert jax.grad(step, 1)(jnp.float32(1), jnp.float32(TINY / 2), 0.0) == 0
 
 
 def test_the_first_variance_has_no_mean_to_deviate_from():
@@ -106,7 +108,10 @@ def test_the_parts_of_a_step_are_their_formulas(dtype):
     found = moments.mean(mu, g, 0.25)
     np.testing.assert_array_equal(found, jnp.array([1.5, 0.5], dtype))
     assert found.dtype == dtype
-    np.testing.assert_array_equal(moments.componentwise(operator.mul, 1j * g, 2.0), 2j * g)
+    z = jax.lax.complex(g.real, g.real)
+    with jax.numpy_dtype_promotion('strict'):
+        twice = moments.componentwise(operator.mul, z, jnp.float32(2))
+    np.testing.assert_array_equal(twice, z + z)
 
 
 @pytest.mark.parametrize('eps_in_sqrt', [True, False])
@@ -165,6 +170,17 @@ def test_a_variance_at_the_end_of_its_format_has_the_mean_added(from_old_mean, w
     moment = np.asarray(var) / c + np.array([0, 1, 1]) * np.square(4 / c)
     np.testing.assert_array_equal(mu, [4.0, 4.0, 4.0])
     np.testing.assert_allclose(step, 6 / np.sqrt(moment + 1), rtol=1e-6)
+
+
+def test_a_format_as_wide_as_the_arithmetic_has_no_end():
+    """A variance at bfloat16's largest number is one that float32 has reached as well."""
+    largest = storage.bfloat16().largest
+    g = mu = jnp.array([1e18])
+    step, var, _ = moments.centered_step(
+        g, jnp.array([largest]), mu, Scalars(0.5, 0.5, 1.0), True, True, Arithmetic(largest)
+    )
+    np.testing.assert_allclose(var, [largest / 2])
+    np.testing.assert_allclose(step, 1e18 / np.sqrt(largest / 2), rtol=1e-6)
 
 
 def test_the_smallest_normal_root_is_a_root():
