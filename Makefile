@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
-EXTRAS := demo test notebooks dev bench build fuzz
+EXTRAS := demo test notebooks dev bench build fuzz mutation
 
 # The compilers for TPU and GPU are kept apart: they slow down every import of jax.
 AOT_VENV := .venv/aot-$(notdir $(PYTHON))
@@ -155,11 +155,13 @@ fuzz: $(VENV)/.fuzz  ## Look for input that breaks the readers, for ten minutes 
 	mkdir -p build/fuzz && cd build/fuzz && JAX_PLATFORMS=cpu $(CURDIR)/$(BIN)/python \
 	  $(CURDIR)/tests/fuzz/readers.py corpus $(or $(ARGS),-max_total_time=600 -max_len=2000)
 
-mutation: $(VENV)/.test  ## Break the mathematics and see that tests notice (ARGS="--every 10" for a part)
-	cd tests && JAX_PLATFORMS=cpu $(CURDIR)/$(BIN)/python -m mutation $(ARGS)
+mutation: $(VENV)/.mutation  ## Break mathematics and storage and see that tests notice (ARGS='*.moments.*' for a part)
+	rm -rf mutants
+	JAX_PLATFORMS=cpu $(BIN)/mutmut run $(ARGS)
+	$(BIN)/python tests/mutation/survivors.py
 
 clean:  ## Remove environments, caches and built files
-	rm -rf .venv build dist demo-output .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo-output mutants .hypothesis .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
