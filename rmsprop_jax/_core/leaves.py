@@ -176,8 +176,7 @@ def _leaf_step(
 
     before, after = units
     decoded = [
-        kept.decode_own(leaf, unit)
-        for kept, leaf, unit in zip(formats, stored, before, strict=True)
+        kept._decode(leaf, unit) for kept, leaf, unit in zip(formats, stored, before, strict=True)
     ]
     wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
     parts = _as_pairs(g) if split else jnp.asarray(g)

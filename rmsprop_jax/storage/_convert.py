@@ -462,7 +462,7 @@ def _map_statistics(
 
         def is_stored(path: KeyPath, x: Any) -> bool:
             means = as_factors(x)
-            if isinstance(means, Means) and means is not x and _are_means(means):
+            if isinstance(means, Means) and not isinstance(x, Means) and _are_means(means):
                 shape = stored_shape(means) or ()
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
                 if isinstance(chosen, factored):

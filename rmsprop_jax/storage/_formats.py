@@ -117,10 +117,10 @@ class Format(abc.ABC):
         fault = self.fault(stored, stored_shape(stored) or ())
         if fault is not None:
             raise ValueError(f'stored {fault}.')
-        return self.decode_own(stored, unit)
+        return self._decode(stored, unit)
 
     @abc.abstractmethod
-    def decode_own(self, stored: Any, unit: Any = None) -> jax.Array:
+    def _decode(self, stored: Any, unit: Any = None) -> jax.Array:
         """`decode` of what has been checked: `fault` is None for it."""
 
     @abc.abstractmethod
@@ -207,7 +207,7 @@ class float32(_Elementwise):
         del bits, unit
         return x
 
-    def decode_own(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+    def _decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
         del unit
         return stored
 
@@ -237,7 +237,7 @@ class _Rounded(_Elementwise):
         multiple = jnp.asarray(x, jnp.float32) * (1.0 if unit is None else 1 / unit)
         return self.rounded(multiple, HALF if bits is None else bits)
 
-    def decode_own(self, stored: jax.Array, unit: Any = None) -> jax.Array:
+    def _decode(self, stored: jax.Array, unit: Any = None) -> jax.Array:
         return self.widened(stored) * (1.0 if unit is None else unit)
 
     @abc.abstractmethod
@@ -480,7 +480,7 @@ class factored(Format):
         columns = self._columns
         return self._kind(row=jnp.mean(x, axis=columns), col=jnp.mean(x, axis=columns - 1))
 
-    def decode_own(self, stored: Any, unit: Any = None) -> jax.Array:
+    def _decode(self, stored: Any, unit: Any = None) -> jax.Array:
         del unit
         stored, columns = as_factors(stored, self._kind), self._columns
         total = jnp.mean(stored.row, axis=columns, keepdims=True)
