@@ -252,9 +252,10 @@ def inject_hyperparams(
     - The optimizer takes the same steps as without injection, bit for bit, until somebody changes a
       number: the complement of a decay is formed from the Python number that was given. The
       complement of a changed decay is that of the float32 in the state, right to 3e-8. Under jit
-      the last bit may differ where a schedule multiplies and adds, where `sparse` rows are skipped
-      or where gradients are scaled by a number that is not a power of two, since XLA then rounds
-      two operations once in one program and twice in the other.
+      the last bit may differ where a schedule multiplies and adds, where `sparse` rows are skipped,
+      where an average takes the parameters' place or where gradients are scaled by a number that is
+      not a power of two, since XLA then rounds two operations once in one program and twice in the
+      other.
     - Arguments that cannot be arrays, such as a `mask` or a number of accumulation steps, are left
       alone.
     - A zero for weight decay or momentum stays a Python zero, which means 'none' where the factory

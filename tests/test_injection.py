@@ -154,6 +154,7 @@ def uncompiled(update):
 # Where XLA rounds two operations once in one program and twice in the other. Uncompiled they are
 # equal there too.
 EXCEPTIONS = {
+    'tf_keras': 'the average takes the place of the parameters; JAX 0.12 fuses it in another way',
     'rmsprop-centered': 'the schedule multiplies and adds, and only one program fuses the two',
     'keras-scaled': 'known factors that are no powers of two are multiplied with each other first',
     'keras_legacy-sparse': 'as tensorflow',
@@ -184,8 +185,10 @@ def test_exceptions_differ_by_rounding_alone(name):
     factory, arguments = FACTORIES[name]
     plain, _ = trajectory(factory(**arguments))
     injected, _ = trajectory(rmsprop_jax.inject_hyperparams(factory)(**arguments))
-    # A unit in the last place of parameters between 2 and 4.
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2.0**-22)
+    # A unit in the last place of parameters between 2 and 4, or two where they are an average, in
+    # which the one before is rounded again.
+    units = 2 if name == 'tf_keras' else 1
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=units * 2.0**-22)
     jax.tree.map(close, injected, plain)
 
 
