@@ -133,7 +133,8 @@ def rms_step(
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_rms` within a chain of ours; `of_pairs` takes complex arrays for pairs of reals."""
     decay_, eps_ = decay_rate('decay', decay), Hyperparameter('eps', eps)
-    start_value, is_positive = constant('initial_scale', initial_scale), is_normal(eps_.value)
+    start_value = constant('initial_scale', initial_scale)
+    is_positive = is_normal(eps_.value)
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)

@@ -364,6 +364,21 @@ _WEIGHTS = {'weight_decay': 0.1}
 _EMA: dict[str, Any] = {'use_ema': True, 'ema_overwrite_frequency': 2}
 _ONLY_MATRIX = {'matrix': True, 'vector': False, 'scalar': False}
 _DECOUPLED: dict[str, Any] = {'weight_decay': 0.1, 'decoupled_decay': True}
+_OF_KERAS = {
+    'learning_rate': (0.1, {}),
+    'rho': (0.99, {}),
+    'momentum': (0.9, {}),
+    'epsilon': (0.1, {}),
+    'centered': (True, {}),
+    'weight_decay': (0.1, {}),
+    'clipnorm': (0.1, {}),
+    'clipvalue': (0.1, {}),
+    'global_clipnorm': (0.1, {}),
+    'use_ema': (True, {'ema_overwrite_frequency': 2}),
+    'ema_momentum': (0.5, _EMA),
+    'ema_overwrite_frequency': (3, {'use_ema': True}),
+    'mask': (_ONLY_MATRIX, _WEIGHTS),
+}
 CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
     'torch': {
         'lr': (0.1, {}),
@@ -376,37 +391,11 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         'mask': (_ONLY_MATRIX, _WEIGHTS),
     },
     'keras': {
-        'learning_rate': (0.1, {}),
-        'rho': (0.99, {}),
-        'momentum': (0.9, {}),
-        'epsilon': (0.1, {}),
-        'centered': (True, {}),
-        'weight_decay': (0.1, {}),
-        'clipnorm': (0.1, {}),
-        'clipvalue': (0.1, {}),
-        'global_clipnorm': (0.1, {}),
-        'use_ema': (True, {'ema_overwrite_frequency': 2}),
-        'ema_momentum': (0.5, _EMA),
-        'ema_overwrite_frequency': (3, {'use_ema': True}),
+        **_OF_KERAS,
         'loss_scale_factor': (1e3, {'epsilon': 0.1}),
         'gradient_accumulation_steps': (2, {}),
-        'mask': (_ONLY_MATRIX, _WEIGHTS),
     },
-    'tf_keras': {
-        'learning_rate': (0.1, {}),
-        'rho': (0.99, {}),
-        'momentum': (0.9, {}),
-        'epsilon': (0.1, {}),
-        'centered': (True, {}),
-        'weight_decay': (0.1, {}),
-        'clipnorm': (0.1, {}),
-        'clipvalue': (0.1, {}),
-        'global_clipnorm': (0.1, {}),
-        'use_ema': (True, {'ema_overwrite_frequency': 2}),
-        'ema_momentum': (0.5, _EMA),
-        'ema_overwrite_frequency': (3, {'use_ema': True}),
-        'mask': (_ONLY_MATRIX, _WEIGHTS),
-    },
+    'tf_keras': _OF_KERAS,
     'keras_legacy': {
         'learning_rate': (0.1, {}),
         'rho': (0.99, {}),

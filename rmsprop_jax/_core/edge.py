@@ -18,18 +18,11 @@ from rmsprop_jax._types import Number, Schedule, is_normal
 from rmsprop_jax.storage._choice import is_plain
 
 P = ParamSpec('P')
-
-
 Update = Callable[..., tuple[Any, Any]]
 
-
 _SHORT = reprlib.Repr()
-
-
 _SHORT.maxother = 80
-
-
-# What a function does that looks at a number it is given, such as the step count of a schedule.
+# What JAX raises where a function looks at a traced number, as a schedule may at its step count.
 _LOOKED_AT = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 

@@ -147,7 +147,7 @@ def map_leaves(
             if spec is not None:
                 _check_shard(name, g, kept, spec)
         keys = [
-            kept.key(f'{statistic.name}{keystr(own)}') if kept.rounds else None
+            kept.key(f'{statistic.name}{keystr(own)}')
             for kept, statistic in zip(formats, statistics, strict=True)
         ]
         split = any(x.splits(g) for x in statistics)
@@ -170,10 +170,6 @@ def _leaf_step(
     keys: Sequence[Any],
 ) -> tuple[Any, ...]:
     """Decodes the statistics of one leaf, steps, and encodes them."""
-
-    def bits(kept: Format, key: Any, x: jax.Array) -> Any:
-        return kept.bits(key, count, x.shape, spec) if kept.rounds else None
-
     before, after = units
     decoded = [
         kept._decode(leaf, unit) for kept, leaf, unit in zip(formats, stored, before, strict=True)
@@ -183,7 +179,7 @@ def _leaf_step(
     way = formats[0].arithmetic
     update, *new = step(*[_in_precision(x, wide) for x in (parts, *decoded)], way)
     encoded = [
-        kept.encode(x, bits(kept, key, x), unit)
+        kept.encode(x, kept.bits(key, count, x.shape, spec), unit)
         for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
     ]
     update = lax.complex(update[..., 0], update[..., 1]) if split else update

@@ -31,7 +31,7 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
         if without is not None:
             sharding = _without_axis(sharding, without, len(shape))
             shape = shape[:without] + shape[len(shape) + without + 1 :]
-        return filled(shape, fill, dtype, sharding)
+        return _fill(sharding)(fill, shape, np.dtype(dtype))
     # Under jit a constant does not take part in sharding propagation and would be replicated. An
     # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
     # and it stays in the parameter's memory. This one is zero, but no compiler sees it before
@@ -43,14 +43,10 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
     return zeros.astype(dtype) + jnp.asarray(fill, dtype)
 
 
-def filled(shape: tuple[int, ...], fill: Any, dtype: DTypeLike, sharding: Any = None) -> jax.Array:
-    """An array of one number, which shares no buffer with it."""
-    return _fill(sharding)(fill, shape, np.dtype(dtype))
-
-
 @functools.lru_cache(maxsize=256)
 def _fill(sharding: Any) -> Callable[..., jax.Array]:
-    # One compiled call costs a fraction of what `jnp.full` does outside of jit.
+    # One compiled call costs a fraction of what `jnp.full` does outside of jit, and what it fills
+    # with an array shares no buffer with that.
     def full(fill: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
         return jnp.full(shape, fill, dtype)
 
