@@ -6,6 +6,10 @@ VENV ?= .venv/$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 EXTRAS := demo test notebooks dev bench build fuzz mutation
 
+# What one test has compiled serves the others, and the next run.
+CACHING = JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 # The compilers for TPU and GPU are kept apart: they slow down every import of jax.
 AOT_VENV := .venv/aot-$(notdir $(PYTHON))
 
@@ -29,7 +33,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test slow laws bench storage-study aot check format notebooks docs golden parity fused bench-fused
+.PHONY: help demo test test-all slow laws bench storage-study aot check format notebooks docs golden parity fused bench-fused
 .PHONY: coverage dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
@@ -39,20 +43,24 @@ help:  ## Explain each target
 demo: $(VENV)/.demo  ## Train a network on handwritten digits into demo-output/ (ARGS="--resume" and others)
 	$(BIN)/python -m rmsprop_jax.demo $(or $(ARGS),--overwrite)
 
-test: $(VENV)/.test  ## Run the test suite and the doctests (ARGS="-k name" for a part)
-	$(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+test: $(VENV)/.test  ## See that each public function does what it says, in four minutes (ARGS="-k name" for a part)
+	$(CACHING) $(BIN)/python -m pytest -n auto -m 'not extended and not slow' $(ARGS)
 
-coverage: $(VENV)/.test  ## Run the test suite and say which lines and branches it does not reach
+test-all: $(VENV)/.test  ## Run the whole suite, under all conditions, but for the slow tests
+	$(CACHING) $(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+
+coverage: $(VENV)/.test  ## Run the whole suite and say which lines and branches it does not reach
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n auto -m 'not slow' $(ARGS)
+	$(CACHING) $(BIN)/python -m coverage run -m pytest -n auto -m 'not slow' $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 slow: $(VENV)/.test  ## Run the tests that take more than half a minute each
-	$(BIN)/python -m pytest -n auto -m slow $(ARGS)
+	$(CACHING) $(BIN)/python -m pytest -n auto -m slow $(ARGS)
+	LAWS=many $(CACHING) $(BIN)/python -m pytest -n auto tests/test_laws.py $(ARGS)
 
 laws: $(VENV)/.test  ## Look for counterexamples of each law among new cases (CASES=2000)
-	LAW_CASES=$(or $(CASES),2000) $(BIN)/python -m pytest -n auto -m slow tests/test_laws.py $(ARGS)
+	LAWS=new CASES=$(or $(CASES),2000) $(CACHING) $(BIN)/python -m pytest -n auto tests/test_laws.py $(ARGS)
 
 bench: $(VENV)/.bench $(BENCH_TORCH)/.installed  ## Measure steps against Optax, PyTorch and Keras (ARGS="--help" for parts)
 	$(BIN)/python -m benchmarks --torch-python $(CURDIR)/$(BENCH_TORCH)/bin/python $(ARGS)

@@ -1,6 +1,7 @@
 """The public transformations, once, for every test that walks over them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,11 @@ class Case:
     rewrites_params: bool = False
     every: int = 1
     compact: bool = False
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """One for all tests, so that its compiled step is too."""
+        return self.make()
 
 
 def _inverse(count: ArrayLike) -> jax.Array:

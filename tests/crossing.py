@@ -21,11 +21,10 @@ every case and every mask once, where something has failed before or else in the
 that the sample has the fewest of, so that every way and every home occurs; and a seventh of the
 derivatives.
 
-Results must be those of each leaf by itself in a plain dictionary, run eagerly (or by compiled
-steps, where eager ones take seconds). Leaves have the same names and axes in each home, so that
-masks choose the same ones. A complex leaf must do what two real ones do where a dialect takes it
-for pairs, and else what the real leaf of its magnitudes does. Programs are compiled without
-optimization, in three quarters of the time; `test_contract.py` has optimized ones.
+Results must be those of each leaf by itself in a plain dictionary. Leaves have the same names and
+axes in each home, so that masks choose the same ones. A complex leaf must do what two real ones do
+where a dialect takes it for pairs, and else what the real leaf of its magnitudes does. Programs are
+compiled without optimization, in three quarters of the time; `test_contract.py` has optimized ones.
 
 `EXCEPTIONS` says which cells make no sense, and `FAULTS` which fail today. Whoever mends a fault
 deletes its line: the tests are strict.

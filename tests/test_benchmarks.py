@@ -10,6 +10,8 @@ from benchmarks import jax_steps, works
 from benchmarks.timing import Plan, Spread, interleave, ratios, verdict
 from benchmarks.worker import ROOT, Worker
 
+pytestmark = pytest.mark.extended
+
 
 class Clockwork:
     """A contestant that takes the time it is told."""

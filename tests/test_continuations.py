@@ -25,6 +25,8 @@ from measuring import measured_once
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange
 
+pytestmark = pytest.mark.extended
+
 SHAPES = {'a': (2,), 'b': (3, 2)}
 PAIRS = [interchange.Pair(name, name) for name in SHAPES]
 STEPS = 4

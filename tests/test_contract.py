@@ -56,12 +56,12 @@ def moments(case: Case, state):
 
 
 class VariantsTest(chex.TestCase):
-    """With and without jit, on a device and through pmap, the results are the same."""
+    """Compiled whole and through pmap, the results are those of a step by itself."""
 
-    @chex.all_variants
+    @chex.variants(with_jit=True, with_pmap=True)
     @parameterized.named_parameters((case.name, case) for case in CASES)
     def test_variants_agree(self, case: Case):
-        tx = case.make()
+        tx = case.tx
         params = tree()
         state = tx.init(params)
         expected = tx.update(gradient(params), state, params)
@@ -77,10 +77,9 @@ class VariantsTest(chex.TestCase):
 )
 def test_dtypes(case, dtype):
     """Updates have the gradients' dtype; moments are as wide as float32, and never change."""
-    tx = case.make()
     params = tree(dtype)
-    state = tx.init(params)
-    updates, after = tx.update(gradient(params), state, params)
+    state = jax.eval_shape(case.tx.init, params)
+    updates, after = jax.eval_shape(case.tx.update, gradient(params), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     for leaf in jax.tree.leaves(moments(case, state)):
@@ -88,28 +87,28 @@ def test_dtypes(case, dtype):
         assert not leaf.weak_type
 
 
+@pytest.mark.extended
 @each_case
 def test_narrow_gradients_of_wide_parameters(case):
-    tx = case.make()
     params = tree()
     narrow = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient(params))
-    state = tx.init(params)
-    updates, after = tx.update(narrow, state, params)
+    state = jax.eval_shape(case.tx.init, params)
+    updates, after = jax.eval_shape(case.tx.update, narrow, state, params)
     expected = params if case.rewrites_params else narrow
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
+@pytest.mark.extended
 @each_case
 def test_float64_and_strict_promotion(case):
     dtypes = (jnp.float64, jnp.float32) if case.real_only else (jnp.float64, jnp.complex128)
     with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
         for dtype in dtypes:
             params = tree(dtype)
-            tx = case.make()
-            state = tx.init(params)
+            state = jax.eval_shape(case.tx.init, params)
             grads = jax.tree.map(jnp.square, params)
-            updates, after = jax.jit(tx.update)(grads, state, params)
+            updates, after = jax.eval_shape(case.tx.update, grads, state, params)
             chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
             chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
             wide = jnp.complex128 if dtype == jnp.complex128 else dtype
@@ -121,7 +120,7 @@ def test_float64_and_strict_promotion(case):
 @each_case
 def test_traces_once(case):
     chex.clear_trace_counter()
-    tx = case.make()
+    tx = case.tx
     params = tree()
     update = jax.jit(chex.assert_max_traces(tx.update, n=1))
     init = jax.jit(chex.assert_max_traces(tx.init, n=1))
@@ -129,9 +128,10 @@ def test_traces_once(case):
     steps(tx, params, 4, update)
 
 
+@pytest.mark.extended
 @each_case
 def test_scan_equals_loop(case):
-    tx = case.make()
+    tx = case.tx
 
     def step(carry, _):
         params, state = carry
@@ -146,10 +146,11 @@ def test_scan_equals_loop(case):
     chex.assert_trees_all_close(scanned, steps(tx, params, 5), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.extended
 @each([case for case in CASES if not case.compact])
 def test_gradient_through_training_matches_finite_differences(case):
     with jax.enable_x64(True):
-        tx = case.make()
+        tx = case.tx
         # Away from zero gradients, where updates turn over within sqrt(eps).
         params = jax.tree.map(lambda p: p + 0.3, tree(jnp.float64))
 
@@ -164,7 +165,7 @@ def test_gradient_through_training_matches_finite_differences(case):
 
 @each_case
 def test_abstract_evaluation(case):
-    tx = case.make()
+    tx = case.tx
     params = tree()
     abstract = jax.eval_shape(lambda: params)
     state = jax.eval_shape(tx.init, abstract)
@@ -174,10 +175,11 @@ def test_abstract_evaluation(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, (params, tx.init(params)))
 
 
+@pytest.mark.extended
 @each_case
 def test_lowers_for_every_platform(case):
     """`jax.export` lowers for TPU and GPU without either; it does not compile."""
-    tx = case.make()
+    tx = case.tx
     params = tree()
     state = tx.init(params)
     platforms = ('cpu', 'cuda', 'tpu')
@@ -188,11 +190,12 @@ def test_lowers_for_every_platform(case):
     chex.assert_trees_all_close(got, tx.update(gradient(params), state, params), rtol=1e-5)
 
 
+@pytest.mark.extended
 @each_with_moments
 @pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 @pytest.mark.parametrize('memory', ['device', 'pinned_host'])
 def test_init_keeps_sharding_and_memory(case, axis_type, memory):
-    tx = case.make()
+    tx = case.tx
     mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(axis_type, axis_type))
     placed = functools.partial(NamedSharding, mesh, memory_kind=memory)
     sharding = placed(P('data', 'model'))
@@ -208,19 +211,20 @@ def test_init_keeps_sharding_and_memory(case, axis_type, memory):
             assert {shard.data.shape for shard in leaf.addressable_shards} == {own}
 
 
+@pytest.mark.extended
 @each_with_moments
 def test_init_leaves_open_where_unplaced_parameters_go(case):
-    state = case.make().init(tree())
+    state = case.tx.init(tree())
     assert not any(leaf.committed for leaf in jax.tree.leaves(state))
     one = jax.device_put(tree(), jax.devices()[1])
-    for leaf in jax.tree.leaves(moments(case, case.make().init(one))):
+    for leaf in jax.tree.leaves(moments(case, case.tx.init(one))):
         assert leaf.devices() == {jax.devices()[1]}
 
 
 @each_case
 def test_init_values_do_not_depend_on_parameters(case):
     """`init` under jit reads the parameters for their sharding only."""
-    tx = case.make()
+    tx = case.tx
     odd = {'w': jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.0])}
     plain = {'w': jnp.ones(4)}
     chex.assert_trees_all_equal(jax.jit(tx.init)(odd), tx.init(plain))
@@ -239,6 +243,7 @@ ODD_TREES = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ('case', 'name'),
     # An inner transformation cannot tell params=None from an empty tree that is None.
@@ -246,7 +251,7 @@ ODD_TREES = {
     ids=lambda x: x.name if isinstance(x, Case) else x,
 )
 def test_odd_trees(case, name):
-    tx, params = case.make(), ODD_TREES[name]
+    tx, params = case.tx, ODD_TREES[name]
     state = tx.init(params)
     update = jax.jit(tx.update)
     _, state = update(params, state, params)
@@ -257,9 +262,10 @@ def test_odd_trees(case, name):
     optax.apply_updates(params, updates)
 
 
+@pytest.mark.extended
 @each_case
 def test_extra_args_and_conditionals(case):
-    tx = optax.with_extra_args_support(case.make())
+    tx = optax.with_extra_args_support(case.tx)
     params = tree()
     state = tx.init(params)
 
@@ -274,11 +280,12 @@ def test_extra_args_and_conditionals(case):
     chex.assert_trees_all_equal(maybe(False, state)[1], state)
 
 
+@pytest.mark.extended
 @each_with_moments
 def test_state_survives_storage(case, tmp_path):
     serialization = pytest.importorskip('flax.serialization')
     ocp = pytest.importorskip('orbax.checkpoint')
-    tx = case.make()
+    tx = case.tx
     _, state = steps(tx, tree())
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state)), state)
     template = tx.init(tree())
@@ -294,7 +301,7 @@ def test_state_survives_storage(case, tmp_path):
 
 @each_case
 def test_moments_are_found_by_name(case):
-    tx = case.make()
+    tx = case.tx
     params = tree()
     _, state = steps(tx, params)
     for name in ('nu', 'mu', 'var', 'trace'):
@@ -306,9 +313,10 @@ def test_moments_are_found_by_name(case):
                 chex.assert_trees_all_equal_shapes(moment, params)
 
 
+@pytest.mark.extended
 @each_with_moments
 def test_map_params(case):
-    tx = case.make()
+    tx = case.tx
     state = tx.init(tree())
     doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
     back = optax.tree.map_params(tx, lambda x: x - 1, doubled)
@@ -317,17 +325,19 @@ def test_map_params(case):
         chex.assert_trees_all_equal(after, jax.tree.map(lambda x: x + 1, before))
 
 
+@pytest.mark.extended
 @each([case for case in CASES if case.every == 1])
 def test_accumulation_over_two_halves_of_a_step_is_the_step(case):
     params = tree()
-    expected = steps(case.make(), params, 2)[0]
-    accumulated = optax.MultiSteps(case.make(), every_k_schedule=2)
+    expected = steps(case.tx, params, 2)[0]
+    accumulated = optax.MultiSteps(case.tx, every_k_schedule=2)
     state = accumulated.init(params)
+    update = jax.jit(accumulated.update)
     got = params
     for _ in range(2):
         for half in (0.5, 1.5):
             grads = jax.tree.map(lambda g, half=half: half * g, gradient(got))
-            updates, state = accumulated.update(grads, state, got)
+            updates, state = update(grads, state, got)
             held = got if half == 0.5 else None
             got = optax.apply_updates(got, updates)
             if held is not None:
@@ -335,21 +345,22 @@ def test_accumulation_over_two_halves_of_a_step_is_the_step(case):
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.extended
 @each([case for case in CASES if case.elementwise])
 def test_masked_leaves_are_left_alone(case):
     params = tree()
     mask = {'dense': True, 'bias': False, 'scale': False}
-    masked = optax.masked(case.make(), mask)
+    masked = optax.masked(case.tx, mask)
     grads = gradient(params)
     updates, _ = masked.update(grads, masked.init(params), params)
-    alone, tx = {'dense': params['dense']}, case.make()
+    alone, tx = {'dense': params['dense']}, case.tx
     expected, _ = tx.update({'dense': grads['dense']}, tx.init(alone), alone)
     chex.assert_trees_all_equal(updates, {**grads, **expected})
 
 
 @each([case for case in CASES if case.descends])
 def test_converges(case):
-    tx = optax.chain(case.make())
+    tx = optax.chain(case.tx)
     target = jnp.array([1.0, -2.0])
 
     def loss(x):
@@ -414,6 +425,7 @@ def test_schedules_see_the_zero_based_count():
     assert seen == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.extended
 def test_hyperparameters_can_be_swept_and_differentiated():
     params = jnp.array([0.5, -2.0])
 

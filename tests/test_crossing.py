@@ -41,6 +41,8 @@ from jax.sharding import PartitionSpec as P
 
 from rmsprop_jax import sharding
 
+pytestmark = pytest.mark.extended
+
 # Unoptimized, programs compile in three quarters of the time.
 compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 STEPS = 3
@@ -356,16 +358,16 @@ def alone(cell: Cell, scale: float = 1.0) -> Result:
 
     def of_group(group: Leaves) -> Run:
         mask = {name: x.ndim > 1 for name, x in group.items()}
-        tx = MASKED[cell.case](mask) if cell.kind == 'mask' else cell.of.make()
+        tx = MASKED[cell.case](mask) if cell.kind == 'mask' else cell.of.tx
         return Run(cell, tx, _dictionary)
 
     runs = list(map(of_group, groups))
 
+    # All in one program: eagerly each leaf compiles one.
+    @compiled
     def step(many: Any) -> Any:
         return [run.step(both) for run, both in zip(runs, many, strict=True)]
 
-    if cell.of.compact or cell.of.every > 1:
-        step = compiled(step)  # Eagerly these take seconds.
     many = runs[0].loop([run.start(group) for run, group in zip(runs, groups, strict=True)], step)
     params = {name: x for group, _ in many for name, x in group.items()}
     return moved(params, leaves), _merged([state for _, state in many], set(leaves)), leaves
@@ -478,7 +480,7 @@ def assert_results(cell: Cell, params: Leaves, state: Any) -> None:
 @each('run')
 def test_run(cell):
     start = start_of(cell)
-    run = Run(cell, cell.of.make(), HOME[cell.home])
+    run = Run(cell, cell.of.tx, HOME[cell.home])
     try:
         params, state = run.home.read(WAY[cell.way](run, start))
     except ValueError as refusal:
@@ -508,7 +510,7 @@ def test_derivative(cell):
             k: x.astype('complex128' if is_complex(cell, k) else 'float64')
             for k, x in leaves_of(cell.case).items()
         }
-        tx = case.make()
+        tx = case.tx
         state = tx.init(params)
 
         def last(grads: Any) -> Any:

@@ -106,6 +106,7 @@ def test_ratios_at_zero():
     assert {name: float(x) for name, x in found.items()} == {'a': 0, 'b': np.inf, 'c': 0}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('centered', [False, True])
 @pytest.mark.parametrize('corrected', [False, True])
 @pytest.mark.parametrize('inside', [False, True])
@@ -229,11 +230,12 @@ def test_a_single_array_has_no_path():
 # In programs
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_every_optimizer_can_be_measured(case: Case):
     """In a chain, under jit, scan and donation; what is measured does not change."""
-    tx = optax.chain(diagnostics.measured(case.make()), optax.scale(0.5))
-    plain = optax.chain(case.make(), optax.scale(0.5))
+    tx = optax.chain(diagnostics.measured(case.tx), optax.scale(0.5))
+    plain = optax.chain(case.tx, optax.scale(0.5))
 
     def steps(tx, carry):
         def step(carry, _):
@@ -259,6 +261,7 @@ def test_every_optimizer_can_be_measured(case: Case):
     np.testing.assert_allclose(found['step_size/bias'][:, -1], largest, rtol=1e-6)
 
 
+@pytest.mark.extended
 def test_vmap_measures_each_run():
     tx = diagnostics.measured(rmsprop_jax.rmsprop(0.1, storage=BYTES), storage=BYTES, every=2)
 
@@ -289,6 +292,7 @@ def test_every_so_many_steps():
     np.testing.assert_allclose(seen, [0, 0, 3, 3, 3, 6, 6])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_meshes_do_not_matter(axis_type):
     mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
@@ -361,6 +365,7 @@ def test_complex_arrays_as_pairs():
     np.testing.assert_allclose(found['step_size/w'][-1], np.sqrt(2), rtol=1e-6)
 
 
+@pytest.mark.extended
 def test_derivatives_pass_by():
     def final(rate, wrap):
         tx = wrap(rmsprop_jax.rmsprop(rate))

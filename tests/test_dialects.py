@@ -57,6 +57,13 @@ def halving(count: Any) -> Any:
 
 def run(tx: Any, jit: bool = True, given: Any = PROBLEM) -> np.ndarray:
     """The parameters after every step, in the precision that is switched on."""
+    given = jax.tree.map(jnp.asarray, given)
+    steps = functools.partial(steps_of, tx, scan=jit)
+    return stacked((jax.jit(steps) if jit else steps)(given))
+
+
+def steps_of(tx: Any, given: Any, scan: bool = True) -> Any:
+    """The parameters after every step, as a tree of arrays with an axis of steps."""
 
     def step(carry: Any, gradients: Any) -> tuple[Any, Any]:
         params, state = carry
@@ -64,17 +71,18 @@ def run(tx: Any, jit: bool = True, given: Any = PROBLEM) -> np.ndarray:
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    params, gradients = jax.tree.map(jnp.asarray, (given.params, given.gradients))
-    if jit:
-        after = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])(params, gradients)
-        count = len(jax.tree.leaves(gradients)[0])
-        trees = [{n: np.asarray(x[t]) for n, x in after.items()} for t in range(count)]
-    else:
-        carry, trees = (params, tx.init(params)), []
-        for t in range(len(jax.tree.leaves(gradients)[0])):
-            carry, after = step(carry, {n: g[t] for n, g in gradients.items()})
-            trees.append({n: np.asarray(x) for n, x in after.items()})
-    return np.stack([flat(tree) for tree in trees])
+    carry, trees = (given.params, tx.init(given.params)), []
+    if scan:
+        return jax.lax.scan(step, carry, given.gradients)[1]
+    for t in range(len(jax.tree.leaves(given.gradients)[0])):
+        carry, after = step(carry, {n: g[t] for n, g in given.gradients.items()})
+        trees.append(after)
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def stacked(trees: Any) -> np.ndarray:
+    count = len(jax.tree.leaves(trees)[0])
+    return np.stack([flat({n: np.asarray(x[t]) for n, x in trees.items()}) for t in range(count)])
 
 
 RUNS: dict[tuple[str, str], np.ndarray] = {}
@@ -195,6 +203,7 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', SAME)
 def test_same(name):
     assert_same(*SAME[name]())
@@ -471,6 +480,7 @@ def test_every_argument_of_every_dialect_is_changed_below():
     }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(('name', 'argument'), CHANGED)
 def test_every_argument_matters(name, argument):
     value, needs = CHANGES[name][argument]
@@ -703,6 +713,7 @@ def test_annotations_name_what_may_be_a_schedule():
     assert READ['hinton'] == ['learning_rate', 'decay']
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(('name', 'argument'), SCHEDULED)
 def test_schedules(name, argument):
     """A constant schedule is its number, and a schedule that changes after 6 steps changes what
@@ -710,20 +721,22 @@ def test_schedules(name, argument):
     options = full(name)
     value = options[argument]
 
-    def later(count: Any) -> Any:
-        return jnp.where(count < 6, value, 0.5 * value)
+    @jax.jit
+    def changed_after(steps: Any, given: Any) -> Any:
+        schedule = lambda count: jnp.where(count < steps, value, 0.5 * value)  # noqa: E731
+        return steps_of(DIALECTS[name](**options | {argument: schedule}), given)
 
-    make = DIALECTS[name]
     with jax.enable_x64(True):
         expected = run_once(name, 'full', **options)
-        constant = run(make(**options | {argument: lambda count: jnp.asarray(value)}))
-        changed = run(make(**options | {argument: later}))
+        given = jax.tree.map(jnp.asarray, PROBLEM)
+        constant, changed = (stacked(changed_after(steps, given)) for steps in (1000, 6))
     # An array's complement 1 - decay is taken as an array, and XLA may then fuse otherwise.
     np.testing.assert_allclose(constant, expected, rtol=1e-13, atol=1e-14)
     np.testing.assert_allclose(changed[:6], expected[:6], rtol=1e-13, atol=1e-14)
     assert np.abs(changed[6:] - expected[6:]).max() > 1e-6
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', DIALECTS)
 def test_jit_equals_no_jit(name):
     with jax.enable_x64(True):
@@ -732,6 +745,7 @@ def test_jit_equals_no_jit(name):
         np.testing.assert_allclose(run(tx, jit=False), expected, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', DIALECTS)
 @pytest.mark.parametrize('wrapper', ['ours', "optax's"])
 def test_injected_numbers(name, wrapper):

@@ -14,6 +14,8 @@ from cases import CASES
 import rmsprop_jax
 from rmsprop_jax import dialects, storage
 
+pytestmark = pytest.mark.extended
+
 PARAMS = {
     'kernel': jnp.linspace(-2, 3, 12).reshape(4, 3),
     'bias': jnp.array([0.5, 0.0, -1.5]),

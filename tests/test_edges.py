@@ -85,6 +85,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('gradient', GRADIENTS.values(), ids=GRADIENTS)
 @pytest.mark.parametrize('name', CLIPPINGS)
 def test_derivatives_at_zero_are_finite(name, gradient):
@@ -119,6 +120,7 @@ def test_derivative_of_clipping_is_that_of_its_formula():
         np.testing.assert_allclose(got, slope, rtol=1e-2, atol=1e-7)
 
 
+@pytest.mark.extended
 def test_parameters_that_nothing_reads_may_be_anything():
     """Users of Equinox hand over whole models, whose activations are functions."""
     model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))

@@ -171,6 +171,7 @@ def test_finite_gradients_pass_untouched(per: str, choice):
     assert optax.tree.get(state, 'total_notfinite') == 0
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('choice', [HALVES, BYTES], ids=['bfloat16', 'uint8'])
 @pytest.mark.parametrize('per', ['leaf', 'coordinate'])
 def test_rounded_averages_stand_still_in_the_mean(choice, per: str):
@@ -297,6 +298,7 @@ BROKEN = np.zeros(SHAPE, bool)
 BROKEN[[1, 0, 2, 3], [2, 0, 3, 4]] = True
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('form', [*FORMS, *CORRECTED])
 @pytest.mark.parametrize('choice', [None, HALVES], ids=['float32', 'bfloat16'])
 def test_an_overflow_stops_its_coordinate_until_it_is_mended(form: str, choice):
@@ -343,6 +345,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ('name', 'choice'),
     [*((name, None) for name in WRAPPERS), ('partition', HALVES), ('skip_nonfinite, leaf', HALVES)],
@@ -357,6 +360,7 @@ def test_what_has_overflowed_is_mended_in_every_wrapper(name: str, choice):
     assert_mended(tx, spoil(g, entries), entries, choice)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('pairs', [True, False], ids=['pairs', 'one magnitude'])
 @pytest.mark.parametrize('skipping', [True, False], ids=['skipping', 'plain'])
 def test_complex_numbers_are_mended_whole(pairs: bool, skipping: bool):
@@ -438,6 +442,7 @@ def test_a_factored_moment_is_mended_as_a_whole():
     assert_alike(updates['a'], expected['a'])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('centered', [False, True])
 def test_bytes_recover_from_an_overflow_by_themselves(centered: bool):
     """When the average has forgotten it: in the mean over entries that were rounded at random."""

@@ -93,6 +93,7 @@ def as_float64(*arrays: Any) -> list[np.ndarray]:
     return [np.asarray(a, np.float64) for a in arrays]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(('name', 'options', 'decay', 'direction'), NET_RULES)
 def test_net_follows_the_formula(notebook, name, options, decay, direction):
     x, y = as_float64(notebook['x'], notebook['y'])

@@ -91,6 +91,7 @@ def test_float32_without_a_float64_trace(name):
     assert difference(replay(configuration), trace(name)) <= limit
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', NEARLY_CONSTANT)
 def test_frameworks_turn_nan_where_we_stay_finite(name):
     assert not np.isfinite(trace(name)[-1]).all()

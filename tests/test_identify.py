@@ -197,6 +197,7 @@ def quick(name: str) -> Other:
 QUICK = sorted(set(NAMES) - {'sgd', 'momentum', 'rate_first', 'adamw', 'clipped_by_norm'})
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', QUICK)
 def test_other_optimizers_are_not_determined_to_be_rmsprop(name: str):
     assert not misleads(quick(name))
@@ -208,6 +209,7 @@ def test_many_other_optimizers_are_not_determined_to_be_rmsprop():
     assert not wrong, '\n'.join(wrong)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ('dtype', 'momentum', 'constant'),
     [
@@ -328,6 +330,7 @@ OURS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', OURS)
 def test_our_dialects_are_identified(name: str):
     decaying = name in ('keras', 'tf_keras', 'timm', 'stable_baselines3')
@@ -345,6 +348,7 @@ def test_our_dialects_are_identified(name: str):
     assert best.weight_decay == pytest.approx(0.1 if decaying else 0.0, rel=0.01, abs=1e-4)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', ['keras', 'tf_keras'])
 def test_one_rule_under_two_names_is_settled(name: str):
     """With a constant rate its side of the momentum stays open, and yet one rule remains."""
@@ -354,6 +358,7 @@ def test_one_rule_under_two_names_is_settled(name: str):
     assert found.outcome == 'settled'
 
 
+@pytest.mark.extended
 def test_hyperparameters_are_found_or_taken_as_given():
     trace = run(torch)
     fitted = identify_dialect(trace).candidates[0]
@@ -365,6 +370,7 @@ def test_hyperparameters_are_found_or_taken_as_given():
     assert not identify_dialect({**trace, 'decay': 0.99}, decay=0.9).problem
 
 
+@pytest.mark.extended
 def test_weight_decay_is_only_considered_where_it_is_asked_for():
     trace = run(lambda lr: torch(lr, weight_decay=0.1))
     assert 'give weight_decay' in identify_dialect(trace).problem
@@ -427,6 +433,7 @@ def test_few_steps_leave_much_open_and_nothing_false():
         assert found.facts[name].value in (None, value), str(found)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('make', [torch, optax.adam, optax.adagrad])
 def test_one_step_may_be_that_of_another_optimizer(make: Callable[[Any], Any]):
     found = identify_dialect(run(make, DROP[:1]))
@@ -452,12 +459,14 @@ def test_one_number_tells_nothing():
     assert found.dialects == found.survivors == ()
 
 
+@pytest.mark.extended
 def test_zero_gradients_tell_nothing():
     trace = run(torch, scale=0.0)
     assert identify_dialect(trace).problem == 'all gradients are zero'
     assert identify_dialect(run(torch), learning_rate=0.0).problem == 'the learning rate is zero'
 
 
+@pytest.mark.extended
 def test_a_run_recorded_from_its_middle_is_recognised():
     trace = {name: array[4:] for name, array in run(torch).items()}
     found = identify_dialect(trace)
@@ -469,12 +478,14 @@ def test_a_run_recorded_from_its_middle_is_recognised():
     assert found.outcome == 'unexplained'
 
 
+@pytest.mark.extended
 def test_a_run_that_goes_astray_later_is_recognised():
     trace = run(torch)
     trace['params'][8:] += np.float32(0.01)
     assert 'though some explain the first' in identify_dialect(trace).problem
 
 
+@pytest.mark.extended
 def test_noise_is_tolerated_where_the_caller_says_how_much():
     trace = run(torch)
     noise = 1 + 1e-3 * np.random.default_rng(0).uniform(-1, 1, trace['gradients'].shape)
@@ -507,6 +518,7 @@ def test_a_bfloat16_run_is_judged_as_one():
         assert found.facts[name].value in (None, value)
 
 
+@pytest.mark.extended
 def test_results_do_not_depend_on_the_configuration():
     trace = run(torch)
     expected = identify_dialect(trace)
@@ -605,6 +617,7 @@ def saved(path: pathlib.Path, trace: dict[str, Any], **more: Any) -> str:
     return str(path)
 
 
+@pytest.mark.extended
 def test_the_command_prints_table_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = saved(tmp_path / 'trace.npz', run(torch), decay=0.9)
     assert main([path]) == 0

@@ -11,6 +11,8 @@ import pytest
 import rmsprop_jax
 from rmsprop_jax import dialects, recipes, storage
 
+pytestmark = pytest.mark.extended
+
 PARAMS = {
     'kernel': jnp.linspace(-2, 3, 12).reshape(4, 3),
     'bias': jnp.array([0.5, 0.0, -1.5]),

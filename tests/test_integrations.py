@@ -15,6 +15,8 @@ from flax.training import dynamic_scale, train_state
 import rmsprop_jax
 from rmsprop_jax import diagnostics, dialects, storage
 
+pytestmark = pytest.mark.extended
+
 # Inside Optax's wrappers: the same as Optax's own RMSProp in the same wrapper, in configurations
 # where the two agree.
 

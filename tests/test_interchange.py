@@ -183,6 +183,7 @@ OPTAX_CASES = [
 ]
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('is_complex', [False, True])
 @pytest.mark.parametrize('settings', OPTAX_CASES, ids=lambda s: '-'.join(map(str, s.values())))
@@ -207,6 +208,7 @@ def test_optax_trains_on_here_and_we_there(settings: dict[str, Any], is_complex:
     assert ours.worst(params['layer'], end['layer']) < EXACT
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('settings', OPTAX_CASES, ids=lambda s: '-'.join(map(str, s.values())))
 def test_optax_round_trips(settings: dict[str, Any]):
@@ -310,6 +312,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_the_state_is_found_inside_every_wrapper(name: str):
     tx, params = WRAPPERS[name](), _params()
@@ -359,6 +362,7 @@ NNX_STATES = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', NNX_STATES)
 def test_the_state_of_an_nnx_optimizer_goes_out_as_the_plain_one_does(name: str):
     model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))

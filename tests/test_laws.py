@@ -1,21 +1,19 @@
 """What holds for all gradients and hyperparameters, looked for with drawn ones.
 
-Each law is tried on a few cases, and on 2000 by `make slow`: always the same, so that a failure
-is the doing of a change. `make laws` draws new ones. Programs are compiled once for each form;
-numbers are their arguments, so that a case costs milliseconds.
+Each law is tried on a few cases, and on many by `make slow`: always the same, so that a failure is
+the doing of a change. `make laws` draws new ones. Programs are compiled once for each form; numbers
+are their arguments, so that a case costs milliseconds.
 """
 
 import functools
 import os
 import pickle
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import formula
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +22,7 @@ import pytest
 import reference
 from forms import FORMS, Form, forms
 from formula import EPS, SMALLEST, TINY, Near
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,46 +32,17 @@ import rmsprop_jax
 from rmsprop_jax import dialects, interchange, sharding, storage
 
 STEPS, ENTRIES = 4, 8
-# How many cases to draw anew.
-NEW = int(os.environ.get('LAW_CASES', '0'))
 
+pytestmark = pytest.mark.extended
 
-def law(
-    each: Iterable[str] | None = None, **drawn: st.SearchStrategy
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test of a function of drawn arguments: a fixed few in the fast suite, many in the slow.
-
-    With `each`, one test for each of these names, which is the function's first argument.
-    """
-
-    def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        def tried(cases: int, *name: str) -> None:
-            def case(**values: Any) -> None:
-                check(*name, **values)
-
-            # The fixed cases are drawn by the name.
-            case.__name__ = re.sub(r'\W', '_', '_'.join([check.__name__, *name]))
-            how = hypothesis.settings(
-                max_examples=cases,
-                derandomize=not NEW,
-                deadline=None,
-                database=None,
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )
-            how(hypothesis.given(**drawn)(case))()
-
-        def test(cases: int) -> None:
-            tried(cases)
-
-        def test_each(cases: int, name: str) -> None:
-            tried(cases, name)
-
-        whole = test if each is None else pytest.mark.parametrize('name', each)(test_each)
-        whole.__name__, whole.__doc__ = check.__name__, check.__doc__
-        numbers = [12, pytest.param(NEW or 2000, marks=pytest.mark.slow)]
-        return pytest.mark.parametrize('cases', numbers)(whole)
-
-    return decorate
+ALWAYS = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile('few', ALWAYS, max_examples=12)
+settings.register_profile('many', ALWAYS, max_examples=300)
+CASES = int(os.environ.get('CASES', '2000'))
+settings.register_profile('new', ALWAYS, max_examples=CASES, derandomize=False)
+settings.load_profile(os.environ.get('LAWS', 'few'))
 
 
 # --- What is drawn -------------------------------------------------------------------------------
@@ -260,7 +230,7 @@ def assert_same_step(form: Form, update: Any, after: Any, decoded: Any, step: St
 # --- One program and another ---------------------------------------------------------------------
 
 
-@law(drawn=cases())
+@given(drawn=cases())
 def test_every_step_is_that_of_its_formula(drawn: Drawn) -> None:
     for step in run(drawn):
         assert_near(step.found, step.bounds)
@@ -279,7 +249,7 @@ def scanned(form: Form) -> Callable[..., Any]:
     return jax.jit(states)
 
 
-@law(drawn=cases())
+@given(drawn=cases())
 def test_scan_equals_loop(drawn: Drawn) -> None:
     """Each step from the state that the scan had: what is rounded at random may part for good."""
     form, g, numbers = drawn
@@ -300,7 +270,7 @@ def test_scan_equals_loop(drawn: Drawn) -> None:
 LEAVES = tuple(form._replace(shapes=((4, 4), (8,)), steps=2) for form in FORMS)
 
 
-@law(drawn=cases(LEAVES), t=st.integers(0, 1))
+@given(drawn=cases(LEAVES), t=st.integers(0, 1))
 def test_jit_equals_no_jit(drawn: Drawn, t: int) -> None:
     form, _, numbers = drawn
     step = run(drawn)[t]
@@ -314,7 +284,7 @@ def batched(form: Form) -> Callable[..., Any]:
     return jax.jit(jax.vmap(functools.partial(stepped, form)))
 
 
-@law(drawn=st.sampled_from(FORMS).flatmap(lambda form: st.tuples(*[cases((form,))] * 2)))
+@given(drawn=st.sampled_from(FORMS).flatmap(lambda form: st.tuples(*[cases((form,))] * 2)))
 def test_vmap_equals_loop(drawn: tuple[Drawn, ...]) -> None:
     """Over gradients, states and all hyperparameters at once: all steps of two runs."""
     form = drawn[0].form
@@ -359,7 +329,7 @@ def on_mesh(form: Form) -> tuple[Any, Callable[..., Any]]:
     return places, jax.jit(step)
 
 
-@law(drawn=cases(LEAVES), t=st.integers(0, 1))
+@given(drawn=cases(LEAVES), t=st.integers(0, 1))
 def test_sharded_equals_whole(drawn: Drawn, t: int) -> None:
     form, _, numbers = drawn
     step = run(drawn)[t]
@@ -375,7 +345,7 @@ def test_sharded_equals_whole(drawn: Drawn, t: int) -> None:
 WHOLE = forms(2, lambda _: {'shapes': ((ENTRIES,),), 'steps': 3}, kept=('float32',))
 
 
-@law(drawn=cases(WHOLE), random=st.randoms())
+@given(drawn=cases(WHOLE), random=st.randoms())
 def test_order_does_not_matter(drawn: Drawn, random: Any) -> None:
     """Of what is not rounded at random, which the index decides."""
     form, g, numbers = drawn
@@ -409,7 +379,7 @@ PARTS = {
 }
 
 
-@law(drawn=cases(WHOLE))
+@given(drawn=cases(WHOLE))
 def test_leaves_may_be_split(drawn: Drawn) -> None:
     """One step over several leaves is one over all as one leaf, with state in float32."""
     form, g, numbers = drawn
@@ -428,7 +398,7 @@ def test_leaves_may_be_split(drawn: Drawn) -> None:
 WIDE = tuple(form for form in WHOLE if form.dtype in ('float32', 'complex64'))
 
 
-@law(drawn=cases(tuple(form for form in WIDE if not form.centered)))
+@given(drawn=cases(tuple(form for form in WIDE if not form.centered)))
 def test_updates_are_those_of_the_definition(drawn: Drawn) -> None:
     """Weighted means of all past squares, in extended precision; within what squares hold."""
     form, g, numbers = drawn
@@ -468,7 +438,7 @@ SCALED = tuple(
 )
 
 
-@law(drawn=cases(SCALED), data=st.data(), power=st.integers(-22, 40))
+@given(drawn=cases(SCALED), data=st.data(), power=st.integers(-22, 40))
 def test_steps_do_not_depend_on_the_scale(drawn: Drawn, data: st.DataObject, power: int) -> None:
     """Without epsilon, and by powers of two, to the last bit."""
     form, _, numbers = drawn
@@ -494,7 +464,7 @@ def corrected(eps_in_sqrt: bool) -> Callable[..., Any]:
     return jax.jit(first)
 
 
-@law(decay=decays, g=gradients(-100, 100, (ENTRIES,)), eps_in_sqrt=st.booleans())
+@given(decay=decays, g=gradients(-100, 100, (ENTRIES,)), eps_in_sqrt=st.booleans())
 def test_the_first_corrected_step_has_unit_size(
     decay: np.float32, g: np.ndarray, eps_in_sqrt: bool
 ) -> None:
@@ -521,7 +491,7 @@ def moments_of(centered: bool) -> Callable[..., Any]:
     return jax.jit(states)
 
 
-@law(
+@given(
     decay=decays,
     start=real(0.0, 2.0**60),
     g=gradients(-100, 63),
@@ -547,7 +517,7 @@ def test_the_second_moment_is_bounded_and_monotonic(
     assert (np.asarray(more.nu) >= np.asarray(after.nu)).all()
 
 
-@law(decay=decays, start=real(0.0, 2.0**60), g=gradients(-100, 62))
+@given(decay=decays, start=real(0.0, 2.0**60), g=gradients(-100, 62))
 def test_the_variance_is_bounded(decay: np.float32, start: np.float32, g: np.ndarray) -> None:
     _, before, after = moments_of(True)(decay, start, g)
     old, new, mean = (np.asarray(x, np.float64) for x in (before.var, after.var, before.mu))
@@ -595,7 +565,7 @@ def injected(form: Form) -> Callable[..., Any]:
     return jax.jit(step)
 
 
-@law(drawn=cases(ARRAYS))
+@given(drawn=cases(ARRAYS))
 def test_injected_hyperparameters_are_those_of_the_step(drawn: Drawn) -> None:
     """Whatever they were before."""
     for step in run(drawn):
@@ -622,7 +592,7 @@ def resetting(form: Form) -> Callable[..., Any]:
     return jax.jit(change)
 
 
-@law(drawn=cases(), chosen=st.lists(st.booleans(), min_size=24, max_size=24), whole=st.booleans())
+@given(drawn=cases(), chosen=st.lists(st.booleans(), min_size=24, max_size=24), whole=st.booleans())
 def test_what_is_reset_starts_again_and_nothing_else(
     drawn: Drawn, chosen: list[bool], whole: bool
 ) -> None:
@@ -671,7 +641,7 @@ def skipping(form: Form) -> Callable[..., Any]:
     return jax.jit(step)
 
 
-@law(
+@given(
     drawn=cases(tuple(SKIPPED)),
     bad=st.lists(st.sampled_from([0, 0, 0, 1, 2, 3]), min_size=24, max_size=24),
 )
@@ -740,7 +710,7 @@ def tracing(dtype: str, nesterov: bool) -> Callable[..., Any]:
     return jax.jit(updates)
 
 
-@law(
+@given(
     dtype=st.sampled_from(['float32', 'bfloat16', 'float16', 'complex64']),
     nesterov=st.booleans(),
     decay=real(0.0, 0.9375),
@@ -903,7 +873,8 @@ ERRORS = {
 MOVING = Form(velocity='momentum', shapes=((ENTRIES,),), steps=STEPS)
 
 
-@law(each=ALIKE, drawn=cases((MOVING,)))
+@pytest.mark.parametrize('name', ALIKE)
+@given(drawn=cases((MOVING,)))
 def test_dialects_that_are_alike(name: str, drawn: Drawn) -> None:
     kind, g = ALIKE[name].kind, drawn.g
     # Optax divides by zero without epsilon; the sign is that of gradients whose square counts.
@@ -950,7 +921,7 @@ def coded(name: str) -> Callable[..., Any]:
     return jax.jit(both_ways)
 
 
-@law(
+@given(
     name=st.sampled_from(sorted(FORMATS)),
     x=gradients(-120, 120, (ENTRIES,)),
     bits=st.lists(st.integers(0, 2**32 - 1), min_size=ENTRIES, max_size=ENTRIES),
@@ -993,7 +964,7 @@ def factors() -> Callable[..., Any]:
     return jax.jit(lambda x: (kept.encode(x), kept.decode(kept.encode(x))))
 
 
-@law(row=gradients(-20, 20, (4,)), col=gradients(-20, 20, (5,)), x=gradients(-30, 30, (4, 5)))
+@given(row=gradients(-20, 20, (4,)), col=gradients(-20, 20, (5,)), x=gradients(-30, 30, (4, 5)))
 def test_factors_keep_means_and_products(row: np.ndarray, col: np.ndarray, x: np.ndarray) -> None:
     product = np.abs(np.outer(row, col))
     _, decoded = factors()(product)
@@ -1004,7 +975,7 @@ def test_factors_keep_means_and_products(row: np.ndarray, col: np.ndarray, x: np
     assert (np.asarray(decoded) >= 0).all()
 
 
-@law(drawn=cases())
+@given(drawn=cases())
 def test_states_come_back_from_bytes(drawn: Drawn) -> None:
     serialization = pytest.importorskip('flax.serialization')
     form, _, numbers = drawn
@@ -1116,7 +1087,8 @@ def there(name: str) -> Callable[..., Any]:
     return jax.jit(last)
 
 
-@law(each=ELSEWHERE, parts=st.tuples(*[alike(-60, 60, (STEPS, 9))] * 2))
+@pytest.mark.parametrize('name', ELSEWHERE)
+@given(parts=st.tuples(*[alike(-60, 60, (STEPS, 9))] * 2))
 def test_states_come_back_from_other_frameworks(name: str, parts: Any) -> None:
     tx, send, bring, dtype = ELSEWHERE[name]
     g = (parts[0] + 1j * parts[1] if dtype == 'complex64' else parts[0]).astype(jnp.dtype(dtype))

@@ -13,6 +13,8 @@ from cases import CASES, Case
 import rmsprop_jax
 from rmsprop_jax import diagnostics, storage
 
+pytestmark = pytest.mark.extended
+
 EPS32 = float(np.finfo(np.float32).eps)
 LAST = np.iinfo(np.int32).max
 CHUNKS = 10

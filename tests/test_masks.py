@@ -13,6 +13,8 @@ from jax.tree_util import Partial
 import rmsprop_jax
 from rmsprop_jax import diagnostics, dialects, interchange, recipes
 
+pytestmark = pytest.mark.extended
+
 LEAVES = {'kernel': jnp.arange(1.0, 7.0).reshape(3, 2), 'bias': jnp.array([1.0, -2.0])}
 
 

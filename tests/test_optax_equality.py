@@ -52,7 +52,10 @@ RATES = {
 MOMENTA = {'none': (None, False), 'momentum': (0.9, False), 'nesterov': (0.9, True)}
 
 
-@pytest.mark.parametrize('rate', RATES)
+MORE = [pytest.param(rate, marks=pytest.mark.extended) for rate in ('array', 'schedule')]
+
+
+@pytest.mark.parametrize('rate', ['float', *MORE])
 @pytest.mark.parametrize('velocity', MOMENTA)
 @pytest.mark.parametrize('bias_correction', [False, True])
 @pytest.mark.parametrize('initial_scale', [0.0, 1.0])

@@ -26,6 +26,7 @@ NOT_RUN = {'identify', 'recipes'}
 PAGES = {path.stem: path for path in (README.parent / 'docs').glob('*.md')}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     'page', sorted(n for n in PAGES.keys() - NOT_RUN if '```python' in PAGES[n].read_text())
 )

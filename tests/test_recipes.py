@@ -467,6 +467,7 @@ def test_dqn_takes_the_same_steps_on_a_mean():
         assert np.abs(wrong[key] - of_sum[key]).max() > 1e-4
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     'name', ['impala_dmlab', 'impala_dmlab30', 'impala_atari', 'impala_torchbeast']
 )
@@ -572,6 +573,7 @@ def test_masks_of_a_linen_model():
         assert decayed(params, recipes.timm_decay_mask) == {conv, depthwise, dense}
 
 
+@pytest.mark.extended
 def test_masks_of_an_nnx_model():
     conv, depthwise, dense = 'conv/kernel', 'depthwise/kernel', 'blocks/0/kernel'
     biases = {'conv/bias', 'depthwise/bias', 'blocks/0/bias'}
@@ -881,6 +883,7 @@ def test_bad_values_are_named(name: str, changes: Tree, error: type[Exception], 
         build(name, **changes)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', NAMES)
 def test_narrow_parameters_keep_their_dtype_and_wide_state(name: str):
     tx = build(name)
@@ -894,6 +897,7 @@ def test_narrow_parameters_keep_their_dtype_and_wide_state(name: str):
     assert set(moments) == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', NAMES)
 def test_strict_promotion(name: str):
     with jax.numpy_dtype_promotion('strict'):

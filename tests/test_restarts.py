@@ -25,6 +25,8 @@ import pytest
 import rmsprop_jax
 from rmsprop_jax import dialects, storage
 
+pytestmark = pytest.mark.extended
+
 OLDER = Path(__file__).parent / 'older_states'
 BYTES = storage.per_statistic(
     nu=storage.large_leaves(storage.uint8(), min_size=1),

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import rmsprop_jax
 from rmsprop_jax import sharding, storage
 
+pytestmark = pytest.mark.extended
+
 SHAPES = {'kernel': (64, 128), 'table': (4, 64, 32), 'bias': (128,), 'scale': ()}
 SPECS = {'kernel': P(None, 'data'), 'table': P(None, 'data'), 'bias': P('data'), 'scale': P()}
 BYTES = storage.per_statistic(

@@ -16,6 +16,8 @@ import rmsprop_jax
 from rmsprop_jax import dialects, sharding, storage
 from rmsprop_jax.aot._program import Program
 
+pytestmark = pytest.mark.extended
+
 each_case = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 FORMATS = {
@@ -61,7 +63,7 @@ def assert_placed(state, expected):
 )
 def test_derived_shardings_are_those_that_init_gives(case, kind, memory):
     """The compiler and the rules agree, leaf by leaf; it may leave scalars anywhere."""
-    tx = case.make()
+    tx = case.tx
     params = placed(parameters(), SPECS, mesh_of(kind=kind), memory)
     derived = sharding.state_shardings(tx, params)
     made = jax.jit(tx.init)(params)
@@ -301,7 +303,7 @@ def start():
     return {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 
 
-OPTIMIZERS = {case.name: case.make() for case in CASES if case.descends}
+OPTIMIZERS = {case.name: case.tx for case in CASES if case.descends}
 # Where the last place of a float32 may differ, and what comes of it in 200 steps: means over rows
 # and columns add up in another order, and XLA rewrites long chains in more than one way, which
 # division by a small variance amplifies. With an injected decay, JAX 0.12 rounds the product and

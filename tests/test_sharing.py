@@ -12,6 +12,8 @@ from cases import CASES, Case
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, recipes, storage
 
+pytestmark = pytest.mark.extended
+
 BFLOAT16 = storage.large_leaves(storage.bfloat16(), 1, 0)
 
 
@@ -85,7 +87,7 @@ def test_results_share_nothing(name):
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_init_shares_nothing(case: Case):
-    tx, params = case.make(), parameters()
+    tx, params = case.tx, parameters()
     state = tx.init(params)
     assert len(set(buffers((state, params)))) == len(buffers((state, params)))
 

@@ -38,6 +38,8 @@ from parity.draw import configurations
 import rmsprop_jax
 from rmsprop_jax import dialects, recipes
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).parents[1]
 README = 'README.md'
 DIFFERENCES = 'docs/differences-from-optax.md'

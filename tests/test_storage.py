@@ -256,6 +256,7 @@ def test_the_guard_at_the_upper_end_matters():
     assert abs(float(u)) < 1.2
 
 
+@pytest.mark.extended
 def test_state_does_not_depend_on_the_mesh():
     tx = rmsprop_jax.rmsprop(
         0.1, momentum=0.9, centered=True, storage=everywhere(storage.bfloat16())
@@ -295,6 +296,7 @@ def test_bits_come_from_paths_not_from_positions():
     assert not jnp.all(whole.nu['a'] == whole.nu['b'])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('where', [storage.bfloat16(), storage.factored()], ids=repr)
 def test_derivative_through_training(where):
     """Straight through the rounding: that of float32, but for what rounding did to the values."""
@@ -478,6 +480,7 @@ def trained(tx, steps=5):
     return state
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     'to',
     [MIXED, storage.bfloat16(), storage.per_statistic(nu=storage.factored())],

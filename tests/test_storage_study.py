@@ -16,6 +16,8 @@ from benchmarks.storage.metrics import (
 from benchmarks.storage.report import pooled, table
 from benchmarks.storage.streams import STEPS, Stream
 
+pytestmark = pytest.mark.extended
+
 
 def test_exact_steps_on_a_constant_gradient():
     steps = list(exact_steps([np.array([2.0, -2.0])] * 3, decay=0.5, eps=1.0))
