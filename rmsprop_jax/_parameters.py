@@ -179,7 +179,9 @@ def _check_is_wide(name: str, update: Any) -> None:
 
 def _check_dtypes_stay(before: Any, after: Any) -> None:
     """Optax's transformations keep statistics in the dtype of the parameters that `init` sees."""
-    for (path, x), y in zip(tree_flatten_with_path(before)[0], jax.tree.leaves(after), strict=False):
+    for (path, x), y in zip(
+        tree_flatten_with_path(before)[0], jax.tree.leaves(after), strict=False
+    ):
         old, new = (getattr(leaf, 'dtype', None) for leaf in (x, y))
         if None not in (old, new) and old != new:
             raise TypeError(

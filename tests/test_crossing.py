@@ -425,9 +425,9 @@ NEAR = {'rtol': 1e-4, 'atol': 1e-5}
 def assert_near(cell: Cell, got: Any, expected: Any) -> None:
     """Equal but for rounding.
 
-    Where statistics or parameters are rounded at random, a bit in the last place of a float32 may round a few of
-    them to the other side; another path of a leaf, and another place in it as a part of a complex
-    number has, have other random bits.
+    Where statistics or parameters are rounded at random, a bit in the last place of a float32 may
+    round a few of them to the other side; another path of a leaf, and another place in it as a part
+    of a complex number has, have other random bits.
     """
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
