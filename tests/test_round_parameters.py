@@ -13,9 +13,11 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import rmsprop_jax
-from rmsprop_jax import dialects, storage
+from rmsprop_jax import dialects, sharding, storage
 from rmsprop_jax._parameters import _to_target
 
 # Every number of the upper 16 bits, which are the ones that decide.
@@ -308,6 +310,22 @@ def test_bits_depend_on_seed_step_and_path():
         {name: name for name in params},
     )
     jax.tree.map(np.testing.assert_array_equal, take(halves, params, grads)[0], first)
+
+
+@pytest.mark.parametrize('outside', [False, True])
+def test_results_do_not_depend_on_the_mesh_or_on_zero1(outside: bool):
+    """Whether the state is split inside of it or around it."""
+    p = np.linspace(-2, 3, 96).astype(jnp.bfloat16).reshape(8, 12)
+    params = jax.device_put({'w': p}, NamedSharding(jax.make_mesh((4,), ('data',)), P()))
+    tx = rmsprop_jax.rmsprop(0.03, weight_decay=0.1)
+    expected, _ = take(rmsprop_jax.round_parameters(tx), {'w': p}, {'w': p})
+    inner = tx if outside else sharding.zero1(tx, params)
+    split = rmsprop_jax.round_parameters(inner)
+    split = sharding.zero1(split, params) if outside else split
+    state = jax.jit(split.init)(params)
+    assert optax.tree.get(state, 'nu')['w'].sharding.spec[0] == 'data'
+    updates, _ = jax.jit(split.update)(params, state, params)
+    np.testing.assert_array_equal(updates['w'], expected['w'])
 
 
 def test_the_derivative_goes_straight_through():
