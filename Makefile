@@ -141,7 +141,7 @@ endef
 
 # The peer, bitsandbytes, is in PyTorch's environment.
 storage-study: $(VENV)/.demo $(FRAMEWORK_VENVS)/torch/.installed  ## Measure the storage formats into build/storage-study/
-	set -e; for part in cost tracking training steps; do $(BIN)/python -m benchmarks.storage.$$part $(STUDY); done
+	set -e; for part in cost tracking training parameters steps; do $(BIN)/python -m benchmarks.storage.$$part $(STUDY); done
 	$(FRAMEWORK_VENVS)/torch/bin/python benchmarks/storage/peer.py $(STUDY)
 	$(BIN)/python -m benchmarks.storage.report $(STUDY)
 

@@ -8,6 +8,7 @@ from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries
 from rmsprop_jax._nonfinite import skip_nonfinite as skip_nonfinite
 from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams
 from rmsprop_jax._optimizer import rmsprop as rmsprop
+from rmsprop_jax._parameters import round_parameters as round_parameters
 from rmsprop_jax._precondition import scale_by_rms as scale_by_rms
 from rmsprop_jax._precondition import scale_by_stddev as scale_by_stddev
 from rmsprop_jax._reset import reset as reset

@@ -27,6 +27,7 @@ class Case:
       elementwise: Whether each entry is treated by itself, so that leaves and shards may be split.
       real_only: Whether it makes no sense for complex arrays.
       rewrites_params: Whether its updates lead to parameters of its own, in their dtype.
+      rounds_params: Whether it rounds bfloat16 parameters, to which its updates lead in float32.
       every: How many calls make a step.
       compact: Whether its state is kept in other formats than float32.
     """
@@ -39,6 +40,7 @@ class Case:
     elementwise: bool = True
     real_only: bool = False
     rewrites_params: bool = False
+    rounds_params: bool = False
     every: int = 1
     compact: bool = False
 
@@ -255,6 +257,15 @@ CASES = (
         ('nu',),
         elementwise=False,
         compact=True,
+    ),
+    Case(
+        'round_parameters',
+        lambda: rmsprop_jax.round_parameters(
+            rmsprop_jax.rmsprop(_halved, momentum=0.5, weight_decay=1e-3)
+        ),
+        ('nu', 'trace'),
+        needs_params=True,
+        rounds_params=True,
     ),
     Case('graves', lambda: dialects.graves(0.01), (*CENTERED, 'trace')),
     Case('hinton', lambda: dialects.hinton(0.02), ('nu',)),

@@ -159,6 +159,9 @@ MESHES = tuple(f'{kind}-{axis}' for kind in ('auto', 'explicit') for axis in AXE
 WAYS = ('eager', 'jit', 'scan', 'vmap', 'donated', *MESHES, *MAPPED, 'inside-0')
 HOMES = ('plain', 'nnx', 'linen', 'equinox', 'partial', 'complex')
 
+# Parameters are rounded in these cases.
+ROUNDED = tuple(case.name for case in CROSSED if case.rounds_params)
+
 # Complex arrays are pairs of reals in these cases, and squares are |g|^2 in the others.
 PAIRS = ('torch', 'torch-factored', 'torch-bfloat16-large', 'torch-masked')
 
@@ -172,7 +175,7 @@ COMPLEX = ('bias', 'cube', 'head')
 
 def leaves_of(case: str, scale: float = 1.0) -> Leaves:
     """Parameters with a row of zeros, which has a gradient of zero, and one entry that is far off
-    where one is to be skipped."""
+    where one is to be skipped. Where parameters are rounded, they are bfloat16."""
     leaves = {}
     for name, shape in (LARGE if case.endswith('-large') else SMALL).items():
         x = np.linspace(-2, 3, math.prod(shape), dtype=np.float32).reshape(shape)
@@ -180,7 +183,8 @@ def leaves_of(case: str, scale: float = 1.0) -> Leaves:
             x[1] = 0.0
         if name == 'kernel' and 'skip_nonfinite' in case:
             x[2, 3] = 50.0
-        leaves[name] = jnp.asarray(np.float32(scale) * x)
+        dtype = jnp.bfloat16 if case in ROUNDED else jnp.float32
+        leaves[name] = jnp.asarray(np.float32(scale) * x, dtype)
     return leaves
 
 
@@ -233,7 +237,7 @@ class Row(NamedTuple):
 EXCEPTIONS = (
     Row(
         'the case makes no sense for complex arrays, or its formats cannot keep them',
-        lambda c: c.home == 'complex' and c.of.real_only,
+        lambda c: c.home == 'complex' and (c.of.real_only or c.of.rounds_params),
     ),
     Row(
         'a norm, or a share of entries, is that of the shard: dialects do not talk across devices',

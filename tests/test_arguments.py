@@ -202,6 +202,7 @@ WRONG = [
 NO_TX = 'must be a gradient transformation, got 3'
 WRONG += [
     (rmsprop_jax.skip_nonfinite, (3,), TypeError, f'inner {NO_TX}'),
+    (rmsprop_jax.round_parameters, (3,), TypeError, f'inner {NO_TX}'),
     (rmsprop_jax.skip_nonfinite, (TX, 'x'), TypeError, "per must be one of.*got 'x'"),
     (rmsprop_jax.nonfinite_entries, (3, STATE, PARAMS), TypeError, f'tx {NO_TX}'),
     (rmsprop_jax.nonfinite_entries, (TX, STATE, PARAMS, 3), TypeError, 'storage must be'),
@@ -396,6 +397,7 @@ VALID: dict[Any, dict[str, Any]] = {
     inject_hyperparams: {'inner_factory': rmsprop},
     reset: {'tx': TX, 'state': STATE, 'params': PARAMS, 'mask': True},
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
+    rmsprop_jax.round_parameters: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
     dialects.torch: {'weight_decay': 0.1, 'momentum': 0.9},
     dialects.torch_clip_grad_norm: {'max_norm': 1.0},

@@ -33,6 +33,7 @@ TRUNK = [
 BRANCHES = {
     '_command',
     '_nonfinite',
+    '_parameters',
     '_reset',
     'aot',
     'demo',

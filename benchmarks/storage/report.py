@@ -99,22 +99,22 @@ def tracking_tables(tables: dict[str, list[Record]]) -> Iterable[str]:
     yield '### Centered\n\n' + table(records, first | errors | mean | low | worst)
 
 
+# The loss of a training, and its difference to the one it is paired with.
+LOSSES: dict[str, str | Callable[[Record], str]] = {
+    'loss': lambda r: f'{np.mean(r["losses"]):.4f}',
+    'difference': lambda r: f'{r["difference"]:+.4f} ± {r["se"]:.4f}' if 'se' in r else '',
+    'in standard errors': lambda r: f'{r["difference"] / r["se"]:+.1f}' if 'se' in r else '',
+}
+
+
 def training_table(records: list[Record]) -> str:
-    def loss(record: Record) -> str:
-        return f'{np.mean(record["losses"]):.4f}'
+    columns = {'model': 'task', 'optimizer': 'family', 'format': 'format'}
+    return '### Training\n\n' + table(records, columns | LOSSES)
 
-    def difference(record: Record) -> str:
-        if 'difference' not in record:
-            return ''
-        return f'{record["difference"]:+.4f} ± {record["se"]:.4f}'
 
-    def ratio(record: Record) -> str:
-        return f'{record["difference"] / record["se"]:+.1f}' if 'se' in record else ''
-
-    columns = {'model': 'task', 'optimizer': 'family', 'format': 'format', 'loss': loss}
-    return '### Training\n\n' + table(
-        records, columns | {'difference': difference, 'in standard errors': ratio}
-    )
+def parameters_table(records: list[Record]) -> str:
+    columns = {'model': 'task', 'parameters': 'format', 'bytes a parameter': 'bytes'}
+    return '### Parameters in bfloat16\n\n' + table(records, columns | LOSSES)
 
 
 def steps_table(records: list[Record]) -> str:
@@ -188,7 +188,9 @@ def training_figure(records: list[Record]) -> Figure:
             errors = {'xerr': row['se'], 'color': colour, 'capsize': 4}
             one.errorbar(row['difference'], place, fmt='o', **errors)
         labels = [
-            row['format'] if row['family'] == 'plain' else f'{row["family"]}: {row["format"]}'
+            row['format']
+            if row.get('family', 'plain') == 'plain'
+            else f'{row["family"]}: {row["format"]}'
             for row in rows
         ]
         one.set_yticks(range(len(rows)), labels)
@@ -234,13 +236,16 @@ def main(folder: Path) -> None:
 
     tracking, training = load('tracking.json'), load('training.json')
     steps = load('steps-ours.json') + load('steps-peer.json')
+    parameters = load('parameters.json')
     tables = [*tracking_tables(tracking), training_table(training), steps_table(steps)]
+    tables.append(parameters_table(parameters))
     text = '\n\n'.join([*tables, cost_table(load('cost.json'))]) + '\n'
     (folder / 'tables.md').write_text(text)
     print(text)
     figures = {
         'window': window_figure(tracking['window']),
         'training': training_figure(training),
+        'parameters': training_figure(parameters),
         'steps': steps_figure(steps),
     }
     for name, figure in figures.items():

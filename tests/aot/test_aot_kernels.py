@@ -174,6 +174,34 @@ def test_the_longest_chain_with_narrow_parameters_is_one_kernel_too(dtype, targe
     assert_minimal(report, everything(), leaf)
 
 
+def in_three_bytes(**options):
+    kept = rmsprop_jax.storage.per_statistic(
+        nu=rmsprop_jax.storage.uint8(), trace=rmsprop_jax.storage.bfloat16()
+    )
+    return rmsprop_jax.round_parameters(rmsprop_jax.rmsprop(1e-3, storage=kept, **options))
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ('make', 'expected'),
+    [
+        (lambda: rmsprop_jax.round_parameters(rmsprop_jax.rmsprop(1e-3)), 14),
+        (in_three_bytes, 8),
+        (lambda: in_three_bytes(weight_decay=1e-2), 8),
+        (lambda: in_three_bytes(momentum=0.9), 12),
+    ],
+    ids=['float32', 'uint8', 'weight_decay', 'momentum'],
+)
+def test_rounded_parameters_are_updated_at_the_minimum(make, expected, target):
+    leaf = jax.ShapeDtypeStruct(LARGE.shape, jnp.bfloat16)
+    report = aot.compile_update(make(), leaf, target=target)
+    # What the random bits of a row have in common is a kernel of its own.
+    assert report.kernels <= 2
+    assert report.minimum_per_parameter == expected
+    assert_minimal(report, make(), leaf)
+    assert_self_contained(report)
+
+
 class Network(nn.Module):
     """A small convolutional network with normalization, 13 leaves."""
 
