@@ -81,9 +81,7 @@ def test_dtypes(case, dtype):
     state = jax.eval_shape(case.tx.init, params)
     updates, after = jax.eval_shape(case.tx.update, gradient(params), state, params)
     rounded = case.rounds_params and dtype == jnp.bfloat16
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        updates, tree(jnp.float32) if rounded else params
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree(jnp.float32) if rounded else params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     for leaf in jax.tree.leaves(moments(case, state)):
         assert case.compact or leaf.dtype in (jnp.float32, jnp.complex64)
