@@ -141,6 +141,7 @@ def test_epsilon_shares(centered, corrected, inside):
     )
 
 
+@pytest.mark.extended
 def test_compact_shares():
     grads = [jax.tree.map(lambda x: x * 1e-11, g) for g in gradients()]
     inner = rmsprop_jax.rmsprop(0.1, 0.99, storage=BYTES)
@@ -315,6 +316,7 @@ def test_meshes_do_not_matter(axis_type):
     chex.assert_trees_all_close(jax.device_get(placed), jax.device_get(alone), rtol=1e-5)
 
 
+@pytest.mark.extended
 def test_hyperparameters_may_be_injected():
     def make(learning_rate, eps):
         return diagnostics.measured(rmsprop_jax.rmsprop(learning_rate, eps=eps), eps=eps)
@@ -390,6 +392,7 @@ def test_wide_precision(strict):
         assert state.measurements.step_size.dtype == jnp.float32
 
 
+@pytest.mark.extended
 def test_measured_states_are_stored(tmp_path):
     serialization = pytest.importorskip('flax.serialization')
     ocp = pytest.importorskip('orbax.checkpoint')

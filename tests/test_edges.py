@@ -103,6 +103,7 @@ def test_derivatives_at_zero_are_finite(name, gradient):
         assert jnp.isfinite(leaf).all()
 
 
+@pytest.mark.extended
 def test_derivative_of_clipping_is_that_of_its_formula():
     """Away from zero: `g c / (|g| + 1e-6)` for a norm above `c`."""
     g = jnp.array([3.0, 0.0, -4.0])

@@ -206,6 +206,7 @@ def test_what_is_skipped_counts_as_zero_for_the_others():
     assert np.all(np.isfinite(updates))
 
 
+@pytest.mark.extended
 def test_complex_numbers_are_skipped_whole():
     tx = dialects.torch(0.1, momentum=0.9)
     g = (gradients(11) + 1j * gradients(12)).astype(np.complex64)
@@ -506,6 +507,7 @@ def test_it_wraps_masks_and_other_optimizers(per: str):
                 np.testing.assert_array_equal(moment == 0, skipped)
 
 
+@pytest.mark.extended
 def test_the_derivative_through_a_skipped_coordinate_is_finite():
     tx = rmsprop_jax.skip_nonfinite(rmsprop_jax.rmsprop(0.1))
     bad = jnp.array([1.0, jnp.nan])

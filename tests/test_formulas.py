@@ -17,6 +17,8 @@ from flax import nnx
 
 import rmsprop_jax
 
+pytestmark = pytest.mark.extended
+
 NOTEBOOK = Path(__file__).parents[1] / 'notebooks' / '01_rmsprop_from_the_formulas.py'
 RATE, DECAY, EPS = 0.01, 0.9, 1e-8
 
@@ -93,7 +95,6 @@ def as_float64(*arrays: Any) -> list[np.ndarray]:
     return [np.asarray(a, np.float64) for a in arrays]
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(('name', 'options', 'decay', 'direction'), NET_RULES)
 def test_net_follows_the_formula(notebook, name, options, decay, direction):
     x, y = as_float64(notebook['x'], notebook['y'])

@@ -395,6 +395,7 @@ def test_a_constant_learning_rate_does_not_show_its_place():
     assert 'Not determined: learning rate, since the learning rate is constant.' in str(found)
 
 
+@pytest.mark.extended
 def test_a_geometric_learning_rate_needs_the_momentum():
     trace = run(torch, 0.02 * 0.8 ** np.arange(12))
     found = identify_dialect(trace)
@@ -409,6 +410,7 @@ def test_a_negligible_epsilon_does_not_show_its_place():
     assert 'too small' in found.facts['epsilon'].reason
 
 
+@pytest.mark.extended
 def test_without_momentum_the_learning_rate_has_no_place():
     found = identify_dialect(run(lambda lr: torch(lr, momentum=0)))
     assert undetermined(found) == {'learning_rate'}
@@ -418,6 +420,7 @@ def test_without_momentum_the_learning_rate_has_no_place():
     assert told.facts['momentum'].status == 'given'
 
 
+@pytest.mark.extended
 def test_few_steps_leave_much_open_and_nothing_false():
     found = identify_dialect(run(torch, DROP[-6:-4]))
     assert 'learning_rate' in undetermined(found)
@@ -442,6 +445,7 @@ def test_one_step_may_be_that_of_another_optimizer(make: Callable[[Any], Any]):
     assert {fact.value for fact in found.facts.values()} == {None}
 
 
+@pytest.mark.extended
 def test_a_decay_at_the_end_of_its_range_determines_nothing():
     trace = run(lambda lr: rmsprop(lr, 1 - 1e-7, 1e-3, bias_correction=True))
     found = identify_dialect(trace)
@@ -510,6 +514,7 @@ def test_a_float32_run_is_judged_as_one_however_it_is_stored(stored: Any):
     assert found.dialects == ('torch',)
 
 
+@pytest.mark.extended
 def test_a_bfloat16_run_is_judged_as_one():
     found = identify_dialect(run(torch, DROP * 10, dtype=jnp.bfloat16))
     assert found.precision == 'bfloat16'
@@ -604,6 +609,7 @@ def test_what_is_no_trace_is_refused(name: str):
         identify_dialect(trace)
 
 
+@pytest.mark.extended
 def test_a_trace_may_be_a_record():
     assert identify_dialect(Trace(**run(torch), decay=0.9)).dialects == ('torch',)
 
@@ -635,6 +641,7 @@ def test_the_command_prints_table_and_verdict(tmp_path: Path, capsys: pytest.Cap
     assert 'Nothing is determined' in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_the_command_has_an_exit_code_for_each_outcome(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -685,6 +692,7 @@ def test_the_command_refuses_in_one_line(
     assert output.err.count('\n') == 1
 
 
+@pytest.mark.extended
 def test_the_module_runs_without_warnings_and_explains_itself():
     command = [sys.executable, '-W', 'error', '-m', 'rmsprop_jax.identify', '--help']
     done = subprocess.run(command, capture_output=True, text=True, check=True)

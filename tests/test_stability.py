@@ -143,6 +143,7 @@ def test_optax_turns_nan_where_we_do_not():
         assert np.isfinite(ours).all()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('eps_in_sqrt', [True, False])
 @pytest.mark.parametrize('centered', [False, True])
 @pytest.mark.parametrize('eps', [0.0, 1e-8])

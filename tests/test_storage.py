@@ -321,6 +321,7 @@ def test_derivative_through_training(where):
         np.testing.assert_allclose(jax.grad(loss)(0.01, where), numerical, rtol=2e-2)
 
 
+@pytest.mark.extended
 def test_bytes_have_no_derivative():
     tx = rmsprop_jax.rmsprop(0.1, storage=everywhere(storage.uint8()))
 
