@@ -12,6 +12,7 @@ import optax
 from golden.problems import flat, learning_rates, problem, recorded_steps
 
 from rmsprop_jax import dialects, rmsprop
+from rmsprop_jax._transforms import skip_zero_rows
 
 Configuration = dict[str, Any]
 
@@ -43,7 +44,7 @@ def sonnet(
     sparse: Any = False,
 ) -> Any:
     step = rmsprop(learning_rate, decay, epsilon, momentum=momentum, centered=centered)
-    return dialects.skip_zero_rows(step, sparse) if sparse else step
+    return skip_zero_rows(step, sparse) if sparse else step
 
 
 def chainer(lr: Any = 0.01, alpha: Any = 0.99, eps: Any = 1e-8, eps_inside_sqrt: bool = False):

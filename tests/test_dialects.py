@@ -25,8 +25,8 @@ from jax.example_libraries import optimizers
 
 import rmsprop_jax
 from rmsprop_jax import dialects, rmsprop, storage
-from rmsprop_jax._equivalents import EQUIVALENTS
 from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax.dialects._other_frameworks import EQUIVALENTS
 
 GOLDEN = Path(__file__).parent / 'golden'
 CONFIGURATIONS = {c['name']: c for c in golden_configurations()}

@@ -25,7 +25,6 @@ TRUNK = [
     '_momentum',
     '_optimizer',
     '_transforms',
-    '_equivalents',
     'dialects',
     'recipes',
 ]
