@@ -27,6 +27,7 @@ from rmsprop_jax.dialects._stable_baselines3 import stable_baselines3 as stable_
 from rmsprop_jax.dialects import _optax as _optax
 from rmsprop_jax.dialects._mxnet import mxnet as mxnet
 from rmsprop_jax.dialects._mxnet import mxnet1 as mxnet1
+from rmsprop_jax.dialects._mindspore import mindspore as mindspore
 from rmsprop_jax.dialects._graves import graves as graves
 from rmsprop_jax.dialects._hinton import hinton as hinton
 from rmsprop_jax.dialects._other_frameworks import Equivalent as Equivalent
