@@ -32,6 +32,7 @@ TRUNK = [
 BRANCHES = {
     '_command',
     '_nonfinite',
+    '_quantiles',
     '_reset',
     'aot',
     'demo',
