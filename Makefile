@@ -16,7 +16,7 @@ AOT_VENV := .venv/aot-$(notdir $(PYTHON))
 DOCS_VENV := .venv/docs-$(notdir $(PYTHON))
 
 # The frameworks that the dialects are compared with, each with its own environment.
-FRAMEWORKS ?= torch tensorflow paddle mxnet1 mxnet2
+FRAMEWORKS ?= $(basename $(notdir $(wildcard tests/golden/requirements/*.txt)))
 FRAMEWORK_VENVS := .venv/frameworks-$(notdir $(PYTHON))
 FRAMEWORKS_INSTALLED := $(FRAMEWORKS:%=$(FRAMEWORK_VENVS)/%/.installed)
 # Those that checkpoints move to and from; Keras is installed where TensorFlow is.

@@ -1,7 +1,11 @@
 """RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
 
+from rmsprop_jax import diagnostics as diagnostics
 from rmsprop_jax import dialects as dialects
+from rmsprop_jax import identify as identify
+from rmsprop_jax import interchange as interchange
 from rmsprop_jax import recipes as recipes
+from rmsprop_jax import sharding as sharding
 from rmsprop_jax import storage as storage
 from rmsprop_jax._momentum import trace as trace
 from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries

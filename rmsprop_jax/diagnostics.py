@@ -8,7 +8,6 @@ Measurements are taken of groups of parameters, in float32, and have no derivati
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ from rmsprop_jax._checks import (
     is_function,
 )
 from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._quantiles import as_float32, checked_quantiles, count_true, whole_size
+from rmsprop_jax._quantiles import quantiles as quantiles_of
 from rmsprop_jax._types import Hyperparameter, KeyPath, ScalarOrSchedule, by_path, canonical, cast
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
@@ -94,12 +95,9 @@ def step_sizes(
     Source: Kingma and Ba, Adam, arXiv:1412.6980, section 2.1. Quantiles are NumPy's of the method
     'inverted_cdf'.
     """
-    shares = _checked_quantiles(quantiles)
+    shares = checked_quantiles(quantiles)
     grouped = _grouped(_groups(updates, labels), _leaves('updates', updates))
-    return {
-        name: _order_statistics(leaves, _ranks(name, leaves, shares))
-        for name, leaves in grouped.items()
-    }
+    return {name: quantiles_of(name, leaves, shares) for name, leaves in grouped.items()}
 
 
 def update_ratios(updates: Any, params: Any, labels: Labels = None) -> dict[str, jax.Array]:
@@ -297,7 +295,7 @@ def nonfinite_counts(tree: Any) -> dict[str, jax.Array]:
     """
     grouped = _grouped(_groups(tree, None), _leaves('tree', tree))
     return {
-        path: sum((_count(~jnp.isfinite(x)) for x in leaves), jnp.uint32(0)).astype(jnp.int32)
+        path: sum((count_true(~jnp.isfinite(x)) for x in leaves), jnp.uint32(0)).astype(jnp.int32)
         for path, leaves in grouped.items()
     }
 
@@ -403,7 +401,7 @@ def measured(
     """
     inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
     every = checked_steps('every', every, least=1)
-    quantiles = _checked_quantiles(quantiles)
+    quantiles = checked_quantiles(quantiles)
     eps_in_sqrt = checked_flag('eps_in_sqrt', eps_in_sqrt)
     check_storage(storage)
     epsilon = None if eps is None else Hyperparameter('eps', eps).value
@@ -547,73 +545,15 @@ def _stacked(measured: dict[str, jax.Array], dtype: Any = jnp.float32) -> jax.Ar
     return jnp.stack(list(measured.values())) if measured else jnp.zeros(0, dtype)
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    """How many are true, on all devices that hold a share under `jax.shard_map`.
-
-    Sums of float32 are twice as fast on a CPU, but exact to 2^24 only.
-    """
-    rows = jnp.atleast_1d(mask)
-    dtype = jnp.float32 if rows.shape[-1] < 2**24 else jnp.uint32
-    own = jnp.sum(jnp.sum(rows, axis=-1, dtype=dtype).astype(jnp.uint32), dtype=jnp.uint32)
-    return whole_sum(own, split_axes(mask))
-
-
-def _size(x: jax.Array) -> int:
-    """How many entries there are on all those devices."""
-    return x.size * math.prod(map(lax.axis_size, split_axes(x)))
-
-
 def _shares(groups: dict[KeyPath, str], masks: Leaves) -> dict[str, jax.Array]:
     def share(leaves: list[jax.Array]) -> jax.Array:
         # In float32 the counts of leaves add up to a share that is right to 1e-7.
-        counts = [_count(leaf).astype(jnp.float32) for leaf in leaves]
-        return sum(counts, jnp.float32(0)) / max(1, sum(map(_size, leaves)))
+        counts = [count_true(leaf).astype(jnp.float32) for leaf in leaves]
+        return sum(counts, jnp.float32(0)) / max(1, sum(map(whole_size, leaves)))
 
     return {name: share(leaves) for name, leaves in _grouped(groups, masks).items()}
 
 
 def _length(leaves: list[jax.Array]) -> jax.Array:
-    squares = [whole_sum(jnp.sum(jnp.square(_as_float32(x))), split_axes(x)) for x in leaves]
+    squares = [whole_sum(jnp.sum(jnp.square(as_float32(x))), split_axes(x)) for x in leaves]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def _as_float32(x: jax.Array) -> jax.Array:
-    """The magnitude, in float32."""
-    return jnp.abs(x).astype(jnp.float32)
-
-
-def _checked_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(q) for q in quantiles)
-    except (OverflowError, TypeError, ValueError):
-        shares = ()
-    if not shares or not all(0 <= q <= 1 for q in shares):
-        raise ValueError(f'quantiles must be one or more numbers in [0, 1], got {quantiles!r}.')
-    return shares
-
-
-def _ranks(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> tuple[int, ...]:
-    size = sum(map(_size, leaves))
-    if size >= 2**32:
-        raise ValueError(f'the group {name!r} has more than 2^32 entries: give finer labels.')
-    return tuple(max(1, math.ceil(share * size)) for share in shares)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _order_statistics(leaves: list[jax.Array], ranks: tuple[int, ...]) -> jax.Array:
-    """The magnitudes of these ranks, by bisection over the bits of float32, whose order is that of
-    the numbers; zeros where there are none."""
-    bits = [lax.bitcast_convert_type(_as_float32(leaf), jnp.uint32) for leaf in leaves]
-
-    def count_below(bound: jax.Array) -> jax.Array:
-        return sum((_count(leaf < bound) for leaf in bits), jnp.uint32(0))
-
-    def next_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        guess = found | (jnp.uint32(2**30) >> i.astype(jnp.uint32))
-        below = jnp.stack([count_below(guess[k]) for k in range(len(ranks))])
-        return jnp.where(below < jnp.array(ranks, jnp.uint32), guess, found)
-
-    if not any(leaf.size for leaf in leaves):
-        return jnp.zeros(len(ranks), jnp.float32)
-    found = lax.fori_loop(0, 31, next_bit, jnp.zeros(len(ranks), jnp.uint32))
-    return lax.bitcast_convert_type(found, jnp.float32)

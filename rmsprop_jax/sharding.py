@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, reshard
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
@@ -83,6 +82,9 @@ def _constraints(program: Any) -> list[Any]:
 
     Those on abstract meshes JAX gives to constants of its own accord.
     """
+    # It loads Pallas, which takes as long as a quarter of this package.
+    from jax.extend.core import Literal
+
     given = {}
     for eqn in program.eqns:
         if eqn.primitive.name in ('sharding_constraint', 'reshard'):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.typing import ArrayLike
 
 import rmsprop_jax
 from rmsprop_jax import dialects, storage
+from rmsprop_jax.dialects._record import functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,36 @@ def _with_four_statistics(**options: Any) -> optax.GradientTransformation:
     )
 
 
+def _usual(name: str) -> Case:
+    """A dialect with the options that most have."""
+    parameters = inspect.signature(functions()[name]).parameters
+    options = {'momentum': 0.5, 'weight_decay': 1e-3, 'lr': _halved, 'learning_rate': _halved}
+    given = {n: x for n, x in options.items() if n in parameters}
+    return Case(
+        name,
+        functools.partial(functions()[name], **given),
+        ('nu', 'trace') if 'momentum' in given else ('nu',),
+        needs_params='weight_decay' in given,
+    )
+
+
+def masking(rate: float, decay: float) -> dict[str, Callable[[Any], optax.GradientTransformation]]:
+    """The dialects that take a mask, each as a function of it: it decays, or holds still, what the
+    mask chooses."""
+    found = {}
+    for name, function in functions().items():
+        parameters = inspect.signature(function).parameters
+        options = {n: decay for n in ('weight_decay', 'wd') if n in parameters}
+        argument = 'mask' if 'mask' in parameters else 'sparse' if 'sparse' in parameters else None
+        if argument is not None:
+            made = functools.partial(function, rate, **(options or {'momentum': 0.5}))
+            found[name] = lambda mask, made=made, argument=argument: made(**{argument: mask})
+    return found
+
+
 CENTERED = ('mu', 'var')
 _EVERY_BYTE = storage.per_leaf(lambda path, shape: storage.uint8())
-CASES = (
+_CASES = (
     Case('scale_by_rms', rmsprop_jax.scale_by_rms, ('nu',), descends=False),
     Case(
         'scale_by_rms-outside-corrected',
@@ -270,3 +299,4 @@ CASES = (
     Case('graves', lambda: dialects.graves(0.01), (*CENTERED, 'trace')),
     Case('hinton', lambda: dialects.hinton(0.02), ('nu',)),
 )
+CASES = (*_CASES, *map(_usual, sorted(functions().keys() - {case.name for case in _CASES})))

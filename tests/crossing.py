@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cases import CASES, Case
+from cases import CASES, Case, masking
 
 import rmsprop_jax
 from rmsprop_jax import dialects, storage
@@ -114,18 +114,10 @@ MASKED: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     'inject_hyperparams': lambda mask: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
         0.05, weight_decay=0.1, mask=mask
     ),
-    'torch': lambda mask: dialects.torch(0.05, weight_decay=0.1, mask=mask),
-    'keras': lambda mask: dialects.keras(0.05, weight_decay=0.1, mask=mask),
-    'keras_legacy': lambda mask: dialects.keras_legacy(0.05, momentum=0.9, sparse=mask),
-    'tf_keras': lambda mask: dialects.tf_keras(0.05, weight_decay=0.1, mask=mask),
-    'tensorflow': lambda mask: dialects.tensorflow(0.05, momentum=0.9, sparse=mask),
-    'timm': lambda mask: dialects.timm(0.05, weight_decay=0.1, mask=mask),
+    **masking(0.05, 0.1),
     'timm-decoupled': lambda mask: dialects.timm(
         0.05, weight_decay=0.1, decoupled_decay=True, mask=mask
     ),
-    'stable_baselines3': lambda mask: dialects.stable_baselines3(0.05, weight_decay=0.1, mask=mask),
-    'mxnet': lambda mask: dialects.mxnet(0.05, wd=0.1, mask=mask),
-    'mxnet1': lambda mask: dialects.mxnet1(0.05, wd=0.1, mask=mask),
 }
 FORMS = ('function', 'tree')
 

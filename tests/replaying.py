@@ -9,28 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from golden.configurations import declared
 from golden.problems import flat, learning_rates, problem, recorded_steps
 
 from rmsprop_jax import dialects, rmsprop
+from rmsprop_jax._transforms import skip_zero_rows
+from rmsprop_jax.dialects._record import functions
 
 Configuration = dict[str, Any]
 
 # What these frameworks hold as float32 numbers even for float64 parameters. Ours is given the same
 # numbers, and the rest of the arithmetic is float64 on both sides.
-_MXNET = {'learning_rate', 'schedule', 'epsilon', 'wd', 'rescale_grad'}
-_MXNET |= {'clip_weights', 'clip_gradient'}
-FLOAT32_HYPERPARAMETERS = {
-    'keras': {'weight_decay'},
-    'keras_legacy': {'learning_rate', 'rho', 'momentum', 'decay'},
-    'tf_keras': {'learning_rate', 'weight_decay'},
-    'tensorflow': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
-    'sonnet': {'learning_rate', 'schedule', 'decay', 'momentum', 'epsilon'},
-    'mxnet': _MXNET | {'rho', 'momentum'},
-    'mxnet_unfused': {'clip_weights', 'clip_gradient'},
-    'mxnet1': _MXNET | {'gamma1', 'gamma2'},
-    'paddle': {'rho', 'momentum', 'epsilon'},
-    'mlx': {'learning_rate'},
-}
+FLOAT32_HYPERPARAMETERS: dict[str, set[str]] = declared('FLOAT32')
 
 
 def sonnet(
@@ -43,7 +33,7 @@ def sonnet(
     sparse: Any = False,
 ) -> Any:
     step = rmsprop(learning_rate, decay, epsilon, momentum=momentum, centered=centered)
-    return dialects.skip_zero_rows(step, sparse) if sparse else step
+    return skip_zero_rows(step, sparse) if sparse else step
 
 
 def chainer(lr: Any = 0.01, alpha: Any = 0.99, eps: Any = 1e-8, eps_inside_sqrt: bool = False):
@@ -80,16 +70,8 @@ def bitsandbytes(
 
 
 FACTORIES: dict[str, Callable[..., Any]] = {
-    'torch': dialects.torch,
-    'timm': dialects.timm,
-    'stable_baselines3': dialects.stable_baselines3,
-    'keras': dialects.keras,
-    'keras_legacy': dialects.keras_legacy,
-    'tf_keras': dialects.tf_keras,
-    'tensorflow': dialects.tensorflow,
-    'mxnet': dialects.mxnet,
+    **functions(),
     'mxnet_unfused': dialects.mxnet,
-    'mxnet1': dialects.mxnet1,
     'sonnet': sonnet,
     'chainer': chainer,
     'chainer_graves': chainer_graves,

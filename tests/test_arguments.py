@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import public_api
 import pytest
+from jax.typing import ArrayLike
 
 import rmsprop_jax
 from rmsprop_jax import (
@@ -29,6 +30,8 @@ from rmsprop_jax import (
     storage,
     trace,
 )
+from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax.dialects._record import functions
 
 PARAMS = {'dense': {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones(3)}}
 TX = rmsprop(0.1)
@@ -390,6 +393,8 @@ WRONG_FILES = [
 
 # --- Every argument -------------------------------------------------------------------------------
 
+# The arguments of each dialect.
+TAKEN = {f: inspect.signature(f).parameters for f in functions().values()}
 # What a function is called with besides the argument that is wrong.
 VALID: dict[Any, dict[str, Any]] = {
     rmsprop: {'learning_rate': 0.1, 'momentum': 0.9, 'weight_decay': 0.1},
@@ -399,6 +404,7 @@ VALID: dict[Any, dict[str, Any]] = {
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.round_parameters: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
+    **{f: {n: 0.1 for n in ('weight_decay', 'wd') if n in names} for f, names in TAKEN.items()},
     dialects.torch: {'weight_decay': 0.1, 'momentum': 0.9},
     dialects.torch_clip_grad_norm: {'max_norm': 1.0},
     dialects.keras: {'weight_decay': 0.1, 'momentum': 0.9, 'use_ema': True},
@@ -506,12 +512,11 @@ VALID: dict[Any, dict[str, Any]] = {
     aot.devices: {'target': 'cpu'},
     aot.table: {'reports': ()},
 }
+_ARE_NUMBERS = (ScalarOrSchedule, ScalarOrSchedule | None, ArrayLike, ArrayLike | None)
 # A wrong value of arguments of one name, its error and its message after the name.
 NUMBERS = (
-    *('learning_rate', 'decay', 'eps', 'initial_scale', 'momentum', 'weight_decay', 'lr', 'alpha'),
-    *('rho', 'epsilon', 'gamma1', 'gamma2', 'wd', 'ema_momentum', 'clipnorm', 'clipvalue'),
-    *('global_clipnorm', 'clip_weights', 'clip_gradient', 'rescale_grad', 'loss_scale_factor'),
-    *('max_lr', 'max_norm', 'scale', 'count', 'copies', 'warmup_power'),
+    *(n for names in TAKEN.values() for n, p in names.items() if p.annotation in _ARE_NUMBERS),
+    *('initial_scale', 'max_lr', 'max_norm', 'scale', 'count', 'copies', 'warmup_power'),
 )
 FLAGS = (
     *('centered', 'eps_in_sqrt', 'bias_correction', 'nesterov', 'maximize', 'use_ema', 'caution'),

@@ -19,40 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden.configurations import golden_configurations
+from golden.configurations import RATE, declared, golden_configurations, halving
 from golden.problems import flat, problem, recorded_steps
 from jax.example_libraries import optimizers
 
 import rmsprop_jax
 from rmsprop_jax import dialects, rmsprop, storage
-from rmsprop_jax._equivalents import EQUIVALENTS
 from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax.dialects._other_frameworks import EQUIVALENTS
+from rmsprop_jax.dialects._record import RECORDS, functions
 
 GOLDEN = Path(__file__).parent / 'golden'
 CONFIGURATIONS = {c['name']: c for c in golden_configurations()}
-DIALECTS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        dialects.torch,
-        dialects.keras,
-        dialects.keras_legacy,
-        dialects.tf_keras,
-        dialects.tensorflow,
-        dialects.timm,
-        dialects.stable_baselines3,
-        dialects.mxnet,
-        dialects.mxnet1,
-        dialects.graves,
-        dialects.hinton,
-    )
-}
+DIALECTS = functions()
 # The same numbers for all; a few steps of gradients that are neither large nor small.
-RATE = 0.05
 PROBLEM = problem({'seed': 3, 'problem': 'normal', 'steps': 12, 'dtype': 'float64'})
-
-
-def halving(count: Any) -> Any:
-    return RATE * 0.5 ** (count // 4)
 
 
 def run(tx: Any, jit: bool = True, given: Any = PROBLEM) -> np.ndarray:
@@ -329,7 +310,7 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(getattr(dialects, name)).parameters)
 
 
-WITH_SIGNATURE = sorted({*DIALECTS, 'torch_clip_grad_norm'} - {'graves', 'hinton'})
+WITH_SIGNATURE = sorted([*(n for n in DIALECTS if RECORDS[n].recorded), 'torch_clip_grad_norm'])
 
 
 @pytest.mark.parametrize('name', WITH_SIGNATURE)
@@ -368,109 +349,35 @@ def test_arguments_have_the_order_and_defaults_of_the_framework(name):
             assert float(recorded) == default, argument
 
 
-# For each argument, another value than the default, and what else it needs to matter.
-_WEIGHTS = {'weight_decay': 0.1}
+# For each argument, a value that is not the default, and what else it needs to matter. Those that
+# only one framework has are beside its configurations.
 _EMA: dict[str, Any] = {'use_ema': True, 'ema_overwrite_frequency': 2}
 _ONLY_MATRIX = {'matrix': True, 'vector': False, 'scalar': False}
-_DECOUPLED: dict[str, Any] = {'weight_decay': 0.1, 'decoupled_decay': True}
-_OF_KERAS = {
-    'learning_rate': (0.1, {}),
-    'rho': (0.99, {}),
-    'momentum': (0.9, {}),
-    'epsilon': (0.1, {}),
+COMMON: dict[str, tuple[Any, dict[str, Any]]] = {
+    **dict.fromkeys(('lr', 'learning_rate'), (0.1, {})),
+    **dict.fromkeys(('alpha', 'rho', 'decay', 'gamma1'), (0.5, {})),
+    **dict.fromkeys(('eps', 'epsilon'), (0.1, {})),
+    **dict.fromkeys(('weight_decay', 'wd'), (0.1, {})),
+    **dict.fromkeys(('clipnorm', 'clipvalue', 'global_clipnorm'), (0.1, {})),
+    'momentum': (0.5, {}),
     'centered': (True, {}),
-    'weight_decay': (0.1, {}),
-    'clipnorm': (0.1, {}),
-    'clipvalue': (0.1, {}),
-    'global_clipnorm': (0.1, {}),
+    'maximize': (True, {}),
     'use_ema': (True, {'ema_overwrite_frequency': 2}),
     'ema_momentum': (0.5, _EMA),
     'ema_overwrite_frequency': (3, {'use_ema': True}),
-    'mask': (_ONLY_MATRIX, _WEIGHTS),
+    'sparse': (True, {'momentum': 0.9}),
+    'storage': (storage.large_leaves(storage.bfloat16(), 1, 0), {}),
 }
-CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
-    'torch': {
-        'lr': (0.1, {}),
-        'alpha': (0.9, {}),
-        'eps': (0.1, {}),
-        'weight_decay': (0.1, {}),
-        'momentum': (0.9, {}),
-        'centered': (True, {}),
-        'maximize': (True, {}),
-        'mask': (_ONLY_MATRIX, _WEIGHTS),
-    },
-    'keras': {
-        **_OF_KERAS,
-        'loss_scale_factor': (1e3, {'epsilon': 0.1}),
-        'gradient_accumulation_steps': (2, {}),
-    },
-    'tf_keras': _OF_KERAS,
-    'keras_legacy': {
-        'learning_rate': (0.1, {}),
-        'rho': (0.99, {}),
-        'momentum': (0.9, {}),
-        'epsilon': (0.1, {}),
-        'centered': (True, {}),
-        'clipnorm': (0.1, {}),
-        'clipvalue': (0.1, {}),
-        'global_clipnorm': (0.1, {}),
-        'decay': (0.5, {}),
-        'sparse': (True, {'momentum': 0.9}),
-    },
-    'tensorflow': {
-        'learning_rate': (0.1, {}),
-        'decay': (0.99, {}),
-        'momentum': (0.9, {}),
-        'epsilon': (0.1, {}),
-        'centered': (True, {}),
-        'sparse': (True, {'momentum': 0.9}),
-    },
-    'timm': {
-        'lr': (0.1, {}),
-        'alpha': (0.99, {}),
-        'eps': (0.1, {}),
-        'weight_decay': (0.1, {}),
-        'momentum': (0.9, {}),
-        'centered': (True, {}),
-        'decoupled_decay': (True, _WEIGHTS),
-        'corrected_weight_decay': (True, {'lr': halving, 'max_lr': 0.5, **_DECOUPLED}),
-        'lr_in_momentum': (False, {'lr': halving, 'momentum': 0.9}),
-        'caution': (True, {'momentum': 0.9}),
-        'max_lr': (0.5, {'corrected_weight_decay': True, **_DECOUPLED}),
-        'mask': (_ONLY_MATRIX, _WEIGHTS),
-    },
-    'stable_baselines3': {
-        'lr': (0.1, {}),
-        'alpha': (0.9, {}),
-        'eps': (0.1, {}),
-        'weight_decay': (0.1, {}),
-        'momentum': (0.9, {}),
-        'centered': (True, {}),
-        'mask': (_ONLY_MATRIX, _WEIGHTS),
-    },
-    'graves': {
-        'learning_rate': (0.1, {}),
-        'decay': (0.5, {}),
-        'momentum': (0.5, {}),
-        'eps': (0.1, {}),
-    },
-    'hinton': {'learning_rate': (0.1, {}), 'decay': (0.5, {})},
-}
-for _name, _decay, _momentum in (('mxnet', 'rho', 'momentum'), ('mxnet1', 'gamma1', 'gamma2')):
-    CHANGES[_name] = {
-        'learning_rate': (0.1, {}),
-        _decay: (0.99, {}),
-        _momentum: (0.5, {'centered': True}),
-        'epsilon': (0.1, {}),
-        'centered': (True, {}),
-        'clip_weights': (0.5, {}),
-        'wd': (0.1, {}),
-        'rescale_grad': (1e-3, {'epsilon': 0.1}),
-        'clip_gradient': (0.1, {}),
-        'mask': (_ONLY_MATRIX, {'wd': 0.1}),
-    }
-for _changes in CHANGES.values():
-    _changes['storage'] = (storage.large_leaves(storage.bfloat16(), 1, 0), {})
+
+
+def changes(name: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The change of each argument of a dialect that has one."""
+    decaying = {n: 0.1 for n in ('weight_decay', 'wd') if n in parameters(name)}
+    known = {**COMMON, 'mask': (_ONLY_MATRIX, decaying), **declared('CHANGES').get(name, {})}
+    return {n: known[n] for n in parameters(name) if n in known}
+
+
+CHANGES = {name: changes(name) for name in DIALECTS}
 CHANGED = [(name, argument) for name, changes in CHANGES.items() for argument in changes]
 
 
@@ -491,9 +398,12 @@ def test_every_argument_matters(name, argument):
         assert np.abs(run(changed) - run_once(name, repr(options), **options)).max() > 1e-5
 
 
+DECOUPLED: dict[str, Any] = {'weight_decay': 0.1, 'decoupled_decay': True}
+
+
 def test_decoupled_decay_has_a_mask():
-    decay = dialects.timm(RATE, **_DECOUPLED)
-    masked = dialects.timm(RATE, **_DECOUPLED, mask=_ONLY_MATRIX)
+    decay = dialects.timm(RATE, **DECOUPLED)
+    masked = dialects.timm(RATE, **DECOUPLED, mask=_ONLY_MATRIX)
     assert_other(masked, decay)
     assert_other(masked, dialects.timm(RATE))
 
@@ -699,7 +609,7 @@ SCHEDULED = [(name, argument) for name, arguments in READ.items() for argument i
 def full(name: str) -> dict[str, Any]:
     """Every number of a dialect, with a value that is not its default."""
     options = {n: NUMBERS.get(n, 0.8) for n in READ[name]}
-    if name in ('keras', 'tf_keras'):
+    if 'use_ema' in parameters(name):
         options |= _EMA
     if name.startswith('mxnet'):
         options |= {'centered': True}

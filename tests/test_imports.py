@@ -25,7 +25,6 @@ TRUNK = [
     '_momentum',
     '_optimizer',
     '_transforms',
-    '_equivalents',
     'dialects',
     'recipes',
 ]
@@ -34,6 +33,7 @@ BRANCHES = {
     '_command',
     '_nonfinite',
     '_parameters',
+    '_quantiles',
     '_reset',
     'aot',
     'demo',

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import masking
 from jax.tree_util import Partial
 
 import rmsprop_jax
@@ -47,21 +48,14 @@ def by_rank(params: Any) -> Any:
 HOMES = {'Equinox': layer, 'Partial': partial}
 DECAYING = {
     'rmsprop': lambda mask: rmsprop_jax.rmsprop(0.1, weight_decay=0.5, mask=mask),
-    'torch': lambda mask: dialects.torch(0.1, weight_decay=0.5, mask=mask),
-    'keras': lambda mask: dialects.keras(0.1, weight_decay=0.5, mask=mask),
-    'tf_keras': lambda mask: dialects.tf_keras(0.1, weight_decay=0.5, mask=mask),
+    **masking(0.1, 0.5),
     'timm': lambda mask: dialects.timm(
         0.1, weight_decay=0.5, decoupled_decay=True, corrected_weight_decay=True, mask=mask
     ),
-    'stable_baselines3': lambda mask: dialects.stable_baselines3(0.1, weight_decay=0.5, mask=mask),
-    'mxnet': lambda mask: dialects.mxnet(0.1, wd=0.5, mask=mask),
-    'mxnet1': lambda mask: dialects.mxnet1(0.1, wd=0.5, mask=mask),
     'inject_hyperparams': lambda mask: rmsprop_jax.inject_hyperparams(rmsprop_jax.rmsprop)(
         0.1, weight_decay=0.5, mask=mask
     ),
     'mnasnet': lambda mask: recipes.mnasnet(steps_per_epoch=2, batch_size=8, mask=mask),
-    'keras_legacy': lambda mask: dialects.keras_legacy(0.1, momentum=0.5, sparse=mask),
-    'tensorflow': lambda mask: dialects.tensorflow(0.1, momentum=0.5, sparse=mask),
 }
 
 

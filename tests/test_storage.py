@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
+from rmsprop_jax.dialects._record import functions
 from rmsprop_jax.storage._rounding import leaf_key, random_bits, salt
 
 everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
@@ -356,16 +357,9 @@ def test_small_leaves_stay_float32_by_a_rule_that_can_be_changed():
     assert dtypes(storage.per_statistic(trace=kept)) == dict.fromkeys(params, 'float32')
 
 
-DIALECTS = (
-    *('torch', 'keras', 'keras_legacy', 'tf_keras', 'timm', 'stable_baselines3'),
-    *('mxnet', 'mxnet1'),
-)
-
-
-@pytest.mark.parametrize('name', [*DIALECTS, 'tensorflow', 'graves', 'hinton'])
+@pytest.mark.parametrize('name', functions())
 def test_every_dialect_takes_storage(name):
-    rate = {'learning_rate': 0.1} if name in ('tensorflow', 'hinton') else {}
-    tx = getattr(dialects, name)(**rate, storage=storage.bfloat16())
+    tx = functions()[name](0.1, storage=storage.bfloat16())
     params = {'w': jnp.ones((64, 64)), 'b': jnp.ones(64)}
     state = tx.init(params)
     _, after = jax.jit(tx.update)(params, state, params)

@@ -207,4 +207,4 @@ def assets() -> Iterator[tuple[str, str | bytes]]:
     yield 'stix-two-math.woff2', packed.getvalue()
 
 
-TABLES = {'dialects': dialects.table}
+TABLES = {'dialects': dialects.differences, 'others': dialects.table}

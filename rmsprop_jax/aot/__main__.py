@@ -13,24 +13,13 @@ import jax.numpy as jnp
 import optax
 
 import rmsprop_jax
-from rmsprop_jax import aot, dialects
+from rmsprop_jax import aot
 from rmsprop_jax import storage as formats
 from rmsprop_jax._command import OneLineParser, install
 from rmsprop_jax.aot import _models
+from rmsprop_jax.dialects._record import functions
 
-_DIALECTS = (
-    'torch',
-    'keras',
-    'tf_keras',
-    'keras_legacy',
-    'tensorflow',
-    'timm',
-    'stable_baselines3',
-    'mxnet',
-    'mxnet1',
-    'graves',
-    'hinton',
-)
+_DIALECTS = functions()
 _FORMATS = sorted(
     name
     for name, thing in vars(formats).items()
@@ -154,7 +143,7 @@ def _factory(name: str) -> Any:
     if name == 'rmsprop':
         return rmsprop_jax.rmsprop
     if name in _DIALECTS:
-        return getattr(dialects, name)
+        return _DIALECTS[name]
     if name.startswith('optax.') and hasattr(optax, name.removeprefix('optax.')):
         return getattr(optax, name.removeprefix('optax.'))
     raise ValueError(

@@ -15,11 +15,14 @@ from jax import lax
 
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
-
-Epsilon = Literal['inside the root', 'outside the root']
-Momentum = Literal['none', 'heavy ball', 'Nesterov']
-RatePlace = Literal['before momentum', 'after momentum', 'no momentum']
-WeightDecay = Literal['none', 'coupled', 'decoupled']
+from rmsprop_jax.dialects._record import (
+    Epsilon,
+    Momentum,
+    RatePlace,
+    Start,
+    WeightDecay,
+    YesNo,
+)
 
 # TensorFlow and Keras round hyperparameters to float32 whatever the dtype of the parameters.
 FLOAT32_ROUNDING = 2.0**-24
@@ -46,9 +49,9 @@ class Facts:
     """
 
     epsilon: Epsilon
-    start: Literal['zero', 'one']
-    bias_correction: Literal['no', 'yes']
-    centered: Literal['no', 'yes']
+    start: Start
+    bias_correction: YesNo
+    centered: YesNo
     momentum: Momentum
     learning_rate: RatePlace
     weight_decay: WeightDecay

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rmsprop_jax.dialects._record import RECORDS
 from rmsprop_jax.identify._fit import EXPLAINED, HYPERPARAMETERS, RANGES, RULED_OUT, fit
 from rmsprop_jax.identify._recording import Steps, Trace, lay_out, read_trace
 from rmsprop_jax.identify._replay import Facts, PlainRule, candidates, plain_rules
@@ -15,48 +16,8 @@ from rmsprop_jax.identify._replay import Facts, PlainRule, candidates, plain_rul
 Outcome = Literal['settled', 'several', 'unexplained', 'degenerate']
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Facts))
-_IN, _OUT = {'inside the root'}, {'outside the root'}
-_BEFORE, _AFTER = {'before momentum', 'no momentum'}, {'after momentum', 'no momentum'}
-_PLAIN = {'start': {'zero'}, 'bias_correction': {'no'}, 'momentum': {'none', 'heavy ball'}}
-_FROM_ONE = {**_PLAIN, 'epsilon': _IN, 'start': {'one'}}
-_NO_DECAY, _L2 = {'weight_decay': {'none'}}, {'weight_decay': {'none', 'coupled'}}
-_KERAS = {
-    **_PLAIN,
-    'epsilon': _IN,
-    'learning_rate': _BEFORE,
-    'weight_decay': {'none', 'decoupled'},
-}
-_STILL, _GRAVES = {'momentum': {'none'}}, {'epsilon': _IN, 'centered': {'yes'}}
-# The same rule under another name: the two differ in what they average afterwards.
-_TWINS = {'tf_keras': 'keras'}
 # A decay counts as run to the end of its range within this factor of it.
 _MARGIN = 10.0
-# The facts of each dialect, where it does not allow all; those with two rows change with options.
-_DIALECTS: tuple[tuple[str, Mapping[str, set[str]]], ...] = (
-    ('torch', {**_PLAIN, **_L2, 'epsilon': _OUT, 'learning_rate': _AFTER}),
-    ('keras', _KERAS),
-    ('tf_keras', _KERAS),
-    ('keras_legacy', {**_PLAIN, **_NO_DECAY, **_STILL, 'epsilon': _OUT}),
-    (
-        'keras_legacy',
-        {
-            **_PLAIN,
-            **_NO_DECAY,
-            'momentum': {'heavy ball'},
-            'epsilon': _IN,
-            'learning_rate': _BEFORE,
-        },
-    ),
-    ('tensorflow', {**_FROM_ONE, **_NO_DECAY, 'learning_rate': _BEFORE}),
-    ('timm', _FROM_ONE),
-    ('stable_baselines3', {**_FROM_ONE, **_L2, 'learning_rate': _AFTER}),
-    ('optax', {**_NO_DECAY, 'learning_rate': _BEFORE}),
-    ('mxnet', {**_PLAIN, **_L2, **_STILL, 'epsilon': _OUT, 'centered': {'no'}}),
-    ('mxnet', {**_PLAIN, **_L2, **_GRAVES, 'learning_rate': _BEFORE}),
-    ('mxnet1', {**_PLAIN, **_L2, **_STILL, 'epsilon': _IN, 'centered': {'no'}}),
-    ('mxnet1', {**_PLAIN, **_L2, **_GRAVES, 'learning_rate': _BEFORE}),
-    ('graves', {**_PLAIN, **_NO_DECAY, **_GRAVES, 'learning_rate': _BEFORE}),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +133,7 @@ class Identification:
             best = min(self.candidates[0].error, self.rivals[0].error)
             return 'degenerate' if best <= EXPLAINED else 'unexplained'
         open_facts = [f for f in self.facts.values() if not f.value and len(f.possible) > 1]
-        rules = {_TWINS.get(name, name) for name in self.dialects}
+        rules = {RECORDS[name].twin or name for name in self.dialects}
         return 'several' if open_facts and len(rules) != 1 else 'settled'
 
     @property
@@ -356,13 +317,12 @@ def _number(name: str, value: Any) -> float:
 
 
 def _dialects(facts: Facts) -> tuple[str, ...]:
-    values = dataclasses.asdict(facts)
-    fitting = [
+    answers = dataclasses.asdict(facts)
+    return tuple(
         name
-        for name, allowed in _DIALECTS
-        if all(values[fact] in answers for fact, answers in allowed.items())
-    ]
-    return tuple(dict.fromkeys(fitting))
+        for name, dialect in RECORDS.items()
+        if any(rule.allows(answers) for rule in dialect.rules)
+    )
 
 
 def _silence(steps: Steps, known: Mapping[str, float]) -> str:

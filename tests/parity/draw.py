@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from golden.configurations import declared
 
 STEPS = 24
 Options = dict[str, Any]
@@ -207,6 +208,7 @@ DRAWS: dict[str, tuple[Callable[[Draw], Options], int, str]] = {
     'mlx': (mlx, 8, 'learning_rate'),
     'bitsandbytes': (bitsandbytes, 8, 'lr'),
     'tf_keras': (tf_keras, 40, 'learning_rate'),
+    **declared('DRAWS'),
 }
 # Whose learning rate cannot change.
 CONSTANT_RATE = {'mlx'}

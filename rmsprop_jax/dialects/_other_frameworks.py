@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from rmsprop_jax.dialects._record import as_markdown
+
 
 @dataclasses.dataclass(frozen=True)
 class Equivalent:
@@ -106,5 +108,4 @@ def table() -> str:
     """
     header = ('framework', 'its arguments', 'write', 'quirks')
     rows = [(e.framework, f'`{e.theirs}`', f'`{e.ours}`', e.quirks) for e in EQUIVALENTS]
-    lines = [header, ('---',) * len(header), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return as_markdown(header, rows)

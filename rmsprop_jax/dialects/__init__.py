@@ -1,0 +1,35 @@
+"""RMSProp as each framework computes it: its argument names, order and defaults.
+
+Every function here is a short chain of this package's transformations and Optax's. Frameworks that
+compute one of these under another name are listed by `table()`, with the call that reproduces them.
+What they return prints as the call that made it:
+
+    >>> from rmsprop_jax import dialects
+    >>> dialects.hinton(1e-3)
+    rmsprop_jax.dialects.hinton(learning_rate=0.001, decay=0.9)
+
+Three things apply to all. Where a framework subtracts `mu^2` from `nu` and turns NaN on gradients
+that hardly change, we carry the variance itself and stay finite. Accumulators are float32 for
+narrower parameters. And a Python zero for momentum or weight decay means, as in the frameworks,
+that there is none and `update` needs no parameters for it; an array is always taken at its word.
+"""
+
+# In the order in which tables and messages name them. Importing a module registers its dialect.
+# isort: off
+from rmsprop_jax.dialects._torch import torch as torch
+from rmsprop_jax.dialects._torch import torch_clip_grad_norm as torch_clip_grad_norm
+from rmsprop_jax.dialects._keras import keras as keras
+from rmsprop_jax.dialects._tf_keras import tf_keras as tf_keras
+from rmsprop_jax.dialects._keras_legacy import keras_legacy as keras_legacy
+from rmsprop_jax.dialects._tensorflow import tensorflow as tensorflow
+from rmsprop_jax.dialects._timm import timm as timm
+from rmsprop_jax.dialects._stable_baselines3 import stable_baselines3 as stable_baselines3
+from rmsprop_jax.dialects import _optax as _optax
+from rmsprop_jax.dialects._mxnet import mxnet as mxnet
+from rmsprop_jax.dialects._mxnet import mxnet1 as mxnet1
+from rmsprop_jax.dialects._mindspore import mindspore as mindspore
+from rmsprop_jax.dialects._graves import graves as graves
+from rmsprop_jax.dialects._hinton import hinton as hinton
+from rmsprop_jax.dialects._other_frameworks import Equivalent as Equivalent
+from rmsprop_jax.dialects._other_frameworks import table as table
+from rmsprop_jax.dialects._record import differences as differences

@@ -1,0 +1,173 @@
+"""MXNet 2 and MXNet 1, which differ in two lines."""
+
+from typing import Any
+
+from jax.typing import ArrayLike
+
+from rmsprop_jax._checks import checked_flag
+from rmsprop_jax._core.chains import chain
+from rmsprop_jax._optimizer import precise_chain, rmsprop
+from rmsprop_jax._transforms import clip_parameters, rescale
+from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax.dialects._record import Dialect, Epsilon, Rule
+from rmsprop_jax.dialects._shared import (
+    XLA,
+    Optimizer,
+    Step,
+    clipping_unless_zero,
+    coupled_decay,
+    dialect,
+)
+from rmsprop_jax.storage._choice import Storage
+
+_REFUSED = {
+    'use_fused_step': XLA,
+    'multi_precision': 'accumulators are float32 for narrow parameters: leave it out',
+    'lr_scheduler': 'pass the schedule as learning_rate, shifted by one: MXNet counts from 1',
+    'param_idx2name': 'trees have names: leave it out',
+    'param_dict': 'use optax.partition for rates by parameter',
+    'begin_num_update': 'shift the schedule instead',
+    'aggregate_num': XLA,
+    'sym': 'it reads rates by parameter out of a graph: use optax.partition',
+}
+_GRAVES = Rule(centered=('yes',), weight_decay=('coupled',), when='centered')
+
+
+def _plain(epsilon: Epsilon) -> Rule:
+    return Rule((epsilon,), centered=('no',), momentum=('none',), weight_decay=('coupled',))
+
+
+@dialect(
+    Dialect(
+        title='MXNet 2',
+        rules=(_plain('outside the root'), _GRAVES),
+        refused={**_REFUSED, 'gamma1': 'use rho', 'gamma2': 'use momentum'},
+    )
+)
+def mxnet(
+    learning_rate: ScalarOrSchedule = 1e-3,
+    rho: ScalarOrSchedule = 0.9,
+    momentum: ScalarOrSchedule = 0.9,
+    epsilon: ScalarOrSchedule = 1e-8,
+    centered: bool = False,
+    clip_weights: ArrayLike | None = None,
+    *,
+    wd: ScalarOrSchedule = 0.0,
+    rescale_grad: ArrayLike = 1.0,
+    clip_gradient: ArrayLike | None = None,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> Optimizer:
+    """`mxnet.optimizer.RMSProp` of MXNet 2: epsilon outside the root, or inside when centered.
+
+    ::
+
+        g <- clip(rescale_grad g, clip_gradient) + wd p
+        nu <- rho nu + (1 - rho) g^2                                  from 0
+        p <- p - learning_rate g / (sqrt(nu) + epsilon)               momentum is not used
+        b <- momentum b - learning_rate g / sqrt(var + epsilon);  p <- p + b        centered
+        p <- clip(p, clip_weights)
+
+    Args:
+      learning_rate: Step size, in the unit of the parameter.
+      rho: Weight of the past in the running averages, in [0, 1].
+      momentum: In [0, 1]; used only when centered, as in MXNet.
+      epsilon: In the unit of the gradient, or in its square when centered.
+      centered: Whether to divide by the standard deviation.
+      clip_weights: Largest magnitude of a parameter after the step; then `params` are needed and
+        nothing may follow in a chain. Here and in `clip_gradient` a Python zero means none, as in
+        MXNet.
+      wd: L2 penalty, added to the clipped gradient.
+      rescale_grad: What gradients are multiplied by.
+      clip_gradient: Largest magnitude of a gradient's entry.
+      mask: What decays.
+      storage: How the statistics are kept in memory, as for `rmsprop`.
+
+    Source: MXNet 2.0.0b1, python/mxnet/optimizer/rmsprop.py and src/operator/optimizer_op-inl.h.
+    """
+    return _mxnet(
+        learning_rate,
+        rho,
+        momentum,
+        epsilon,
+        checked_flag('centered', centered),
+        clip_weights,
+        eps_in_sqrt=bool(centered),
+        prepare=(
+            rescale('rescale_grad', rescale_grad),
+            clipping_unless_zero(clip_gradient=clip_gradient),
+            coupled_decay(wd, mask, 'wd'),
+        ),
+        storage=storage,
+    )
+
+
+@dialect(Dialect(title='MXNet 1', rules=(_plain('inside the root'), _GRAVES), refused=_REFUSED))
+def mxnet1(
+    learning_rate: ScalarOrSchedule = 1e-3,
+    gamma1: ScalarOrSchedule = 0.9,
+    gamma2: ScalarOrSchedule = 0.9,
+    epsilon: ScalarOrSchedule = 1e-8,
+    centered: bool = False,
+    clip_weights: ArrayLike | None = None,
+    *,
+    wd: ScalarOrSchedule = 0.0,
+    rescale_grad: ArrayLike = 1.0,
+    clip_gradient: ArrayLike | None = None,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> Optimizer:
+    """`mxnet.optimizer.RMSProp` of MXNet 1: as `mxnet`, but for two lines.
+
+    ::
+
+        g <- clip(rescale_grad g + wd p, clip_gradient)
+        p <- p - learning_rate g / sqrt(nu + epsilon)                 epsilon inside, always
+
+    Arguments are those of `mxnet`; `rho` is called `gamma1` and `momentum` is called `gamma2`.
+
+    Source: MXNet 1.9.1, python/mxnet/optimizer/optimizer.py and src/operator/optimizer_op-inl.h.
+    """
+    return _mxnet(
+        learning_rate,
+        gamma1,
+        gamma2,
+        epsilon,
+        centered,
+        clip_weights,
+        eps_in_sqrt=True,
+        prepare=(
+            rescale('rescale_grad', rescale_grad),
+            coupled_decay(wd, mask, 'wd'),
+            clipping_unless_zero(clip_gradient=clip_gradient),
+        ),
+        storage=storage,
+    )
+
+
+def _mxnet(
+    learning_rate: ScalarOrSchedule,
+    decay: ScalarOrSchedule,
+    momentum: ScalarOrSchedule,
+    epsilon: ScalarOrSchedule,
+    centered: bool,
+    clip_weights: ArrayLike | None,
+    *,
+    eps_in_sqrt: bool,
+    prepare: tuple[Step | None, ...],
+    storage: Storage | None,
+) -> Optimizer:
+    """Both, from where epsilon is and what is done to the gradient first."""
+    step = rmsprop(
+        learning_rate,
+        decay,
+        epsilon,
+        eps_in_sqrt=eps_in_sqrt,
+        centered=centered,
+        momentum=momentum if centered else None,
+        storage=storage,
+    )
+    chained = precise_chain(*prepare, step)
+    if clip_weights is None or is_absent(clip_weights):
+        return chained
+    return chain(chained, clip_parameters('clip_weights', clip_weights))

@@ -1,0 +1,141 @@
+"""The facts about each framework's RMSProp: a record beside each function, and the table of all.
+
+A record is registered when the module of its framework is imported. The package imports them in the
+order in which tables and messages name them.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from rmsprop_jax._optimizer import rmsprop
+
+Epsilon = Literal['inside the root', 'outside the root']
+Start = Literal['zero', 'one']
+Momentum = Literal['none', 'heavy ball', 'Nesterov']
+RatePlace = Literal['before momentum', 'after momentum', 'no momentum']
+WeightDecay = Literal['none', 'coupled', 'decoupled']
+YesNo = Literal['no', 'yes']
+
+# What frameworks call the numbers of the table.
+_DECAY, _EPSILON = ('alpha', 'rho', 'decay', 'gamma1'), ('eps', 'epsilon')
+_RATE = ('lr', 'learning_rate')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The update rule of a framework, by the answers that its options leave open.
+
+    The first answer is the default one. `identify_dialect` asks the same questions of a recorded
+    run.
+
+    Attributes:
+      epsilon: Where epsilon is added; empty where there is none.
+      start: The second moment before the first step.
+      bias_correction: Whether averages are divided by the sum of their weights.
+      centered: Whether the variance takes the place of the second moment.
+      momentum: Its kinds.
+      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
+      weight_decay: Its kinds.
+      when: The options that lead to this rule, as the table names them; empty for all.
+    """
+
+    epsilon: tuple[Epsilon, ...] = ('inside the root',)
+    start: tuple[Start, ...] = ('zero',)
+    bias_correction: tuple[YesNo, ...] = ('no',)
+    centered: tuple[YesNo, ...] = ('no', 'yes')
+    momentum: tuple[Momentum, ...] = ('none', 'heavy ball')
+    learning_rate: tuple[RatePlace, ...] = ('before momentum',)
+    weight_decay: tuple[WeightDecay, ...] = ('none',)
+    when: str = ''
+
+    def allows(self, answers: Mapping[str, str]) -> bool:
+        """Whether some options give these answers, by the names of the fields above."""
+        return all(
+            answer in (*getattr(self, question), *_WITHOUT.get(question, ()))
+            for question, answer in answers.items()
+        )
+
+
+# The answers where there is no momentum to be before or after, and no weights decay: any rule
+# gives them with a number of zero.
+_WITHOUT = {'learning_rate': ('no momentum',), 'weight_decay': ('none',)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """The facts about one function of `rmsprop_jax.dialects`.
+
+    Names, order and defaults of the arguments are in the function's signature, and the files and
+    versions that were read are at the end of its docstring.
+
+    Attributes:
+      rules: The update rule; several where an option leads to another one.
+      title: The framework, where the function's name does not tell.
+      refused: The framework's arguments that the function does not take, with what to do instead.
+      twin: A dialect with the same rule; the two differ in what they average afterwards.
+      recorded: Whether the framework itself was run and recorded, rather than its source read.
+      function: The function; None for `rmsprop_jax.rmsprop`, which is not a dialect.
+    """
+
+    rules: tuple[Rule, ...]
+    title: str = ''
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    twin: str = ''
+    recorded: bool = True
+    function: Callable[..., Any] | None = None
+
+    @property
+    def source(self) -> str:
+        """The files and versions that were read, from the docstring; empty under `python -OO`."""
+        text = inspect.getdoc(self.function or rmsprop) or ''
+        return ' '.join(text.partition('Source: ')[2].split())
+
+
+RECORDS: dict[str, Dialect] = {}
+
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """The dialects by name."""
+    return {name: d.function for name, d in RECORDS.items() if d.function is not None}
+
+
+def differences() -> str:
+    """What the dialects differ in, as a Markdown table.
+
+    Example:
+      >>> from rmsprop_jax import dialects
+      >>> print(dialects.differences().splitlines()[2])
+      | `torch` | outside | 0 | after momentum | coupled | 0.99 | 1e-8 | 0.01 |
+    """
+    header = ('function', 'epsilon', 'starts at', 'learning rate', 'weight decay')
+    rows = [
+        _row(name, dialect, rule) for name, dialect in RECORDS.items() for rule in dialect.rules
+    ]
+    return as_markdown((*header, 'decay', 'eps', 'rate'), rows)
+
+
+def _row(name: str, dialect: Dialect, rule: Rule) -> tuple[str, ...]:
+    parameters = inspect.signature(dialect.function or rmsprop).parameters
+
+    def default(names: tuple[str, ...]) -> str:
+        found = next((parameters[n].default for n in names if n in parameters), inspect._empty)
+        return '' if found is inspect._empty else f'{found:g}'.replace('e-0', 'e-')
+
+    title = f'`{name}` ({dialect.title})' if dialect.title else f'`{name}`'
+    moves = rule.momentum != ('none',)
+    return (
+        f'{title}, {rule.when}' if rule.when else title,
+        rule.epsilon[0].partition(' ')[0] if rule.epsilon else 'none',
+        {'zero': '0', 'one': '1'}[rule.start[0]],
+        rule.learning_rate[0] if moves else 'no momentum',
+        rule.weight_decay[0],
+        *map(default, (_DECAY, _EPSILON, _RATE)),
+    )
+
+
+def as_markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ('---',) * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

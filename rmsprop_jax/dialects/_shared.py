@@ -1,0 +1,109 @@
+"""What several dialects share: the checks of their arguments, and steps of their chains."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
+
+import optax
+from jax.typing import ArrayLike
+
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._momentum import trace_step
+from rmsprop_jax._optimizer import add_decayed_weights
+from rmsprop_jax._transforms import clip_each_norm, clip_global_norm, clip_value
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_absent
+from rmsprop_jax.dialects._record import RECORDS, Dialect
+from rmsprop_jax.storage._choice import Storage
+
+Optimizer = optax.GradientTransformationExtraArgs
+Step = optax.GradientTransformation
+P = ParamSpec('P')
+
+# Advice about arguments that many frameworks have.
+XLA = 'it chooses how the framework runs the update; under jax.jit, XLA does: leave it out'
+NAME = 'it names operations in a graph: leave it out'
+
+# Numbers that frameworks call otherwise than `rmsprop` does.
+_NUMBERS = {
+    **dict.fromkeys(('alpha', 'rho', 'gamma1', 'gamma2'), decay_rate),
+    # PyTorch and those who follow it refuse a negative rate.
+    **dict.fromkeys(('lr', 'epsilon', 'wd'), Hyperparameter),
+}
+
+
+def dialect(facts: Dialect) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
+    """Registers a function as the dialect that `facts` describe, and checks its arguments."""
+
+    def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
+        made = checked(facts.refused)(function)
+        RECORDS[function.__name__] = dataclasses.replace(facts, function=made)
+        return made
+
+    return decorate
+
+
+def checked(
+    refused: Mapping[str, str],
+) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
+    """Validates hyperparameters under the framework's own names, and explains unsupported
+    arguments."""
+
+    def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
+        positions = list(inspect.signature(function).parameters)
+        # Users import it from the package.
+        function.__module__ = 'rmsprop_jax.dialects'
+
+        def number(name: str, value: Any) -> Any:
+            if name not in _NUMBERS or value is None:
+                return value
+            number = _NUMBERS[name](name, value)
+            return number.at if callable(value) else number.value
+
+        @public
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+            for name in kwargs.keys() & refused.keys():
+                raise TypeError(f'{function.__name__} has no argument {name!r}: {refused[name]}.')
+            # Too many are left to the function to refuse.
+            head = map(number, positions, args)
+            named = {name: number(name, value) for name, value in kwargs.items()}
+            return function(*head, *args[len(positions) :], **named)  # pyright: ignore[reportCallIssue]
+
+        return wrapped
+
+    return decorate
+
+
+def momentum_step(
+    momentum: ScalarOrSchedule, storage: Storage | None, of_pairs: bool = False
+) -> Step | None:
+    if is_absent(momentum):
+        return None
+    decay = decay_rate('momentum', momentum).value
+    return trace_step(decay, storage=storage, of_pairs=of_pairs)
+
+
+def coupled_decay(
+    weight_decay: ScalarOrSchedule, mask: Any, name: str = 'weight_decay'
+) -> Step | None:
+    if is_absent(weight_decay):
+        return None
+    return add_decayed_weights(weight_decay, mask, name)
+
+
+def clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
+    """`_clipping`, where the framework takes a limit of zero for none."""
+    kind = clipping(**limits)
+    return None if all(is_absent(value) for value in limits.values()) else kind
+
+
+def clipping(**limits: ArrayLike | None) -> Step | None:
+    """The one kind of clipping that is asked for, if any."""
+    given = {name: value for name, value in limits.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f'give at most one of {", ".join(limits)}; got {", ".join(given)}.')
+    clip = {'clipnorm': clip_each_norm, 'global_clipnorm': clip_global_norm}
+    steps = [clip.get(name, clip_value)(name, value) for name, value in given.items()]
+    return steps[0] if steps else None
