@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import re
 import zipfile
 from typing import Any
 
@@ -251,6 +252,174 @@ WRONG += [
         ),
     ]
 ]
+
+# The hyperparameters that the makers of steps share.
+NUMBERS_AND_FLAGS = [
+    ('decay', 1.5, ValueError, r'decay must be in \[0, 1\], got 1.5'),
+    ('decay', -0.1, ValueError, 'decay must be in'),
+    ('decay', float('nan'), ValueError, 'decay must be finite, got nan'),
+    ('decay', np.float64('nan'), ValueError, 'decay must be finite'),
+    ('decay', 'big', TypeError, "decay must be a real scalar, got 'big'"),
+    ('decay', None, TypeError, 'decay must be a real scalar, got None'),
+    ('decay', True, TypeError, 'decay must be a real scalar'),
+    ('decay', 0.9j, TypeError, 'decay must be a real scalar'),
+    ('decay', [0.9], TypeError, 'decay must be a real scalar'),
+    ('decay', jnp.ones(3), ValueError, r'decay must be a scalar, got an array of shape \(3,\)'),
+    ('decay', jnp.array(0.9j), TypeError, 'decay must be real, got an array of dtype complex64'),
+    ('decay', jnp.array(True), TypeError, 'decay must be real, got an array of dtype bool'),
+    ('decay', jnp.bfloat16(0.999), TypeError, 'decay has dtype bfloat16.*hyperparam_dtype'),
+    ('decay', jnp.float16(0.999), TypeError, 'decay has dtype float16'),
+    ('decay', np.float16(0.999), TypeError, 'decay has dtype float16'),
+    ('momentum', 1.5, ValueError, r'momentum must be in \[0, 1\]'),
+    ('momentum', jnp.bfloat16(0.9), TypeError, 'momentum has dtype bfloat16'),
+    ('eps', -1e-8, ValueError, r'eps must be in \[0, inf\)'),
+    ('eps', float('inf'), ValueError, 'eps must be finite'),
+    ('initial_scale', -1.0, ValueError, 'initial_scale must be in'),
+    ('initial_scale', lambda count: 1.0, TypeError, 'initial_scale.*cannot be a schedule'),
+    ('weight_decay', -1e-4, ValueError, 'weight_decay must be in'),
+    ('weight_decay', float('nan'), ValueError, 'weight_decay must be finite'),
+    ('learning_rate', float('nan'), ValueError, 'learning_rate must be finite'),
+    ('learning_rate', '0.1', TypeError, 'learning_rate must be a real scalar'),
+    ('learning_rate', jnp.ones((2, 2)), ValueError, 'learning_rate must be a scalar'),
+    ('eps_in_sqrt', 1e-8, TypeError, 'eps_in_sqrt must be True or False, got 1e-08'),
+    ('centered', 0.9, TypeError, 'centered must be True or False, got 0.9'),
+    ('bias_correction', 'yes', TypeError, 'bias_correction must be True or False'),
+    ('nesterov', 0.5, TypeError, 'nesterov must be True or False'),
+]
+WRONG += [
+    (function, rest | {name: value}, error, message)
+    for name, value, error, message in NUMBERS_AND_FLAGS
+    for function, rest in (
+        (rmsprop, {'learning_rate': 0.1, 'momentum': 0.9}),
+        (scale_by_rms, {}),
+        (scale_by_stddev, {}),
+        (trace, {'decay': 0.9}),
+    )
+    if name in inspect.signature(function).parameters
+]
+
+# Parameters, gradients and states.
+STEPS = (TX, rmsprop(0.1, centered=True), rmsprop(0.1, momentum=0.9), trace(0.9))
+NOT_FLOATING = (
+    (jnp.ones(3, jnp.int32), 'has dtype int32'),
+    (jnp.ones(3, bool), 'has dtype bool'),
+    (np.arange(3), 'has dtype int'),
+    (7, 'has dtype int32'),
+    ('name', 'is a str'),
+    (jax.random.key(0), 'has dtype key'),
+)
+WRONG += [
+    (
+        tx.init,
+        ({'dense': {'kernel': jnp.ones(2), 'steps': leaf}},),
+        TypeError,
+        re.escape("params['dense']['steps'] ") + message,
+    )
+    for tx in (TX, scale_by_stddev(), trace(0.9))
+    for leaf, message in NOT_FLOATING
+]
+KERNEL, BIAS = PARAMS['dense'].values()
+MISFITS = (
+    (
+        {'dense': {'kernel': KERNEL, 'scale': BIAS}},
+        ValueError,
+        (
+            'structure of updates does not match',
+            "only in updates: ['dense']['scale']",
+            "only in the state: ['dense']['bias']",
+        ),
+    ),
+    (
+        {'dense': {'kernel': KERNEL, 'bias': None}},
+        ValueError,
+        ("only in the state: ['dense']['bias']",),
+    ),
+    ({'dense': (BIAS, KERNEL)}, ValueError, ('updates: PyTreeDef', 'state: PyTreeDef')),
+    ({'dense': BIAS}, ValueError, ("updates['dense'] has shape (3,), but ", 'has dict there')),
+    (
+        {'dense': {'kernel': KERNEL.T, 'bias': BIAS}},
+        ValueError,
+        ("updates['dense']['kernel'] has shape (3, 4), but ", 'has (4, 3) there'),
+    ),
+    (
+        {'dense': {'kernel': KERNEL, 'bias': jnp.ones(3, jnp.int32)}},
+        TypeError,
+        ("updates['dense']['bias'] has dtype int32",),
+    ),
+)
+WRONG += [
+    (
+        tx.update,
+        (gradients, tx.init(PARAMS)),
+        error,
+        '(?s)' + ''.join(f'(?=.*{re.escape(message)})' for message in messages),
+    )
+    for tx in STEPS
+    for gradients, error, messages in MISFITS
+]
+REAL, IMAGINARY = jnp.ones(2), 1j * jnp.ones(2)
+NARROW = rmsprop(0.1, decay=lambda count: jnp.bfloat16(0.999))
+OTHER = 'another configuration'
+CORRECTED = scale_by_rms(bias_correction=True)
+WRONG += [
+    (TX.init, (jnp.arange(3),), TypeError, 'params has dtype int32'),
+    (NARROW.update, (PARAMS, NARROW.init(PARAMS)), TypeError, 'decay has dtype bfloat16'),
+    # What jax.grad(..., allow_int=True) gives for an integer.
+    *(
+        (tx.update, (np.zeros(3, jax.dtypes.float0), tx.init(BIAS)), TypeError, 'updates has dtype')
+        for tx in (TX, trace(0.9))
+    ),
+    *(
+        (tx.update, (g, tx.init(p)), TypeError, f'updates has dtype {of_g}, .* is {of_p}')
+        for tx in (scale_by_stddev(), trace(0.9))
+        for g, p, of_g, of_p in (
+            (IMAGINARY, REAL, 'complex64', 'float32'),
+            (REAL, IMAGINARY, 'float32', 'complex64'),
+        )
+    ),
+    # The second moment is real either way, so only the parameters can tell.
+    (TX.update, (IMAGINARY, TX.init(REAL), REAL), TypeError, 'updates has dtype'),
+    (TX.update, (REAL, TX.init(IMAGINARY), IMAGINARY), TypeError, 'updates has dtype'),
+    (
+        scale_by_rms().update,
+        (PARAMS, optax.scale_by_rms().init(PARAMS)),
+        TypeError,
+        'RmsState that init returned, got ScaleByRmsState',
+    ),
+    (
+        trace(0.9).update,
+        (PARAMS, optax.EmptyState()),
+        TypeError,
+        'TraceState that init returned, got EmptyState',
+    ),
+    (
+        scale_by_rms().update,
+        (PARAMS, scale_by_stddev().init(PARAMS)),
+        ValueError,
+        f'{OTHER}.*centered=False.*mu, var',
+    ),
+    (
+        CORRECTED.update,
+        (PARAMS, scale_by_rms().init(PARAMS)),
+        ValueError,
+        f'{OTHER}.*weight',
+    ),
+    (
+        scale_by_rms().update,
+        (PARAMS, CORRECTED.init(PARAMS)),
+        ValueError,
+        f'{OTHER}.*weight',
+    ),
+    *(
+        (tx.update, (PARAMS, tx.init(PARAMS)), ValueError, f'^{name} needs params')
+        for tx, name in (
+            (rmsprop(0.1, weight_decay=0.1), 'weight_decay'),
+            (dialects.torch(0.1, weight_decay=0.1), 'weight_decay'),
+            (dialects.mxnet(0.1, wd=0.1), 'wd'),
+        )
+    ),
+]
+
 # What reads and writes files of others; none of it can be traced.
 WRONG_FILES = [
     (interchange.flattened, (0,), ValueError, 'channels, window must be an integer of at least 1'),
@@ -838,3 +1007,43 @@ def test_hostile_traces_are_refused(kind, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match='trace.npz is (damaged|no .npz file)'):
         identify_dialect(path)
+
+
+FRAMEWORKS_NAMES = [
+    (function, name)
+    for function in vars(dialects).values()
+    if inspect.isfunction(function)
+    and function.__module__ == dialects.__name__
+    and not function.__name__.startswith('_')
+    for name in inspect.signature(function).parameters
+    if name in ('lr', 'alpha', 'rho', 'gamma1', 'gamma2', 'epsilon', 'wd')
+]
+
+
+@pytest.mark.parametrize(('dialect', 'name'), FRAMEWORKS_NAMES)
+def test_numbers_go_by_the_name_that_the_framework_gives_them(dialect, name):
+    rate = next(iter(inspect.signature(dialect).parameters))
+    arguments = {rate: 0.1, 'centered': True}
+    with pytest.raises(TypeError, match=f'^{name} must be a real scalar'):
+        dialect(**{**arguments, name: '0.1'})
+    if name == rate:
+        with pytest.raises(TypeError, match=f'^{name} must be a real scalar'):
+            dialect('0.1')
+    params = jnp.ones(2)
+    tx = dialect(**{**arguments, name: lambda count: jnp.nan})
+    with pytest.raises(ValueError, match=f'^{name} must be finite'):
+        tx.update(params, tx.init(params), params)
+
+
+def test_optax_injection_into_bfloat16_parameters():
+    """Optax would hold 0.999 as 1 and freeze the average; ours says so, and how to mend it."""
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(TypeError, match='hyperparam_dtype=jnp.float32'):
+        optax.inject_hyperparams(rmsprop)(0.1, decay=0.999).init(narrow)
+    optax.inject_hyperparams(rmsprop, hyperparam_dtype=jnp.float32)(0.1, decay=0.999).init(narrow)
+    inject_hyperparams(rmsprop)(0.1, decay=0.999).init(narrow)
+
+
+def test_schedule_as_the_value_of_a_traced_flag():
+    with pytest.raises(TypeError, match='centered must be True or False'):
+        jax.jit(lambda flag: rmsprop(0.1, centered=flag).init(PARAMS))(True)
