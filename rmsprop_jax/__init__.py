@@ -21,6 +21,30 @@ from rmsprop_jax._types import RmsState as RmsState
 from rmsprop_jax._types import TraceState as TraceState
 from rmsprop_jax.identify import identify_dialect as identify_dialect
 
+__all__ = [
+    'RmsState',
+    'TraceState',
+    '__version__',
+    'diagnostics',
+    'dialects',
+    'identify',
+    'identify_dialect',
+    'inject_hyperparams',
+    'interchange',
+    'nonfinite_entries',
+    'recipes',
+    'reset',
+    'rmsprop',
+    'round_parameters',
+    'scale_by_rms',
+    'scale_by_stddev',
+    'sharding',
+    'skip_nonfinite',
+    'storage',
+    'trace',
+]
+__dir__ = __all__.copy
+
 if _TYPE_CHECKING:
     from rmsprop_jax import diagnostics as diagnostics
     from rmsprop_jax import interchange as interchange
@@ -36,7 +60,3 @@ def __getattr__(name: str) -> _Any:
     if name in _ON_DEMAND:
         return _importlib.import_module(f'{__name__}.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND})

@@ -39,6 +39,21 @@ from rmsprop_jax.storage._convert import read as decoded
 from rmsprop_jax.storage._convert import stored_leaves
 from rmsprop_jax.storage._place import split_axes, whole_sum
 
+__all__ = [
+    'MeasuredState',
+    'Measurements',
+    'by_depth',
+    'epsilon_shares',
+    'measured',
+    'nonfinite_counts',
+    'read',
+    'saturated_shares',
+    'stalled_shares',
+    'step_sizes',
+    'update_ratios',
+]
+__dir__ = __all__.copy
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Labels = Any

@@ -28,6 +28,9 @@ from rmsprop_jax._types import KeyPath, by_path, canonical
 from rmsprop_jax.storage._formats import Means, factored
 from rmsprop_jax.storage._place import axis_names, varying_axes
 
+__all__ = ['abstract_state', 'reduce_scatter', 'state_shardings', 'zero1', 'zero1_shardings']
+__dir__ = __all__.copy
+
 
 def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     """The shardings of all that an optimizer keeps, from those of the parameters.

@@ -1,5 +1,6 @@
 """The public API changes only with its record and with the changelog; see public_api.py."""
 
+import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,16 @@ def is_told(changelog: str, lines: Sequence[str]) -> bool:
 
 def test_the_record_is_what_there_is():
     assert public_api.RECORD.read_text().splitlines() == public_api.listing(), HOW
+
+
+@pytest.mark.parametrize('name', public_api.modules())
+def test_modules_show_their_public_names_and_nothing_else(name):
+    module = importlib.import_module(name)
+    # These the package loads when they are asked for.
+    more = {'__version__', 'diagnostics', 'interchange', 'sharding'} & {*module.__all__}
+    assert {*module.__all__} == {*public_api.public_names(module)} | more
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_the_changelog_tells_of_the_record():

@@ -13,3 +13,15 @@ from rmsprop_jax.aot._program import Collective as Collective
 from rmsprop_jax.aot._targets import MissingPluginError as MissingPluginError
 from rmsprop_jax.aot._targets import devices as devices
 from rmsprop_jax.aot._targets import targets as targets
+
+__all__ = [
+    'Collective',
+    'MissingPluginError',
+    'Report',
+    'compile_step',
+    'compile_update',
+    'devices',
+    'table',
+    'targets',
+]
+__dir__ = __all__.copy

@@ -33,3 +33,23 @@ from rmsprop_jax.dialects._hinton import hinton as hinton
 from rmsprop_jax.dialects._other_frameworks import Equivalent as Equivalent
 from rmsprop_jax.dialects._other_frameworks import table as table
 from rmsprop_jax.dialects._record import differences as differences
+
+__all__ = [
+    'Equivalent',
+    'differences',
+    'graves',
+    'hinton',
+    'keras',
+    'keras_legacy',
+    'mindspore',
+    'mxnet',
+    'mxnet1',
+    'stable_baselines3',
+    'table',
+    'tensorflow',
+    'tf_keras',
+    'timm',
+    'torch',
+    'torch_clip_grad_norm',
+]
+__dir__ = __all__.copy

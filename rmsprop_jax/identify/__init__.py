@@ -11,3 +11,15 @@ from rmsprop_jax.identify._verdict import Fact as Fact
 from rmsprop_jax.identify._verdict import Identification as Identification
 from rmsprop_jax.identify._verdict import Rival as Rival
 from rmsprop_jax.identify._verdict import identify_dialect as identify_dialect
+
+__all__ = [
+    'Candidate',
+    'Fact',
+    'Facts',
+    'Identification',
+    'PlainRule',
+    'Rival',
+    'Trace',
+    'identify_dialect',
+]
+__dir__ = __all__.copy

@@ -50,3 +50,29 @@ from rmsprop_jax.interchange.tensorflow import to_tensorflow as to_tensorflow
 from rmsprop_jax.interchange.torch import from_torch as from_torch
 from rmsprop_jax.interchange.torch import to_torch as to_torch
 from rmsprop_jax.interchange.torch import torch_optimizer as torch_optimizer
+
+__all__ = [
+    'AS_IS',
+    'KERNEL',
+    'InterchangeError',
+    'Layout',
+    'LossyConversionWarning',
+    'Pair',
+    'flattened',
+    'from_keras',
+    'from_optax',
+    'from_tensorflow',
+    'from_torch',
+    'keras',
+    'optax',
+    'parameters_from',
+    'parameters_to',
+    'tensorflow',
+    'to_keras',
+    'to_optax',
+    'to_tensorflow',
+    'to_torch',
+    'torch',
+    'torch_optimizer',
+]
+__dir__ = __all__.copy

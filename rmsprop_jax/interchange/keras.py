@@ -44,6 +44,9 @@ from rmsprop_jax.interchange._state import (
 )
 from rmsprop_jax.interchange._write import Writer
 
+__all__ = ['dense', 'from_keras', 'norm', 'to_keras']
+__dir__ = __all__.copy
+
 _SLOTS = {'nu': 'velocity', 'mu': 'average_gradient', 'trace': 'momentum', 'ema': 'average'}
 _ACCUMULATOR = 'gradient_accumulator'
 

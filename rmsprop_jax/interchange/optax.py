@@ -16,6 +16,9 @@ from rmsprop_jax.interchange._sides import Claim, checked_source, settle
 from rmsprop_jax.interchange._state import Moments, read
 from rmsprop_jax.interchange._write import Writer
 
+__all__ = ['from_optax', 'to_optax']
+__dir__ = __all__.copy
+
 _NAMES = {'cautious': 'caution', 'coupled': 'weight decay'}
 _OPTAX = Claim('optax.rmsprop', inside=True, sign=1.0, extras=True)
 

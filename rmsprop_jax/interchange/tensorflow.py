@@ -29,6 +29,9 @@ from rmsprop_jax.interchange._sides import Claim, checked_source, settle
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
+__all__ = ['from_tensorflow', 'to_tensorflow']
+__dir__ = __all__.copy
+
 _SLOTS = {'nu': 'rms', 'mu': 'mg', 'trace': 'momentum'}
 _STEP = 'global_step'
 

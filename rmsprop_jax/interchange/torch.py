@@ -47,6 +47,9 @@ from rmsprop_jax.interchange._sides import checked_source, settle
 from rmsprop_jax.interchange._state import Columns, collect, read
 from rmsprop_jax.interchange._write import Writer
 
+__all__ = ['conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
+__dir__ = __all__.copy
+
 _BIAS = ('.bias', 'bias')
 
 

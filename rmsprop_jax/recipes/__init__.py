@@ -59,3 +59,36 @@ from rmsprop_jax.recipes._records import RECIPES as RECIPES
 from rmsprop_jax.recipes._records import Recipe as Recipe
 from rmsprop_jax.recipes._records import Staircase as Staircase
 from rmsprop_jax.recipes._records import table as table
+
+__all__ = [
+    'RECIPES',
+    'Recipe',
+    'Staircase',
+    'a3c',
+    'baselines_a2c',
+    'describe_mask',
+    'dopamine_dqn',
+    'dqn_nature',
+    'efficientnet',
+    'efficientnet_timm',
+    'ema_init',
+    'ema_update',
+    'graves',
+    'impala_atari',
+    'impala_dmlab',
+    'impala_dmlab30',
+    'impala_torchbeast',
+    'inception_v3',
+    'mnasnet',
+    'mobilenet_v2',
+    'mobilenet_v3_timm',
+    'sb3_a2c',
+    'sb3_a2c_tf_like',
+    'slim_decay_mask',
+    'table',
+    'tensorflow_decay_mask',
+    'timm_decay_mask',
+    'wgan',
+    'wgan_clamp',
+]
+__dir__ = __all__.copy

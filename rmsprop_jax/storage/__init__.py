@@ -15,3 +15,22 @@ from rmsprop_jax.storage._formats import bfloat16 as bfloat16
 from rmsprop_jax.storage._formats import factored as factored
 from rmsprop_jax.storage._formats import float32 as float32
 from rmsprop_jax.storage._formats import uint8 as uint8
+
+__all__ = [
+    'Factors',
+    'Format',
+    'Storage',
+    'bfloat16',
+    'check',
+    'convert',
+    'describe',
+    'factored',
+    'float32',
+    'large_leaves',
+    'per_leaf',
+    'per_statistic',
+    'read',
+    'saturation',
+    'uint8',
+]
+__dir__ = __all__.copy
