@@ -55,19 +55,32 @@ def moments(case: Case, state):
     return [optax.tree.get(state, name) for name in case.moments]
 
 
-class VariantsTest(chex.TestCase):
-    """Compiled whole and through pmap, the results are those of a step by itself."""
+def assert_variant_agrees(test: chex.TestCase, case: Case):
+    """Compiled whole, the results are those of a step by itself."""
+    params = tree()
+    state = case.tx.init(params)
+    expected = case.tx.update(gradient(params), state, params)
+    got = test.variant(case.tx.update)(gradient(params), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=2e-6)
 
-    @chex.variants(with_jit=True, with_pmap=True)
-    @parameterized.named_parameters((case.name, case) for case in CASES)
-    def test_variants_agree(self, case: Case):
-        tx = case.tx
-        params = tree()
-        state = tx.init(params)
-        expected = tx.update(gradient(params), state, params)
-        got = self.variant(tx.update)(gradient(params), state, params)
-        chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-        chex.assert_trees_all_close(got, expected, rtol=2e-6)
+
+named_cases = parameterized.named_parameters((case.name, case) for case in CASES)
+
+
+class JitTest(chex.TestCase):
+    @chex.variants(with_jit=True)
+    @named_cases
+    def test_jit_agrees(self, case: Case):
+        assert_variant_agrees(self, case)
+
+
+@pytest.mark.extended
+class PmapTest(chex.TestCase):
+    @chex.variants(with_pmap=True)
+    @named_cases
+    def test_pmap_agrees(self, case: Case):
+        assert_variant_agrees(self, case)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,7 @@ def test_help_needs_no_extra() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.extended
 def test_shifts_move_by_one_pixel_at_most() -> None:
     import jax
     import jax.numpy as jnp
@@ -356,6 +357,7 @@ def test_shifts_move_by_one_pixel_at_most() -> None:
     assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
 
 
+@pytest.mark.extended
 def test_convolution_agrees_with_xla() -> None:
     import jax
 

@@ -193,6 +193,7 @@ def test_nonfinite_entries_are_counted_where_they_are():
 # Groups
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ('labels', 'names'),
     [

@@ -154,6 +154,7 @@ def test_a_bias_corrected_average_stands_still_while_its_weight_grows(centered: 
     np.testing.assert_allclose(kept, moment, rtol=1e-4)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ('per', 'choice'),
     [

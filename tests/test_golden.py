@@ -62,7 +62,11 @@ def test_traces_were_made_by_the_required_versions():
             assert version.partition('+')[0] == required[name.replace('-', '_')], name
 
 
-@pytest.mark.parametrize('name', WIDE)
+# Every second one leaves each dialect several.
+EXTENDED = [pytest.param(name, marks=pytest.mark.extended) for name in WIDE[1::2]]
+
+
+@pytest.mark.parametrize('name', [*WIDE[::2], *EXTENDED])
 def test_float64(name):
     """The same to 1e-12 after every number of steps, which leaves rounding only: a step of a
     thousand rounds by 1e-16, and where errors add up they reach 1e-14."""

@@ -130,7 +130,16 @@ def few(framework: str) -> list[Recorded]:
     return [run for run in recorded(framework) if len(run.arrays['learning_rate']) <= 16][:2]
 
 
-@pytest.mark.parametrize('framework', FRAMEWORKS)
+OTHERS_OF_THEM = set(FRAMEWORKS) - {'keras', 'tensorflow', 'torch'}
+
+
+@pytest.mark.parametrize(
+    'framework',
+    [
+        *sorted(set(FRAMEWORKS) - OTHERS_OF_THEM),
+        *(pytest.param(name, marks=pytest.mark.extended) for name in sorted(OTHERS_OF_THEM)),
+    ],
+)
 def test_recorded_runs_are_identified(framework: str):
     counts = tally(few(framework))
     assert counts['right'] >= 8
@@ -197,7 +206,7 @@ def quick(name: str) -> Other:
 QUICK = sorted(set(NAMES) - {'sgd', 'momentum', 'rate_first', 'adamw', 'clipped_by_norm'})
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.parametrize('name', QUICK)
 def test_other_optimizers_are_not_determined_to_be_rmsprop(name: str):
     assert not misleads(quick(name))
@@ -348,7 +357,7 @@ def test_our_dialects_are_identified(name: str):
     assert best.weight_decay == pytest.approx(0.1 if decaying else 0.0, rel=0.01, abs=1e-4)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['keras', 'tf_keras'])
 def test_one_rule_under_two_names_is_settled(name: str):
     """With a constant rate its side of the momentum stays open, and yet one rule remains."""

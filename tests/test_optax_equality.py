@@ -58,7 +58,7 @@ MORE = [pytest.param(rate, marks=pytest.mark.extended) for rate in ('array', 'sc
 @pytest.mark.parametrize('rate', ['float', *MORE])
 @pytest.mark.parametrize('velocity', MOMENTA)
 @pytest.mark.parametrize('bias_correction', [False, True])
-@pytest.mark.parametrize('initial_scale', [0.0, 1.0])
+@pytest.mark.parametrize('initial_scale', [0.0, pytest.param(1.0, marks=pytest.mark.extended)])
 @pytest.mark.parametrize('centered', [False, True])
 @pytest.mark.parametrize('eps_in_sqrt', [True, False])
 def test_rmsprop(eps_in_sqrt, centered, initial_scale, bias_correction, velocity, rate):

@@ -651,6 +651,7 @@ def test_describe_mask_takes_what_an_optimizer_takes():
         recipes.describe_mask(params, {'a': 1, 'c': False})
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', ['efficientnet', 'mobilenet_v2', 'efficientnet_timm'])
 @pytest.mark.parametrize('make', [linen_params, nnx_params])
 def test_only_the_masked_parameters_decay(name: str, make: Callable[[], Any]):
@@ -776,6 +777,7 @@ def test_average_of_narrow_integer_and_complex_leaves():
     assert average['key'] == values['key']
 
 
+@pytest.mark.extended
 def test_average_includes_batch_statistics():
     variables = jax.tree.map(lambda x: jnp.ones(x.shape), linen_shapes())
     assert set(variables) == {'params', 'batch_stats'}

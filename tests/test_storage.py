@@ -46,6 +46,7 @@ def inside(kept) -> jax.Array:
 # Encoders
 
 
+@pytest.mark.extended
 @each_rounding
 def test_every_platform_rounds_alike(kept, monkeypatch):
     """What TPU and GPU compile, run here, beside what a CPU runs; beyond the ends too."""
@@ -58,6 +59,7 @@ def test_every_platform_rounds_alike(kept, monkeypatch):
     assert np.asarray(here).tobytes() == np.asarray(there).tobytes()
 
 
+@pytest.mark.extended
 @each_rounding
 def test_rounding_goes_to_a_neighbour_and_is_right_on_average(kept):
     x = inside(kept)
@@ -606,6 +608,7 @@ def test_specs_are_those_of_the_stored_arrays(kept):
         assert spec == P('x', None, 'y')
 
 
+@pytest.mark.extended
 def test_reset_in_units_of_a_running_state():
     where = everywhere(storage.uint8())
     tx = rmsprop_jax.rmsprop(0.1, 0.9, initial_scale=1.0, storage=where)
@@ -633,6 +636,7 @@ def test_interchange_asks_for_decoded_states():
 # Inside Flax
 
 
+@pytest.mark.extended
 def test_inside_nnx_optimizer():
     nnx = pytest.importorskip('flax.nnx')
     model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
