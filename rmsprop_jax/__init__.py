@@ -1,12 +1,11 @@
 """RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
 
-import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
-
+from rmsprop_jax import diagnostics as diagnostics
 from rmsprop_jax import dialects as dialects
 from rmsprop_jax import identify as identify
+from rmsprop_jax import interchange as interchange
 from rmsprop_jax import recipes as recipes
+from rmsprop_jax import sharding as sharding
 from rmsprop_jax import storage as storage
 from rmsprop_jax._momentum import trace as trace
 from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries
@@ -45,18 +44,4 @@ __all__ = [
 ]
 __dir__ = __all__.copy
 
-if _TYPE_CHECKING:
-    from rmsprop_jax import diagnostics as diagnostics
-    from rmsprop_jax import interchange as interchange
-    from rmsprop_jax import sharding as sharding
-
-# These three take half as long to import as all others together: they are loaded when asked for.
-_ON_DEMAND = ('diagnostics', 'interchange', 'sharding')
-
 __version__ = '0.1.0'
-
-
-def __getattr__(name: str) -> _Any:
-    if name in _ON_DEMAND:
-        return _importlib.import_module(f'{__name__}.{name}')
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
