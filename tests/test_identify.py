@@ -206,7 +206,7 @@ def quick(name: str) -> Other:
 QUICK = sorted(set(NAMES) - {'sgd', 'momentum', 'rate_first', 'adamw', 'clipped_by_norm'})
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize('name', QUICK)
 def test_other_optimizers_are_not_determined_to_be_rmsprop(name: str):
     assert not misleads(quick(name))
@@ -357,7 +357,7 @@ def test_our_dialects_are_identified(name: str):
     assert best.weight_decay == pytest.approx(0.1 if decaying else 0.0, rel=0.01, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize('name', ['keras', 'tf_keras'])
 def test_one_rule_under_two_names_is_settled(name: str):
     """With a constant rate its side of the momentum stays open, and yet one rule remains."""

@@ -39,7 +39,7 @@ ALWAYS = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile('few', ALWAYS, max_examples=12)
-settings.register_profile('many', ALWAYS, max_examples=150)
+settings.register_profile('many', ALWAYS, max_examples=100)
 CASES = int(os.environ.get('CASES', '2000'))
 settings.register_profile('new', ALWAYS, max_examples=CASES, derandomize=False)
 settings.load_profile(os.environ.get('LAWS', 'few'))
