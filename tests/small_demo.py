@@ -19,12 +19,13 @@ import pytest
 from rmsprop_jax import demo
 
 IMAGES = 96
-whole = demo.load_digits
+whole_digits = demo.load_digits
+whole_network = demo.network
 
 
 @functools.cache
 def digits() -> demo.Digits:
-    return demo.Digits(*(images[:IMAGES] for images in whole()))
+    return demo.Digits(*(images[:IMAGES] for images in whole_digits()))
 
 
 def network(key: jax.Array) -> Any:

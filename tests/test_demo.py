@@ -234,13 +234,14 @@ def test_damaged_text_is_refused(copied: Path, name: str, content: bytes) -> Non
 
 
 @pytest.mark.extended
-def test_steps_are_measured_on_demand(tmp_path: Path) -> None:
+def test_steps_are_measured_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, 'network', small_demo.whole_network)
     options = '--output', tmp_path, *SMALL, '--diagnose'
     succeed(*options)
     last = json.loads((tmp_path / demo.METRICS).read_text().splitlines()[-1])
-    assert len(last['step_size/layers/1']) == 5
-    assert 0 < last['update_ratio/layers/1'] < 1
-    assert 0 <= last['epsilon_share/layers/3'] < 1
+    assert len(last['step_size/layers/0']) == 5
+    assert 0 < last['update_ratio/layers/9'] < 1
+    assert 0 < last['epsilon_share/layers/7'] < 1
     assert (tmp_path / demo.FIGURES[2]).read_bytes().startswith(b'\x89PNG')
     done = run('--resume', *options[:-1])
     assert_refused(done, 'other options: --diagnose was True, now False')

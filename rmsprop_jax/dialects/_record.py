@@ -86,12 +86,6 @@ class Dialect:
     recorded: bool = True
     function: Callable[..., Any] | None = None
 
-    @property
-    def source(self) -> str:
-        """The files and versions that were read, from the docstring; empty under `python -OO`."""
-        text = inspect.getdoc(self.function or rmsprop) or ''
-        return ' '.join(text.partition('Source: ')[2].split())
-
 
 RECORDS: dict[str, Dialect] = {}
 

@@ -94,7 +94,7 @@ def coupled_decay(
 
 
 def clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
-    """`_clipping`, where the framework takes a limit of zero for none."""
+    """`clipping`, where the framework takes a limit of zero for none."""
     kind = clipping(**limits)
     return None if all(is_absent(value) for value in limits.values()) else kind
 
