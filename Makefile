@@ -190,9 +190,11 @@ $(DOCS_VENV)/.installed: pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
-# Their requirements are complete, so that pip need not resolve and brings nothing along.
+# Their requirements are complete, so that pip need not resolve and brings nothing along. Chainer has no
+# wheel: setuptools, which a new environment of Python 3.11 has, builds one with the package wheel.
 $(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check wheel==0.45.1
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r $<
 	@touch $@
 

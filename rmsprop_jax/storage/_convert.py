@@ -255,7 +255,7 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
         raise ValueError(
             f'the description is not one that storage.describe made: {reprlib.repr(description)}'
         )
-    writer = _told(description.get('rmsprop_jax'))
+    writer = _plain(description.get('rmsprop_jax'))
     if version != _VERSION:
         raise ValueError(
             f'the checkpoint was written by rmsprop_jax {writer} with version {version} of the '
@@ -263,23 +263,17 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
             f'{_VERSION}.'
         )
     here = describe(state, storage)['leaves']
-    pairs = {
-        path: (there.get(path), here.get(path))
-        for path in sorted(here.keys() | there.keys(), key=str)
-        if not _same(there.get(path), here.get(path))
-    }
-    if pairs:
-        lines = [
-            f'  {path}: {_differing(old, new)} in the checkpoint, {_differing(new, old)} here'
-            for path, (old, new) in pairs.items()
-        ]
-        paths, kinds = here.keys() | there.keys(), set[str]()
-        for path, (old, new) in pairs.items():
+    paths, kinds, lines = here.keys() | there.keys(), set[str](), list[str]()
+    for path in sorted(paths, key=str):
+        old, new = _plain_leaf(there.get(path)), _plain_leaf(here.get(path))
+        if old != new:
+            lines.append(f'  {path}: {_side(old, new)} in the checkpoint, {_side(new, old)} here')
             kinds |= _kinds(str(path), old, new, paths)
+    if lines:
         raise ValueError('\n'.join([_summary(writer, kinds), *lines]))
 
 
-def _summary(writer: str, found: Set[str]) -> str:
+def _summary(writer: Any, found: Set[str]) -> str:
     """The kinds of differences between a checkpoint and a state, and what to do."""
     kinds = [kind for kind in ('leaves', 'shapes', 'dtypes', 'formats') if kind in found]
     head = 'the checkpoint is of another state: '
@@ -296,49 +290,42 @@ def _summary(writer: str, found: Set[str]) -> str:
 
 def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
     """What differs between two descriptions of a leaf, each of which may be None."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+    if not (isinstance(old, dict) and isinstance(new, dict)):
         # A rounded moment has a unit, and a factored one two leaves in the place of one.
         whole = path.removesuffix('.row').removesuffix('.col')
         of_format = path.endswith('.unit') or {whole, f'{whole}.row'} <= paths
         return {'formats' if of_format else 'leaves'}
     names = {'shape': 'shapes', 'dtype': 'dtypes'}
-    return {
-        names.get(name, 'formats')
-        for name in old.keys() | new.keys()
-        if not _same(old.get(name), new.get(name))
-    }
+    differing = _apart(old, new).keys() | _apart(new, old).keys()
+    return {names.get(name, 'formats') for name in differing}
 
 
-def _differing(leaf: Any, other: Any) -> Any:
+def _apart(leaf: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """What a leaf's description says that the other's does not."""
-    if leaf is None or other is None:
-        return 'absent' if leaf is None else _told(leaf)
-    if not (isinstance(leaf, Mapping) and isinstance(other, Mapping)):
-        return _told(leaf)
-    found = {name: x for name, x in leaf.items() if not _same(other.get(name), x)}
-    return _told(found) if found else 'none of this'
+    return {name: x for name, x in leaf.items() if name not in other or other[name] != x}
 
 
-def _told(x: Any) -> str:
-    """What a checkpoint says may be anything, arrays and deep nests too."""
-    return str(x) if _is_plain(x) else reprlib.repr(x)
+def _side(leaf: Any, other: Any) -> Any:
+    """What a message says of one of two descriptions that differ."""
+    if isinstance(leaf, dict) and isinstance(other, dict):
+        return _apart(leaf, other) or 'none of this'
+    return 'absent' if leaf is None else leaf
 
 
-def _same(x: Any, y: Any) -> bool:
-    return _is_plain(x) and _is_plain(y) and x == y
+def _plain_leaf(x: Any) -> Any:
+    """A leaf's description as `describe` makes it, None where there is none.
+
+    What a checkpoint says may be anything, arrays and deep nests too: that is told in brief.
+    """
+    if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
+        return {name: _plain(value) for name, value in x.items()}
+    return None if x is None else reprlib.repr(x)
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether something is as `describe` makes it, which can be compared and shown."""
-    if isinstance(x, Mapping):
-        return all(isinstance(name, str) and _is_value(value) for name, value in x.items())
-    return _is_value(x)
-
-
-def _is_value(x: Any) -> bool:
-    if type(x) is list:
-        return all(type(item) is int for item in x)
-    return x is None or type(x) in (str, int, float)
+def _plain(x: Any) -> Any:
+    """A value of such a description, which can be compared and shown."""
+    is_shape = type(x) is list and all(type(item) is int for item in x)
+    return x if x is None or is_shape or type(x) in (str, int, float) else reprlib.repr(x)
 
 
 def _release() -> str:
