@@ -838,7 +838,7 @@ RECORDS = (interchange.Pair, interchange.Layout, storage.uint8, storage.bfloat16
 # What a format is asked by the package, which gives it shapes, names and bits of its own making.
 ASKED = {
     getattr(storage.Format, method)
-    for method in ('bits', 'fault', 'init', 'key', 'nbytes', 'refusal', 'shard_fault', 'spec')
+    for method in ('bits', 'fault', 'init', 'key', 'nbytes', 'refusal', 'spec')
 }
 # Those of the other two methods that the package makes as well.
 INTERNAL = {(storage.Format.decode, 'unit'), (storage.Format.encode, 'unit')}

@@ -71,13 +71,20 @@ class Statistic:
         dtype = wide_dtype(inexact_dtype(name, param))
         return real_dtype(dtype) if self.real or self.splits(param) else dtype
 
-    def format(self, path: KeyPath, shape: tuple[int, ...], param: Any) -> Format:
+    def format(
+        self,
+        path: KeyPath,
+        shape: tuple[int, ...],
+        param: Any,
+        spec: PartitionSpec | None = None,
+    ) -> Format:
         """How it is kept for a parameter at `path`, where the whole array has that shape."""
         if self.storage is None:
             return float32()
         splits = self.splits(param)
         is_complex = jnp.iscomplexobj(param) and not (self.real or splits)
-        chosen = format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
+        own = keystr(canonical(path))
+        chosen = format_of(self.storage, self.name, own, shape, is_complex, spec)
         return chosen.of_pairs() if splits else chosen
 
     def shape(self, param: Any) -> tuple[int, ...]:
@@ -141,11 +148,9 @@ def map_leaves(
         name, spec = f'updates{keystr(path)}', partition.get(own)
         check_kind(name, g, [] if kind is None else [kind])
         shape = whole_shape(jnp.shape(g), spec)
-        formats = [x.format(own, shape, g) for x in statistics]
+        formats = [x.format(own, shape, g, spec) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf, spec)
-            if spec is not None:
-                _check_shard(name, g, kept, spec)
         keys = [
             kept.key(f'{statistic.name}{keystr(own)}')
             for kept, statistic in zip(formats, statistics, strict=True)
@@ -242,9 +247,3 @@ def _check_stored(
         raise ValueError(message)
     if not (statistic.real or statistic.splits(g)):
         check_kind(name, g, [stored])
-
-
-def _check_shard(name: str, g: Any, kept: Format, spec: PartitionSpec | None) -> None:
-    fault = kept.shard_fault(spec, jnp.ndim(g))
-    if fault is not None:
-        raise ValueError(f'{name}: {fault}')

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from rmsprop_jax._checks import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
@@ -150,9 +151,14 @@ def check_storage(storage: Storage | None, *statistics: str, name: str = 'storag
 
 
 def format_of(
-    storage: Storage | None, statistic: str, path: str, shape: tuple[int, ...], is_complex: bool
+    storage: Storage | None,
+    statistic: str,
+    path: str,
+    shape: tuple[int, ...],
+    is_complex: bool,
+    spec: PartitionSpec | None = None,
 ) -> Format:
-    """The format of one leaf.
+    """The format of one leaf, of which `jax.shard_map` may give each device a share.
 
     Raises:
       ValueError: If it cannot hold that leaf; the message names it.
@@ -161,7 +167,7 @@ def format_of(
     if choice is None:
         return float32()
     chosen = choice.choose(path, shape)
-    refusal = chosen.refusal(statistic, shape, is_complex)
+    refusal = chosen.refusal(statistic, shape, is_complex, spec)
     if refusal is not None:
         raise ValueError(f'params{path}: {refusal}')
     return chosen

@@ -66,9 +66,22 @@ class Format(abc.ABC):
         """What it asks of a step."""
         return Arithmetic()
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
-        """Why this format cannot keep a leaf, or None if it can."""
-        del shape, is_complex
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
+        """Why this format cannot keep a leaf, or None if it can.
+
+        Args:
+          statistic: What the leaf is a part of.
+          shape: That of the whole array.
+          is_complex: Whether the statistic is.
+          spec: How the array is partitioned under `jax.shard_map`, where each device keeps a share.
+        """
+        del shape, is_complex, spec
         if statistic in self.holds:
             return None
         return f'storage.{self.name} cannot hold {statistic}: {self._why_not}'
@@ -130,11 +143,6 @@ class Format(abc.ABC):
     def of_pairs(self) -> 'Format':
         """The same for complex numbers as pairs of reals: arrays with a further axis of two."""
         return self
-
-    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
-        """Why one device's share of a leaf cannot be kept by itself, or None if it can."""
-        del spec, ndim
-        return None
 
     def spec(self, spec: PartitionSpec, ndim: int) -> Any:
         """The partition of the stored form, for a parameter of `ndim` axes partitioned so."""
@@ -288,10 +296,16 @@ class bfloat16(_Rounded):
     def largest(self) -> float:
         return float(jnp.finfo(jnp.bfloat16).max)
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
         if is_complex and statistic in ('mu', 'trace'):
             return f'storage.bfloat16 cannot hold {statistic}: it is complex. Keep it in float32.'
-        return super().refusal(statistic, shape, is_complex)
+        return super().refusal(statistic, shape, is_complex, spec)
 
     def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
         return _to_bfloat16(x, bits)
@@ -460,10 +474,21 @@ class factored(Format):
     # The axis that `row` is a mean over; `col` is one over the axis before.
     _columns: ClassVar[int] = -1
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
         if len(shape) < 2 and statistic in self.holds:
             return f'storage.factored needs two axes, not an array of shape {shape}.'
-        return super().refusal(statistic, shape, is_complex)
+        if any(manual_axes(spec, axis) for axis in (len(shape) - 2, len(shape) - 1)):
+            return (
+                f'storage.factored takes means over axes that {spec} splits under jax.shard_map. '
+                'Update it outside of shard_map, where the compiler adds up what devices have.'
+            )
+        return super().refusal(statistic, shape, is_complex, spec)
 
     def of_pairs(self) -> Format:
         return _FactoredPairs()
@@ -496,14 +521,6 @@ class factored(Format):
         if (jnp.shape(stored.row), jnp.shape(stored.col)) != wanted:
             return f'has factors of shapes {jnp.shape(stored.row)} and {jnp.shape(stored.col)}'
         return None
-
-    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
-        if not any(manual_axes(spec, axis) for axis in (ndim - 2, ndim - 1)):
-            return None
-        return (
-            f'storage.factored takes means over axes that {spec} splits under jax.shard_map. '
-            'Update it outside of shard_map, where the compiler adds up what devices have.'
-        )
 
     def spec(self, spec: PartitionSpec, ndim: int) -> Factors:
         return Factors(row=without_axis(spec, -1, ndim), col=without_axis(spec, -2, ndim))
