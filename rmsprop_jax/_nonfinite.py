@@ -22,15 +22,15 @@ from rmsprop_jax._checks import (
 from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
+    like_state,
     map_rms_states,
     map_with_moments,
-    placed,
     select,
 )
 from rmsprop_jax._transforms import AccumulateState
 from rmsprop_jax._types import by_path, canonical
 from rmsprop_jax.storage._choice import Storage, check_storage
-from rmsprop_jax.storage._convert import carried, read
+from rmsprop_jax.storage._convert import read, restated
 from rmsprop_jax.storage._place import split_axes, whole_sum
 
 Unit = Literal['step', 'leaf', 'coordinate']
@@ -126,9 +126,9 @@ def skip_nonfinite(
         bads = [is_bad(g, own) for (_, g), own in zip(leaves, axes, strict=True)]
         bad = treedef.unflatten(bads)
         new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
-        carry = functools.partial(carried, storage=storage, partition=partition)
+        carry = functools.partial(restated, storage=storage, partition=partition)
         standing = map_rms_states(carry, before, after)
-        after = jax.tree.map(select, placed(inner_, before, bad, False), standing, after)
+        after = jax.tree.map(select, like_state(inner_, before, bad, False), standing, after)
         total = state.total_notfinite
         for x, own in zip(bads, axes, strict=True):
             more = jnp.sum(x, dtype=jnp.int32)

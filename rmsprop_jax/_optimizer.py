@@ -16,7 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag, checked_mask, checked_updates, whole_mask
-from rmsprop_jax._core.chains import chain, for_state, guarded
+from rmsprop_jax._core.chains import chain, for_state, with_checks
 from rmsprop_jax._core.edge import compiled_alone, public
 from rmsprop_jax._core.leaves import cast_like, widen
 from rmsprop_jax._core.moments import componentwise
@@ -28,7 +28,7 @@ from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     decay_rate,
-    is_absent,
+    is_none_or_zero,
     rounded,
 )
 from rmsprop_jax.storage._choice import Storage
@@ -132,7 +132,7 @@ def rmsprop(
     ]
     if momentum is not None:
         steps.append(trace_step(decay_rate('momentum', momentum).value, nesterov, storage=storage))
-    if weight_decay is not None and not is_absent(weight_decay):
+    if weight_decay is not None and not is_none_or_zero(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
     return precise_chain(*steps)
 
@@ -142,7 +142,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     if callable(learning_rate):
         schedule = optax.scale_by_schedule(lambda count: -rate.at(count))
-        return guarded(schedule, optax.ScaleByScheduleState)
+        return with_checks(schedule, optax.ScaleByScheduleState)
     number = rate.at(0)
     return optax.stateless(
         lambda updates, _: jax.tree.map(
@@ -201,11 +201,11 @@ def _where(
 ) -> optax.GradientTransformation:
     """A decay of weights, with a state of that kind, where `mask` is true."""
     mask = checked_mask('mask', mask)
-    decay = guarded(decay, kind, user)
+    decay = with_checks(decay, kind, user)
     if mask is None:
         return decay
     masked = optax.masked(decay, lambda tree: whole_mask('mask', mask, tree))
-    return guarded(masked, optax.MaskedState, user)
+    return with_checks(masked, optax.MaskedState, user)
 
 
 def in_accumulator_precision(
@@ -302,7 +302,7 @@ def inject_hyperparams(
             bound = inspect.signature(inner_factory).bind(*args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
-            absent = {name for name in _NONE_AT_ZERO & names if is_absent(given[name])}
+            absent = {name for name in _NONE_AT_ZERO & names if is_none_or_zero(given[name])}
             factory = _knowing(given, inner_factory)
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
         tx = optax.inject_hyperparams(factory, static | absent, dtype)(*args, **kwargs)

@@ -169,17 +169,19 @@ def rms_step(
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
         _check_configuration(checked_state(state, RmsState), centered, bias_correction, has_unit)
-        decay, rest = decay_.with_complement_at(state.count)
+        decay, one_minus_decay = decay_.with_complement_at(state.count)
         eps = eps_.at(state.count)
         weights = None
         if state.weight is not None:
             dtype = state.weight.dtype
-            after = moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
+            after = moments.averaging_weight(
+                state.weight, cast(decay, dtype), cast(one_minus_decay, dtype)
+            )
             weights = (state.weight, after)
 
         unit = None if state.unit is None else next_unit(state.unit, decay)
 
-        by_dtype = functools.partial(_scalars, decay, rest, eps, weights, state.unit)
+        by_dtype = functools.partial(_scalars, decay, one_minus_decay, eps, weights, state.unit)
 
         def plain(g: jax.Array, nu: jax.Array, way: moments.Arithmetic) -> Any:
             by = by_dtype(nu.dtype)

@@ -20,7 +20,7 @@ from rmsprop_jax._checks import (
 from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
-from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -273,7 +273,7 @@ def rescale(name: str, factor: ArrayLike) -> Step:
 def unscale(name: str, factor: ArrayLike) -> Step:
     """`g <- g / factor`."""
     number = constant(name, factor)
-    if is_absent(number):
+    if is_none_or_zero(number):
         raise ValueError(f'{name} must not be zero.')
 
     def divide(g: jax.Array) -> jax.Array:

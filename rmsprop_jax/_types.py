@@ -57,7 +57,7 @@ def is_normal(value: Any) -> bool:
     return isinstance(value, float) and value >= _SMALLEST_NORMAL
 
 
-def is_absent(value: Any) -> bool:
+def is_none_or_zero(value: Any) -> bool:
     """Whether a hyperparameter that means 'nothing' at zero is None or a Python or NumPy zero.
 
     A JAX array is never read: it may be traced, or live on another process.

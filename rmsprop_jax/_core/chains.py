@@ -7,7 +7,7 @@ import optax
 from rmsprop_jax._checks import checked_params, checked_state, checked_updates
 
 
-def guarded(
+def with_checks(
     inner: optax.GradientTransformation, kind: type, user: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, refusing updates that are no arrays of real or complex numbers, a state that is no

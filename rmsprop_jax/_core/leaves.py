@@ -135,7 +135,7 @@ def map_leaves(
     before, after = ([unit if x.real else None for x in statistics] for unit in units)
     # Wrappers may pass any tree as params, so a different one is no error.
     known = params is not None and jax.tree.structure(params) == treedef
-    kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
+    param_leaves = jax.tree.leaves(params) if known else [None] * len(leaves)
     leaf_step = functools.partial(_leaf_step, step, (before, after), count)
     if _is_staged():
         # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
@@ -143,7 +143,7 @@ def map_leaves(
         leaf_step = jax.jit(leaf_step, static_argnums=(0, 1, 2))
     partition = by_path(specs)
     results = []
-    for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
+    for (path, g), kind, *stored in zip(leaves, param_leaves, *columns, strict=True):
         own = canonical(path)
         name, spec = f'updates{keystr(path)}', partition.get(own)
         check_kind(name, g, [] if kind is None else [kind])

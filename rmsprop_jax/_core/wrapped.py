@@ -44,7 +44,7 @@ def map_with_moments(function: Callable[..., Any], tree: Any, moments: Any, *oth
     )
 
 
-def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
+def like_state(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
     """A tree like `state`: the leaf of `tree` at each parameter for all that `state` keeps in that
     parameter's place, and `elsewhere` for the rest."""
 

@@ -10,7 +10,7 @@ from rmsprop_jax._checks import checked_flag, checked_steps
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import accumulate, average_parameters, unscale
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
 from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping_unless_zero, dialect
 from rmsprop_jax.storage._choice import Storage
@@ -112,7 +112,7 @@ def keras(
             rho,
             epsilon,
             centered=centered,
-            momentum=None if is_absent(momentum) else momentum,
+            momentum=None if is_none_or_zero(momentum) else momentum,
             weight_decay=weight_decay,
             mask=mask,
             storage=storage,

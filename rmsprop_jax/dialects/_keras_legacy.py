@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from rmsprop_jax._checks import checked_mask
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import skip_zero_rows
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, is_absent
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
 from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping, dialect
 from rmsprop_jax.storage._choice import Storage
@@ -73,15 +73,15 @@ def keras_legacy(
     """
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError('give clipnorm or global_clipnorm, not both.')
-    plain = is_absent(momentum)
+    plain = is_none_or_zero(momentum)
     sparse = checked_mask('sparse', sparse)
     dense = precise_chain(
         clipping(clipvalue=clipvalue),
         clipping(clipnorm=clipnorm, global_clipnorm=global_clipnorm),
         rmsprop(
-            learning_rate if is_absent(decay) else _inverse_time_decay(learning_rate, decay),
+            learning_rate if is_none_or_zero(decay) else _inverse_time_decay(learning_rate, decay),
             rho,
-            1e-7 if epsilon is None or is_absent(epsilon) else epsilon,
+            1e-7 if epsilon is None or is_none_or_zero(epsilon) else epsilon,
             eps_in_sqrt=not plain,
             centered=centered,
             momentum=None if plain else momentum,

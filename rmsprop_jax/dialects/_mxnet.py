@@ -8,7 +8,7 @@ from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_parameters, rescale
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Epsilon, Rule
 from rmsprop_jax.dialects._shared import (
     XLA,
@@ -168,6 +168,6 @@ def _mxnet(
         storage=storage,
     )
     chained = precise_chain(*prepare, step)
-    if clip_weights is None or is_absent(clip_weights):
+    if clip_weights is None or is_none_or_zero(clip_weights):
         return chained
     return chain(chained, clip_parameters('clip_weights', clip_weights))

@@ -13,7 +13,7 @@ from rmsprop_jax._core.edge import public
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_each_norm, clip_global_norm, clip_value
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_absent
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_none_or_zero
 from rmsprop_jax.dialects._record import RECORDS, Dialect
 from rmsprop_jax.storage._choice import Storage
 
@@ -79,7 +79,7 @@ def checked(
 def momentum_step(
     momentum: ScalarOrSchedule, storage: Storage | None, of_pairs: bool = False
 ) -> Step | None:
-    if is_absent(momentum):
+    if is_none_or_zero(momentum):
         return None
     decay = decay_rate('momentum', momentum).value
     return trace_step(decay, storage=storage, of_pairs=of_pairs)
@@ -88,7 +88,7 @@ def momentum_step(
 def coupled_decay(
     weight_decay: ScalarOrSchedule, mask: Any, name: str = 'weight_decay'
 ) -> Step | None:
-    if is_absent(weight_decay):
+    if is_none_or_zero(weight_decay):
         return None
     return add_decayed_weights(weight_decay, mask, name)
 
@@ -96,7 +96,7 @@ def coupled_decay(
 def clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
     """`clipping`, where the framework takes a limit of zero for none."""
     kind = clipping(**limits)
-    return None if all(is_absent(value) for value in limits.values()) else kind
+    return None if all(is_none_or_zero(value) for value in limits.values()) else kind
 
 
 def clipping(**limits: ArrayLike | None) -> Step | None:

@@ -8,7 +8,7 @@ from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain
 from rmsprop_jax._transforms import average_parameters
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._keras import RULE, keras
 from rmsprop_jax.dialects._record import Dialect
 from rmsprop_jax.dialects._shared import NAME, XLA, Optimizer, clipping_unless_zero, dialect
@@ -103,6 +103,6 @@ def tf_keras(
     )
     if not checked_flag('use_ema', use_ema):
         return step
-    never = ema_overwrite_frequency is None or is_absent(ema_overwrite_frequency)
+    never = ema_overwrite_frequency is None or is_none_or_zero(ema_overwrite_frequency)
     frequency = None if never else ema_overwrite_frequency
     return chain(step, average_parameters(ema_momentum, frequency, from_start=True))

@@ -14,7 +14,7 @@ from rmsprop_jax._optimizer import (
 )
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import cautious
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_absent
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
 from rmsprop_jax.dialects._shared import (
     XLA,
@@ -106,14 +106,14 @@ def _decoupled_decay(
     lr: ScalarOrSchedule, weight_decay: ScalarOrSchedule, peak: Any, mask: Any
 ) -> Step | None:
     """`p <- p - lr weight_decay p`, times `lr / peak` where a peak is given."""
-    if is_absent(weight_decay):
+    if is_none_or_zero(weight_decay):
         return None
     if callable(peak):
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
     if peak is None:
         return subtract_decayed_weights(lr, weight_decay, mask)
     top = constant('max_lr', peak)
-    if is_absent(top):
+    if is_none_or_zero(top):
         raise ValueError('max_lr must not be zero.')
     rate = Hyperparameter('lr', lr, lower=-math.inf)
     decay = Hyperparameter('weight_decay', weight_decay)

@@ -93,7 +93,7 @@ def ema_update(
     ExponentialMovingAverage.apply; timm 1.0.31, timm/utils/model_ema.py, and train.py; PyTorch
     2.13, torch/optim/swa_utils.py; pytorch/vision 017e9b9, references/classification/train.py.
     """
-    rest = _share(count, decay, copies, warmup_power)
+    share = _share(count, decay, copies, warmup_power)
     here, there = jax.tree.structure(values), jax.tree.structure(average)
     if here != there:
         raise ValueError(f'values and average differ in structure:\n  {here}\n  {there}')
@@ -110,9 +110,9 @@ def ema_update(
             return jnp.array(v)
         a = jnp.asarray(a, wide_dtype(jnp.result_type(a)))
         v = jnp.asarray(v, a.dtype)
-        moved = a + componentwise(operator.mul, v - a, cast(rest, a.real.dtype))
+        moved = a + componentwise(operator.mul, v - a, cast(share, a.real.dtype))
         # A copy is exact, also of an average that has overflowed.
-        return jnp.where(rest == 1, v, moved)
+        return jnp.where(share == 1, v, moved)
 
     return tree_map_with_path(leaf, average, values)
 
@@ -126,23 +126,23 @@ def _share(
     """The weight of the new values, `1 - d`."""
     if callable(decay):
         raise TypeError('decay cannot be a schedule.')
-    _, rest = decay_rate('decay', decay).with_complement_at(0)
+    _, share = decay_rate('decay', decay).with_complement_at(0)
     if count is None and copies is not None:
         raise ValueError('copies needs count, the number of updates.')
     if copies is None and warmup_power is not None:
         raise ValueError('warmup_power needs copies; timm copies 1 update.')
     if count is None:
-        return rest
+        return share
 
     def number(name: str, value: ArrayLike) -> Scalar:
         return jnp.asarray(Hyperparameter(name, value).value, float)
 
-    rest, taken = cast(rest, float), number('count', count)
+    share, taken = cast(share, float), number('count', count)
     if copies is None:
         # 1 - (1 + n) / (10 + n), without the subtraction.
-        return jnp.maximum(rest, 9.0 / (10.0 + taken))
+        return jnp.maximum(share, 9.0 / (10.0 + taken))
     since = taken - number('copies', copies)
     if warmup_power is not None:
         power = number('warmup_power', warmup_power)
-        rest = jnp.maximum(rest, (1.0 + jnp.maximum(since, 0.0)) ** -power)
-    return jnp.where(since > 0, rest, 1.0)
+        share = jnp.maximum(share, (1.0 + jnp.maximum(since, 0.0)) ** -power)
+    return jnp.where(since > 0, share, 1.0)

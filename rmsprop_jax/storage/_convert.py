@@ -125,7 +125,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     return unshared(_map_statistics(leaf, state, from_, unit), state, params)
 
 
-def carried(
+def restated(
     old: RmsState, new: RmsState, storage: Storage | None, partition: Partition
 ) -> RmsState:
     """The averages of `old`, kept as those of `new` are: with its sum of weights, in its unit.
