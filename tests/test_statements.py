@@ -358,9 +358,6 @@ def test_injected_numbers_take_the_dtype_of_the_parameters_in_optax():
         "With Optax's own, name these in `static_args`, and give `hyperparam_dtype=jnp.float32` "
         'where parameters are narrower.',
     )
-    assert_says(
-        README, "Ours is Optax's, with numbers held in float32 even for bfloat16 parameters"
-    )
     params = jnp.ones(2, jnp.bfloat16)
 
     def decay(inject, **options):
