@@ -460,7 +460,7 @@ def test_a_step_is_skipped_as_by_optax():
 
 
 def test_the_number_of_drawn_configurations():
-    (number,) = parts_of(README, r'replays (\d+) drawn configurations, to 1e-12')
+    (number,) = parts_of(README, r'replays (\d+) random configurations, to 1e-12')
     assert int(number) == len(configurations(0))
 
 
