@@ -1,9 +1,10 @@
 """Optimizer state and parameters to and from PyTorch, Keras 3, TensorFlow 1 and Optax.
 
 Everything passes as plain mappings of arrays: no framework is imported, and whatever `np.asarray`
-takes is taken. Only `read_checkpoint` opens files, and needs PyTorch for PyTorch's own. A sequence of `Pair`s says which of their names is which of our paths, and how the
-axes lie; `torch.linear`, `torch.conv`, `torch.norm` and their like in `keras` make the common ones.
-The same pairs move the parameters, with `parameters_from` and `parameters_to`.
+takes is taken. Only `read_checkpoint` opens files, and needs PyTorch for PyTorch's own. A sequence
+of `Pair`s says which of their names is which of our paths, and how the axes lie; `torch.linear`,
+`torch.conv`, `torch.norm` and their like in `keras` make the common ones. The same pairs move the
+parameters, with `parameters_from` and `parameters_to`.
 
 State goes into a transformation that you make, wherever in it the state sits: in a chain, under
 `optax.masked`, `optax.partition`, `optax.MultiSteps` or `inject_hyperparams`. All or nothing: one

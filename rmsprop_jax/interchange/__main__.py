@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,7 +70,9 @@ def _parser() -> OneLineParser:
         metavar='FILE',
         help="the parameters' names in the optimizer's order, one a line",
     )
-    made.add_argument('--model', metavar='KEYS', help='where the model is in the file, as ema/model')
+    made.add_argument(
+        '--model', metavar='KEYS', help='where the model is in the file, as ema/model'
+    )
     made.add_argument('--optimizer', metavar='KEYS', help='where the optimizer is in the file')
     made.add_argument('--dialect', choices=_DIALECTS, help='whose optimizer it was')
     return made
@@ -101,18 +104,19 @@ def _listing(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
         yield 'no optimizer'
         return
     groups, state = (checkpoint.optimizer[key] for key in ('param_groups', 'state'))
-    yield f'optimizer{optimizer}: {len(groups)} groups'
+    yield f'optimizer{optimizer}, parameter groups: {len(groups)}'
     for i, group in enumerate(groups):
         told = {key: x for key, x in group.items() if key not in ('params', 'param_names')}
         yield f'  group {i}: ' + ', '.join(f'{shown(str(k))}={x!r:.60}' for k, x in told.items())
-        numbers = group.get('params', [])
-        for number, name in zip(
-            numbers, group.get('param_names') or [''] * len(numbers), strict=False
-        ):
+        for number, name in itertools.zip_longest(group['params'], group.get('param_names', [])):
             entry = state.get(number, {})
             slots = [f'{shown(str(k))} {np.shape(x)}' for k, x in entry.items() if k != 'step']
             step = f', step {float(entry["step"]):g}' if 'step' in entry else ''
-            yield f'    {number} {shown(name)}: ' + (', '.join(slots) or 'no state') + step
+            yield (
+                f'    {number}{f" {shown(name)}" if name else ""}: '
+                + (', '.join(slots) or 'no state')
+                + step
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

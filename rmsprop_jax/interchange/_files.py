@@ -214,15 +214,15 @@ def _read_torch(path: Path) -> Any:
     try:
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # PyTorch documents none, and raises many.
-        reason = ' '.join(str(error).split())
-        if 'Weights only load failed' in reason:
-            found = re.search(r'Unsupported (?:global|class|operand).*?(?=Please|Use|$)', reason)
-            reason = (
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        found = re.search(r'Unsupported (global|class|operand).*?(?= Please| Use|$)', reason)
+        problem = f'torch.load does not take it for a whole PyTorch file ({reason[:200]})'
+        if found is not None:
+            problem = (
                 'it holds more than tensors and plain values, which is not read, since it could '
-                'run code. Save state dictionaries only. PyTorch says: '
-                f'{(found[0] if found else reason)[:200]}'
+                f'run code: save state dictionaries only. PyTorch says: {found[0][:200]}'
             )
-        raise _damaged(path, reason[:500] or type(error).__name__) from None
+        raise _damaged(path, problem) from None
     return _plain(path, torch, loaded, '')
 
 

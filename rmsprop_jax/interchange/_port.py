@@ -15,10 +15,16 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 
 from rmsprop_jax import dialects
+from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._command import install
 from rmsprop_jax._types import ScalarOrSchedule, canonical
 from rmsprop_jax.interchange._files import Checkpoint, read_checkpoint, shown
-from rmsprop_jax.interchange._mapping import InterchangeError, Pair, parameters_from
+from rmsprop_jax.interchange._mapping import (
+    InterchangeError,
+    Pair,
+    named_leaves,
+    parameters_from,
+)
 from rmsprop_jax.interchange._propose import Proposal, propose_names, propose_pairs
 from rmsprop_jax.interchange.torch import from_torch, torch_optimizer
 
@@ -146,6 +152,7 @@ def ported(
     """What `from_checkpoint` returns, and what `restore_port` needs to make its `tx` again."""
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
+    checked_flag('accept_guesses', accept_guesses)
     params, buffers = pure(params), pure(buffers)
     proposal = propose_pairs(checkpoint.arrays, params, buffers, known=known, ignore=ignore)
     told = checkpoint.optimizer is None or names is not None
@@ -237,7 +244,7 @@ def save_template(path: str | os.PathLike[str], params: Any, buffers: Any = None
         path = Path(path)
     except TypeError:
         raise TypeError(f'path must be the path of a file, got {path!r}.') from None
-    path.write_text('{' + ', '.join(written) + '}\n')
+    path.write_text('{' + ', '.join(written) + '}')
 
 
 def read_template(path: Path) -> tuple[Any, Any]:
@@ -271,7 +278,8 @@ def _orbax() -> Any:
         import orbax.checkpoint as ocp
     except ImportError:
         raise ImportError(
-            f'Writing and restoring need Orbax: pip install orbax-checkpoint, or {install("files")}.'
+            'Writing and restoring need Orbax: pip install orbax-checkpoint, or '
+            f'{install("files")}.'
         ) from None
     return ocp
 
@@ -279,8 +287,9 @@ def _orbax() -> Any:
 def write_port(folder: Path, port: Port, told: dict[str, Any], dialect: str | None) -> None:
     """Writes a port to a new folder. Its record comes last, so that half a port is none."""
     ocp = _orbax()
+    optimizer = {**told, 'dialect': dialect} if told else None
     try:
-        record = json.dumps({**told, 'dialect': dialect} if told else None, allow_nan=False)
+        record = json.dumps({'shapes': _shapes(port), 'optimizer': optimizer}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InterchangeError('the parameter groups cannot be written', [str(error)]) from None
     try:
@@ -290,6 +299,12 @@ def write_port(folder: Path, port: Port, told: dict[str, Any], dialect: str | No
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / _ARRAYS).absolute(), _saved(port))
     (folder / _RECORD).write_text(record)
+
+
+def _shapes(port: Port) -> dict[str, list[int]]:
+    """The shapes of parameters and buffers by path."""
+    leaves = named_leaves({'params': port.params, 'buffers': port.buffers})
+    return {path: [*leaf.shape] for path, leaf in leaves.items()}
 
 
 def _saved(port: Port) -> dict[str, Any]:
@@ -333,20 +348,21 @@ def restore_port(
         told = json.loads((path / _RECORD).read_text())
     except (OSError, ValueError) as error:
         raise InterchangeError(f'{path} is not a port that was completed', [str(error)]) from None
-    like = jax.tree.map(_array, (pure(params), pure(buffers)))
-    port = Port(*like)
-    if told is not None:
-        port = _with_optimizer(port, told, learning_rate)
-    target = _saved(port)
+    port = Port(*jax.tree.map(_array, (pure(params), pure(buffers))))
+    ours, theirs = _shapes(port), told['shapes']
+    if ours != theirs:
+        raise InterchangeError(
+            f'{path} has other shapes than params and buffers',
+            [
+                f'{at!r} is {theirs.get(at, "missing")} there, and {ours.get(at, "missing")} here'
+                for at in sorted(ours.keys() | theirs.keys())
+                if ours.get(at) != theirs.get(at)
+            ],
+        )
+    if told['optimizer'] is not None:
+        port = _with_optimizer(port, told['optimizer'], learning_rate)
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            found = checkpointer.restore((path / _ARRAYS).absolute(), target)
-        except Exception as error:  # Orbax and TensorStore share no narrower class.
-            reason = ' '.join(str(error).split())[:300]
-            raise InterchangeError(
-                f'{path} cannot be restored: are params and buffers those of the template?',
-                [reason],
-            ) from None
+        found = checkpointer.restore((path / _ARRAYS).absolute(), _saved(port))
     return dataclasses.replace(
         port, params=found['params'], buffers=found.get('buffers'), state=found.get('opt_state')
     )

@@ -81,16 +81,17 @@ def propose_pairs(
 
     A name matches a path if both are equal up to `.`, `_` and `/`, after `weight` has become
     `kernel`, `embedding` or `scale` (whichever the layer has), `running_mean` `mean` and
-    `running_var` `var`, and without the `module.`, `_orig_mod.` or `model.` that wrappers put before
-    all names. A kernel is transposed, a convolution's from OIHW to HWIO. The pair is then sure,
-    unless its shape leaves open how its axes lie:
+    `running_var` `var`, and without the `module.`, `_orig_mod.` or `model.` that wrappers put
+    before all names. A kernel is transposed, a convolution's from OIHW to HWIO. The pair is then
+    sure, unless its shape leaves open how its axes lie:
 
-    - a kernel with as many inputs as outputs,
-    - a linear kernel that may read or make a flattened image: the number of its features is a
-      multiple of a convolution's channels, and no linear layer beside it has them.
+    - a kernel has as many inputs as outputs,
+    - a linear kernel may read or make a flattened image: the number of its features is a multiple
+      of a convolution's channels, and no linear layer in the same module hands it these features
+      or takes them from it.
 
-    A layer without a matching name is guessed where only one of theirs has its shape, and only it
-    has that shape in ours. Otherwise it is missing: nothing is chosen among several.
+    A layer without a matching name is guessed if only one array of theirs has its shape, and only
+    one of ours. Otherwise it is missing: nothing is chosen among several.
 
     Args:
       theirs: Arrays by name, as `read_checkpoint(path).arrays` or `model.state_dict()`.
@@ -99,6 +100,12 @@ def propose_pairs(
         `variables['batch_stats']`.
       known: Pairs that you know. They are sure, and their arrays are proposed for nothing else.
       ignore: Names of theirs that are to be left out.
+
+    Raises:
+      TypeError: If an argument is of another kind.
+      ValueError: If `known` or `ignore` contradicts `theirs` or our trees.
+
+    Source: the layers of PyTorch 2.13 and Flax 0.12.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -110,11 +117,13 @@ def propose_pairs(
       sure      fc.bias -> fc/bias
       sure      fc.weight -> fc/kernel (axes swapped)
       guessed   head.weight -> head/kernel (axes swapped)
-                it has as many inputs as outputs, so its shape does not show whether they are swapped
+                it has as many inputs as outputs, so its shape does not show how they lie
     """
     checked_names('theirs', theirs)
     trees = {'params': named_leaves(params), 'buffers': named_leaves(buffers)}
     ours = {**trees['params'], **trees['buffers']}
+    if len(ours) < sum(map(len, trees.values())):
+        raise ValueError('params and buffers must not have the same paths.')
     for path, leaf in ours.items():
         if not hasattr(leaf, 'shape'):
             raise TypeError(
@@ -211,8 +220,9 @@ class _Search:
 
     def _fits(self, name: str, path: str, layout: Layout) -> bool:
         try:
-            return layout.to_ours(np.broadcast_to(np.int8(0), self.theirs[name])).shape == (
-                self.ours[path]
+            return (
+                layout.to_ours(np.broadcast_to(np.int8(0), self.theirs[name])).shape
+                == self.ours[path]
             )
         except ValueError:
             return False
@@ -309,8 +319,7 @@ class _Search:
             doubts = []
             if shape[0] == shape[1] > 1:
                 doubts.append(
-                    'it has as many inputs as outputs, so its shape does not show whether they '
-                    'are swapped'
+                    'it has as many inputs as outputs, so its shape does not show how they lie'
                     + (' (nor whether it is a transposed convolution)' if len(shape) > 2 else '')
                 )
             if len(shape) == 2:
@@ -336,18 +345,20 @@ class _Search:
         makes the same number of features before it, or reads it after, explains them otherwise.
         """
         outputs, inputs = self.theirs[name]
-        convs = [shape for shape in self.theirs.values() if len(shape) > 2]
-        names = list(self.theirs)
-        module = self._module(name)
-        beside = [n for n in names if self._is_matrix(n) and self._module(n) == module]
+        names = [n for n, shape in self.theirs.items() if len(shape) > 1]
+        convs = [n for n in names if len(self.theirs[n]) > 2]
+        beside = [n for n in names if self._module(n) == self._module(name)]
+        # The order of a sorted file tells nothing of the order of the layers.
+        if names == sorted(names) and not {*beside}.isdisjoint(convs):
+            beside = []
         at = names.index(name)
-        made = {self.theirs[n][0] for n in beside if names.index(n) < at}
-        read = {self.theirs[n][1] for n in beside if names.index(n) > at}
+        matrices = [n for n in beside if self._is_matrix(n)]
+        made = {self.theirs[n][0] for n in matrices if names.index(n) < at}
+        read = {self.theirs[n][1] for n in matrices if names.index(n) > at}
 
         def channels(axis: int, features: int, explained: set[int]) -> list[int]:
-            if features in explained:
-                return []
-            return sorted({s[axis] for s in convs if 1 < s[axis] < features > features % s[axis] == 0})
+            numbers = {self.theirs[n][axis] for n in convs} if features not in explained else set()
+            return sorted(n for n in numbers if 1 < n < features and features % n == 0)
 
         found = []
         if images := channels(0, inputs, made):
@@ -411,11 +422,10 @@ def propose_names(
     optimizer = checkpoint.optimizer or {}
     groups = optimizer['param_groups']
     numbers = [n for group in groups for n in group.get('params', ())]
-    named = [name for group in groups for name in group.get('param_names', ())]
-    shorts = {short: name for short, name in _without_wrappers(checkpoint.arrays).items()}
+    named: list[str] = [name for group in groups for name in group.get('param_names', ())]
+    shorts = _without_wrappers(checkpoint.arrays)
     if len(named) == len(numbers):
-        own = {name: short for short, name in _without_wrappers(named).items()}
-        return tuple(shorts.get(own[name], name) for name in named), None
+        return tuple(shorts.get(x, name) for x, name in _without_wrappers(named).items()), None
     paired = {pair.theirs for pair in proposal.pairs}
     names = [name for name in checkpoint.arrays if name in paired]
     if len(names) != len(numbers):

@@ -4,9 +4,10 @@ In `tests/`, where PyTorch and safetensors are installed, but not JAX::
 
     python -m interchange_data.record_files interchange_data/files
 
-`run.pt` and `run.safetensors` are of a training of `HANDOVER` steps in float64, `dtypes.safetensors`
-has one array of each dtype, and `code.pt` holds what only a full unpickler would read. `run.npz` has
-what `run.pt` says, for those without PyTorch, and the run after another `AFTER` steps.
+`run.pt` and `run.safetensors` are of a training of `HANDOVER` steps in float64,
+`dtypes.safetensors` has one array of each dtype, and `code.pt` holds what only a full unpickler
+would read. `run.npz` has what `run.pt` says, for those without PyTorch, and the run after another
+`AFTER` steps.
 """
 
 import importlib
