@@ -215,7 +215,7 @@ def _read_torch(path: Path) -> Any:
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # PyTorch documents none, and raises many.
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        found = re.search(r'Unsupported (global|class|operand).*?(?= Please| Use|$)', reason)
+        found = re.search(r'Unsupported (global|class).*?(?= Please| Use|$)', reason)
         problem = f'torch.load does not take it for a whole PyTorch file ({reason[:200]})'
         if found is not None:
             problem = (
