@@ -66,11 +66,11 @@ def keras(
     and copies `p` during the whole first window. Read it with `optax.tree.get(state, 'ema')`. With
     `use_ema` this must be the last transformation of a chain, and `update` needs `params`.
 
-    Embeddings: the statistics of rows that were not looked up decay, and momentum moves these rows,
-    as in Keras, also on TensorFlow. Where ids repeat within a step, however, Keras on TensorFlow
-    squares and clips the gradient of each lookup separately. (With `gradient_accumulation_steps` it
-    adds these gradients first, with `global_clipnorm` after taking the norm.) A dense gradient
-    holds only their sum, so this cannot be reproduced here.
+    Embeddings: as in Keras, also on TensorFlow, rows that were not looked up still change. Their
+    statistics decay, and momentum moves them. But where ids repeat within a step, Keras on
+    TensorFlow squares and clips the gradient of each lookup separately. (It adds these gradients
+    first with `gradient_accumulation_steps`, and after taking the norm with `global_clipnorm`.) A
+    dense gradient holds only their sum, so this cannot be reproduced here.
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
@@ -85,9 +85,9 @@ def keras(
       global_clipnorm: Maximum norm of all gradients together.
       use_ema: Whether to average the parameters.
       ema_momentum: Weight of the past in that average.
-      ema_overwrite_frequency: The average replaces the parameters every this many steps; None for
-        never.
-      loss_scale_factor: Divides the gradients.
+      ema_overwrite_frequency: Number of steps between two replacements of the parameters by the
+        average; None for never.
+      loss_scale_factor: Factor by which the gradients are divided.
       gradient_accumulation_steps: Number of calls per step, at least 2.
       mask: Which parameters decay. It replaces Keras's `exclude_from_weight_decay`.
       storage: How the statistics are kept in memory, as in `rmsprop`.

@@ -60,9 +60,9 @@ def keras_legacy(
       clipvalue: Maximum magnitude of each entry; applied before `clipnorm` or `global_clipnorm`.
       global_clipnorm: Maximum norm of all gradients together; not allowed with `clipnorm`.
       decay: The learning rate is divided by `1 + decay step`.
-      sparse: Which gradients TensorFlow would receive as `IndexedSlices`; see `tensorflow`. Matters
-        only with momentum, where TensorFlow's kernel skips rows that were not looked up. Without
-        momentum, the statistics of these rows decay like all others.
+      sparse: Which gradients TensorFlow would receive as `IndexedSlices`; see `tensorflow`. It has
+        an effect only with momentum, where TensorFlow's kernel skips rows that were not looked up.
+        Without momentum, the statistics of these rows decay like all others.
       storage: How the statistics are kept in memory, as in `rmsprop`.
 
     tf_keras clips the gradient of each lookup before it adds the gradients of a row. A dense

@@ -50,7 +50,7 @@ def mindspore(
       momentum: Decay of the velocity, in [0, 1]; a Python zero means no velocity.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
-      loss_scale: Divides the gradients, but not the penalty.
+      loss_scale: Factor by which the gradients are divided, but not the penalty.
       weight_decay: L2 penalty, added to the gradient.
       mask: Which parameters decay.
       storage: How the statistics are kept in memory, as in `rmsprop`.

@@ -74,11 +74,11 @@ def mxnet(
       momentum: Decay of the velocity, in [0, 1]; used only when centered, as in MXNet.
       epsilon: In the unit of the gradient; when centered, in its squared unit.
       centered: Whether to divide by the standard deviation.
-      clip_weights: Maximum magnitude of a parameter after the step. Requires `params` in `update`,
-        and must be last in a chain. For this and `clip_gradient` a Python zero means no clipping,
-        as in MXNet.
+      clip_weights: Maximum magnitude of a parameter after the step. With it, `update` needs
+        `params`, and this must be the last transformation of a chain. For `clip_weights` and
+        `clip_gradient`, a Python zero means no clipping, as in MXNet.
       wd: L2 penalty, added to the clipped gradient.
-      rescale_grad: Multiplies the gradients.
+      rescale_grad: Factor by which the gradients are multiplied.
       clip_gradient: Maximum magnitude of a gradient's entry.
       mask: Which parameters decay.
       storage: How the statistics are kept in memory, as in `rmsprop`.

@@ -57,7 +57,7 @@ def tf_keras(
     the last transformation of a chain, and `update` needs `params`.
 
     In tf_keras, sparse gradients of embeddings move all rows, as dense ones do. Where an index is
-    repeated, clipping differs, since tf_keras clips each gradient before it adds them up.
+    repeated, clipping differs, since tf_keras clips the gradients before it adds them up.
 
     The other arguments are the same as for `keras`, without a loss scale and accumulation.
 

@@ -65,6 +65,7 @@ def timm(
         nu <- alpha nu + (1 - alpha) g^2          from 1
         b  <- momentum b + lr g / sqrt(nu + eps);  p <- p - b      lr outside b without
                                                                    lr_in_momentum
+
     Args:
       lr: Learning rate, in the unit of the parameter.
       alpha: Weight of the past in the running averages, in [0, 1].
