@@ -27,10 +27,10 @@ def dqn_nature(
         m <- 0.95 m + 0.05 g;  n <- 0.95 n + 0.05 g^2         from 0
         p <- p - 2.5e-4 g / sqrt(n - m^2 + 0.01)
 
-    The loss is a sum over 32 transitions. Each adds half the square of its TD error, linear beyond
-    1: in the gradient, TD errors are clipped to [-1, 1]. The paper's table calls 0.95 a 'gradient
-    momentum', but it is the decay of `m`. The learning rate is constant and weights do not decay:
-    `run_gpu` sets neither option.
+    The loss is a sum over 32 transitions. Each contributes half the square of its TD error, or a
+    linear term beyond 1, so that the gradient has TD errors clipped to [-1, 1]. The paper's table
+    calls 0.95 a 'gradient momentum', but it is the decay of `m`. The learning rate is constant and
+    weights do not decay: `run_gpu` sets no option for either.
 
     Args:
       learning_rate: Step size, a number or a schedule; the published one by default.
@@ -84,7 +84,7 @@ def a3c(
     max_norm: float | None,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """A3C, second-hand: RMSProp whose learning rate falls from 7e-4 to zero.
+    """A3C, second-hand: RMSProp with a learning rate that falls from 7e-4 to zero.
 
     ::
 
@@ -92,8 +92,8 @@ def a3c(
         nu <- 0.99 nu + 0.01 g^2
         p  <- p - learning_rate g / sqrt(nu + 0.1)
 
-    All threads updated one shared `nu`. The accounts do not say where `nu` starts (here at zero),
-    nor how the loss is reduced; the value of epsilon depends on that.
+    All threads updated one shared `nu`. The accounts do not say where `nu` starts (here at zero).
+    Nor do they say how the loss is reduced, on which epsilon depends.
 
     Args:
       total_frames: The number of frames, over all threads, at which the learning rate is zero.

@@ -47,12 +47,12 @@ def ema_update(
         d        = 0 while count <= copies, then                         and warmup_power
                    min(decay, 1 - (1 + count - copies)^-warmup_power)
 
-    The sources use these forms:
+    The sources use these forms of `d`:
 
     - TensorFlow's `ExponentialMovingAverage`: the second with `num_updates`, else the first.
     - timm's `ModelEma` and `ModelEmaV2`: the first.
-    - timm's `ModelEmaV3`: with `step`, as in timm's script, `copies=1 + update_after_step`, which
-      is 1 by default, and with `use_warmup` also `warmup_power=2/3`. Without `step`, the first.
+    - timm's `ModelEmaV3`: with `step`, as in timm's script, `copies=1 + update_after_step` (1 by
+      default), and with `use_warmup` also `warmup_power=2/3`. Without `step`, the first.
     - `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`: `copies=1`.
     - torchvision's references: `copies` is 1 plus the number of averaging updates in the warm-up.
 
@@ -68,7 +68,7 @@ def ema_update(
       count: The number of updates, including this one, or None. If you do not average at every
         step, count the updates of the average, as the sources do.
       decay: In [0, 1], a Python number or a scalar array of float32 or wider.
-      copies: The number of first updates that copy the values. Needs `count`.
+      copies: The number of updates, from the first on, that copy the values. Needs `count`.
       warmup_power: How fast the decay rises after the copies. Needs `copies`.
 
     Returns:

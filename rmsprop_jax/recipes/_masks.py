@@ -32,7 +32,7 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
       batch_norm: A regular expression to search for in each part of a path, ignoring case.
 
     Returns:
-      A tree of booleans like `params`, True for what decays.
+      A tree of booleans like `params`, True for each parameter that decays.
 
     Warns:
       UserWarning: If no path matches, so that everything decays, although a parameter is called
@@ -57,8 +57,8 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
     """Weights of dense layers and of convolutions that are not depthwise: TF-Slim's rule.
 
     These are the arrays of at least two axes whose path does not match `depthwise`, a regular
-    expression that is searched for as in `tensorflow_decay_mask`. Either the names of depthwise
-    layers contain this word, or pass a pattern that matches them.
+    expression that is searched for as in `tensorflow_decay_mask`. If the names of your depthwise
+    layers do not contain this word, pass a pattern that matches them.
 
     Warns:
       UserWarning: If no path matches, although two or more arrays have the shape of a depthwise

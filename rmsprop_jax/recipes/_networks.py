@@ -236,10 +236,11 @@ def wgan(
         p  <- p - 5e-5 g / (sqrt(nu) + 1e-8)
         p  <- min(max(p, -0.01), 0.01)                 critic
 
-    The source clamps before each step of the critic; this recipe clamps after it, as an Optax chain
-    can. If you start from `wgan_clamp(params)`, the critic's steps are the same. Two differences
-    remain. In the source, the steps of the generator see a critic that is up to one step outside
-    the bounds, and the final critic is not clamped. Here the critic is always within the bounds.
+    The source clamps before each step of the critic. This recipe clamps after it, which an Optax
+    chain can do. If you start from `wgan_clamp(params)`, the critic's steps are the same. Two
+    differences remain. In the source, the steps of the generator see a critic that is up to one
+    step outside the bounds, and the final critic is not clamped. Here the critic is always within
+    the bounds.
 
     The loss is a mean over the batch of 64. The critic takes 5 steps for each step of the
     generator, but 100 for each of the generator's first 25 steps and for every 500th. The critic's

@@ -62,7 +62,7 @@ class Recipe:
       clamp: The maximum magnitude of a parameter.
       average: Decay of the weight average that is evaluated; None for no average.
       average_form: 'num_updates' for TensorFlow's form, 'plain' for a constant decay.
-      batch: The batch.
+      batch: The batch, in words.
       note: Anything else to know.
     """
 
