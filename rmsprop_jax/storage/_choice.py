@@ -62,7 +62,7 @@ def large_leaves(format: Format, min_size: int = 4096, min_ndim: int = 2) -> Lar
     """Keeps large leaves in a format and the others in float32.
 
     A plain format as `storage` means this function with its defaults: biases and the scales of
-    norms take little memory, and are where most goes wrong.
+    norms take little memory, but much can go wrong with them.
 
     Args:
       format: The format of the large leaves.
@@ -87,7 +87,7 @@ def per_leaf(function: Callable[[str, tuple[int, ...]], Format]) -> PerLeaf:
 
     Args:
       function: Takes a parameter's path, such as `"['dense']['kernel']"`, and its shape, and
-        returns a format. It is called during tracing, and must always give the same answer.
+        returns a format. It is called during tracing, and must always return the same format.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -158,7 +158,7 @@ def format_of(
     is_complex: bool,
     spec: PartitionSpec | None = None,
 ) -> Format:
-    """The format of one leaf. Its `shape` is the whole shape, also under `jax.shard_map`.
+    """The format of one leaf; `shape` is the shape of the whole array, also under `jax.shard_map`.
 
     Raises:
       ValueError: If the format cannot hold the leaf; the message names the leaf.

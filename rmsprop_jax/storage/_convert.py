@@ -73,7 +73,7 @@ def read(state: Any, storage: Storage | None) -> Any:
 
 
 def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) -> Any:
-    """Converts an optimizer's state to other formats, to change them in the middle of training.
+    """Converts an optimizer's state to other formats, so that training can go on with them.
 
     Rounds to nearest. Digits that the old format lost do not come back.
 
@@ -223,7 +223,7 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
 
 
 def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -> None:
-    """Raises if a checkpoint's description does not match the state to restore it into.
+    """Raises if a checkpoint's description does not match the state that is to be restored.
 
     This finds other parameters, another optimizer and other formats, which libraries that restore
     checkpoints may cast silently. It cannot distinguish optimizers whose states have the same
@@ -236,8 +236,8 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
 
     Raises:
       ValueError: If they differ, or if this release cannot read the description's version. The
-        message says what kinds of things differ, lists the differences by path, and names the
-        release that wrote the description if it is another one.
+        message names the kinds of differences, lists them by path, and names the release that wrote
+        the description if it is another one.
       TypeError: If the description is not a mapping.
 
     Example:

@@ -337,8 +337,8 @@ class uint8(_Rounded):
     A byte has no derivative: differentiating through a step raises an error.
 
     Attributes:
-      scale: A power of two, in the squared unit of the gradient, that moves the window. If the size
-        of a typical gradient, squared and times 2^20, is far from one, choose `scale` near that.
+      scale: A power of two, in the squared unit of the gradient, that moves the window. If the
+        square of a typical gradient, times about 2^20, is far from one, choose a `scale` near that.
         A loss summed over many entries has larger gradients than one averaged over them.
       seed: The seed of the rounding, as for `bfloat16`.
 
@@ -455,8 +455,8 @@ class factored(Format):
     This is Adafactor's estimate with one difference: a step divides by the root of `decay nu +
     (1 - decay) g^2` with the entry's own gradient, which bounds the step by `1 / sqrt(1 - decay)`.
 
-    For `nu` only: a variance is small where two large numbers cancel, and means lose that; mean and
-    trace have signs.
+    For `nu` only. A variance can be a small difference of two large numbers, which means lose; the
+    mean and the trace have signs.
 
     Example:
       >>> import jax.numpy as jnp

@@ -45,8 +45,8 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
 
 @functools.lru_cache(maxsize=256)
 def _fill(sharding: Any) -> Callable[..., jax.Array]:
-    # Outside of jit, a compiled call costs a fraction of `jnp.full`. And when `fill` is an array,
-    # the result does not share its buffer.
+    # Outside of jit, a compiled call costs a fraction of `jnp.full`. If `fill` is an array, the
+    # result does not share its buffer.
     def full(fill: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
         return jnp.full(shape, fill, dtype)
 
@@ -95,7 +95,7 @@ def whole_shape(shape: tuple[int, ...], spec: PartitionSpec | None) -> tuple[int
 
 
 def possible_shapes(x: Any) -> list[tuple[int, ...]]:
-    """The possible shapes of the whole array, if `x` is one device's share under `jax.shard_map`.
+    """The possible shapes of the whole array of which `x` is a share under `jax.shard_map`.
 
     Only the shape of `x` itself is possible if shard_map knows that `x` is equal on all devices.
     """

@@ -1,8 +1,8 @@
 """Stochastic rounding: random bits for every entry of an array, and the unit of the grid.
 
 With round-to-nearest, a running average stalls once a step moves it by less than half the distance
-between grid points. Stochastic rounding goes up with a probability equal to the fraction of that
-distance which is cut off, and so is right on average.
+between grid points. Stochastic rounding goes up with a probability that grows linearly from 0 at
+the lower grid point to 1 at the upper one, and so is right on average.
 """
 
 import math
