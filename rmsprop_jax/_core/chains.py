@@ -10,8 +10,8 @@ from rmsprop_jax._checks import checked_params, checked_state, checked_updates
 def with_checks(
     inner: optax.GradientTransformation, kind: type, user: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` with checks: updates must be floating or complex arrays, the state a `kind` and, if
-    `user` needs params, these like the updates."""
+    """`inner` with checks: updates must be floating or complex arrays, and the state a `kind`. If
+    `user` is given, it needs params, which must be like the updates."""
     inner_ = for_state(inner, kind)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

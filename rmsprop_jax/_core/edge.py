@@ -57,7 +57,8 @@ def public(
     """Makes the transformations of `factory` print as the call that made them, and compiles their
     steps outside of jit.
 
-    Arguments are read when the transformation is printed or takes a step, and arrays not earlier.
+    Arguments are read only when the transformation is printed or takes a step, so that making it
+    does not read an array.
     """
 
     @functools.wraps(factory)
@@ -76,7 +77,7 @@ def compiled(update: Update, program: Callable[[], Update]) -> Update:
 
     Args:
       update: The update of a transformation.
-      program: Returns the compiled update. It is called once, when that is first needed.
+      program: Returns the compiled update. It is called once, when first needed.
     """
     program = functools.cache(program)
 
@@ -153,8 +154,8 @@ def _arguments(call: functools.partial[Any]) -> dict[str, Any]:
 
 @functools.cache
 def _takers_of_numbers(factory: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """The arguments that may be schedules, which are the changeable numbers, and those that may be
-    arrays."""
+    """The arguments that may be schedules, which are the numbers that may change, and the arguments
+    that may be arrays."""
     parameters = inspect.signature(factory).parameters.items()
     kinds = {name: typing.get_args(x.annotation) for name, x in parameters}
     schedules, arrays = (
@@ -167,7 +168,7 @@ def _takers_of_numbers(factory: Callable[..., Any]) -> tuple[frozenset[str], fro
 def _is_number(x: Any) -> bool:
     """Whether `x` is a Python or NumPy number without a special meaning.
 
-    Zero may mean 'none', and a decay of one 'forget nothing'.
+    Zero may mean 'none', and a decay of one means 'forget nothing'.
     """
     return isinstance(x, int | float | np.integer | np.floating) and x not in (0, 1)
 

@@ -118,13 +118,14 @@ def map_leaves(
       moments: The statistics and their trees.
       count: Steps taken so far. The random bits of rounding depend on it.
       units: The units of rounded magnitudes before and after this step.
-      params: The parameters, if the caller has them, to refuse complex gradients of real ones.
+      params: The parameters, if the caller has them. They serve to refuse complex gradients of real
+        parameters.
       specs: The partition of the parameters under `jax.shard_map`: a tree of `PartitionSpec`s,
         which may have more leaves than `updates`.
 
     Raises:
-      ValueError: If a statistic does not match the gradients in structure, or a leaf of it does
-        not match them in shape or its storage in format.
+      ValueError: If a statistic does not match the gradients in structure, or if one of its leaves
+        does not match its gradient in shape or its storage in format.
       TypeError: If a gradient is not floating or complex, or is complex but its statistic or
         parameter is not.
     """

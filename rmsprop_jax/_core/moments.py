@@ -52,7 +52,7 @@ class Arithmetic:
       largest: The largest number of the format; larger moments are clamped to it.
       from_old_mean: Whether a variance is measured from the mean before the step, not after it.
         Reading the old mean forces a copy on a CPU when the new mean takes its buffer.
-      keep: Keeps a root and the division by it two operations.
+      keep: Makes a root and the division by it stay two operations.
     """
 
     largest: float = math.inf
@@ -179,7 +179,7 @@ def direction(
     Subnormal numbers count as zero, as on accelerators. Square root and quotient each use two
     selects, so that derivatives through a zero stay finite. Comparisons are written so that NaN
     passes through. `is_positive` says that epsilon is a positive normal number, so that the root
-    cannot vanish. `keep` keeps root and quotient two operations.
+    cannot vanish. `keep` makes root and quotient stay two operations.
     """
     if is_positive:
         root = keep(jnp.sqrt(moment + eps)) if eps_in_sqrt else _sqrt(moment) + eps
@@ -193,7 +193,7 @@ def direction(
 def componentwise(
     op: Callable[[jax.Array, Scalar], jax.Array], x: jax.Array, real: Scalar
 ) -> jax.Array:
-    """`op(x, real)`; if `x` is complex, of its real and imaginary parts separately.
+    """`op(x, real)`, applied separately to the real and imaginary parts of a complex `x`.
 
     A complex product or quotient would do three times the work, and strict dtype promotion forbids
     mixing complex and real arrays.

@@ -79,8 +79,8 @@ def select(mark: Any, new: Any, old: Any) -> Any:
         if jnp.shape(new) != (*jnp.shape(mark), 2):
             raise ValueError(
                 f'a statistic of shape {jnp.shape(new)} does not have one entry for each entry of '
-                f'its parameter of shape {jnp.shape(mark)}. Factored statistics do not: they can '
-                'only be selected as a whole.'
+                f'its parameter of shape {jnp.shape(mark)}: like factored statistics, it can only '
+                'be selected as a whole.'
             )
         mark = jnp.expand_dims(mark, -1)
     return jnp.where(mark, new, old)
