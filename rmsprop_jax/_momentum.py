@@ -25,7 +25,7 @@ def trace(
     ::
 
         trace <- g + decay trace
-        u      = trace,  or  g + decay trace  (again, with the new trace) with nesterov
+        u      = trace,  or with nesterov  g + decay trace  (with the new trace)
 
     The learning rate may come before it, as in TensorFlow and Optax, or after it, as in PyTorch.
     The two agree only while the learning rate is constant.
@@ -34,7 +34,7 @@ def trace(
       decay: The momentum, in [0, 1]: a Python float, a scalar array, or a schedule of the 0-based
         step count.
       nesterov: Whether to look one step ahead.
-      storage: How the sum is kept in memory, as in `scale_by_rms`. See there also for the argument
+      storage: How the sum is kept in memory, as in `scale_by_rms`, which also explains the argument
         of `update` under `jax.shard_map`.
 
     Returns:

@@ -65,8 +65,8 @@ def skip_nonfinite(
     Skipped entries get a zero update, without weight decay or momentum. Their state does not
     change, with two exceptions. Step counts, and thus schedules, go on. So does the sum of weights
     of a bias-corrected average, which all parameters share. The corrected average itself, the
-    quotient of the two, stays. Before the first finite gradient there is no average, so the first
-    step is up to `1 / sqrt(1 - decay)` learning rates long.
+    quotient of the two, stays. Before its first finite gradient an entry has no average, so its
+    first step is up to `1 / sqrt(1 - decay)` learning rates long.
 
     All other entries take their step as if skipped gradients were zero. This matters only if
     `inner` couples entries or leaves, for example by clipping a norm.

@@ -58,7 +58,8 @@ def rmsprop(
 
         optax.chain(optax.add_decayed_weights(1e-4), rmsprop_jax.rmsprop(1e-3))
 
-    With `u` the direction of `scale_by_rms`, and in float32 or wider until the last line::
+    `u` is the direction of `scale_by_rms`. The arithmetic is in float32 or wider, and only the
+    final update is rounded::
 
         trace <- -learning_rate u + momentum trace         if momentum is given
         p     <- p + trace - learning_rate weight_decay p
@@ -137,7 +138,7 @@ def rmsprop(
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate` in the updates' precision, whatever the dtype of a rate."""
+    """`optax.scale_by_learning_rate` in the updates' precision, whatever the rate's dtype."""
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     if callable(learning_rate):
         schedule = optax.scale_by_schedule(lambda count: -rate.at(count))
@@ -255,8 +256,8 @@ def inject_hyperparams(
       rounds two operations once in one program and twice in the other.
     - Arguments that cannot be arrays, such as a `mask` or a number of accumulation steps, are not
       injected.
-    - A Python zero for weight decay or momentum stays one, and means 'none' if the factory says so.
-      Pass `jnp.array(0.0)` to be able to raise it later.
+    - A Python zero for weight decay or momentum stays a Python zero, which means 'none' if the
+      factory says so. Pass `jnp.array(0.0)` to be able to raise it later.
 
     Args:
       inner_factory: `rmsprop`, or any function that returns a gradient transformation.
@@ -267,7 +268,7 @@ def inject_hyperparams(
     Raises:
       TypeError: If the factory is not a function, a static argument is not a name, or the dtype is
         not floating.
-      ValueError: If the factory does not have a static argument of that name.
+      ValueError: If the factory does not have an argument that `static_args` names.
 
     Returns:
       A factory with the arguments of `inner_factory`. The state of the optimizer that it returns

@@ -90,7 +90,7 @@ def round_parameters(
       >>> tx = rmsprop_jax.round_parameters(rmsprop_jax.rmsprop(1e-3, storage=storage.uint8()))
       >>> params = jnp.ones((64, 64), jnp.bfloat16)
       >>> state = tx.init(params)
-      >>> for _ in range(10):  # steps of 0.01 or less; below 1, bfloat16 next has 0.996
+      >>> for _ in range(10):  # steps of 0.01 or less; the largest bfloat16 below 1 is 0.996
       ...     updates, state = tx.update(jnp.ones_like(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> params.dtype, optax.tree.get(state, 'nu').dtype, round(float(params.mean()), 2)

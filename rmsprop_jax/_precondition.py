@@ -46,16 +46,16 @@ def scale_by_rms(
         u   = g / sqrt(nu + eps)              with eps_in_sqrt, else  g / (sqrt(nu) + eps)
 
     `centered` replaces `nu` by the variance. Other libraries subtract `mu^2` from `nu`, and turn
-    NaN when gradients hardly change. Here the variance is carried itself, as a sum of non-negative
+    NaN when gradients hardly change. Here the variance itself is carried, as a sum of non-negative
     terms::
 
         var <- decay (var + (1 - decay) (c / c') |g - mu / c|^2)
         mu  <- mu + (1 - decay) (g - mu)
         u    = g / sqrt(var / c' + eps)
 
-    Here `c = c' = 1`. `bias_correction` instead divides the averages by `c'`, the sum of their
-    weights. It is `1 - decay^t` while the decay is constant, and stays right when the decay
-    changes::
+    Without bias correction, `c = c' = 1`. `bias_correction` divides the averages by `c'`, the sum
+    of their weights. This is `1 - decay^t` while the decay is constant, and stays right when the
+    decay changes::
 
         c'   = decay c + (1 - decay)          from c = 0
 

@@ -165,7 +165,7 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
 
 
 def _check_rows_can_be_held(state: Any) -> None:
-    """Raises for rounded averages, multiples of a decaying unit, and factored ones without rows."""
+    """Raises for rounded averages, whose unit decays, and factored ones, which have no rows."""
     for node in rms_states(state):
         kept = jax.tree.leaves(node.nu, is_leaf=lambda x: isinstance(x, Means))
         if node.unit is not None or any(isinstance(x, Means) for x in kept):
@@ -190,7 +190,7 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(inner: Step, every: int) -> Optimizer:
-    """Passes the mean of every `every` gradients to `inner`; calls in between return zeros.
+    """Passes the mean of `every` successive gradients to `inner`; calls in between return zeros.
 
     `optax.MultiSteps` casts its sum to one dtype for all leaves. That is wrong for complex
     parameters, and for float32 ones with `jax_enable_x64`.

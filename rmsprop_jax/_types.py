@@ -99,8 +99,8 @@ class RmsState(NamedTuple):
         centered.
       weight: The sum of the weights of all gradients in the averages, of shape (). Bias correction
         divides the averages by it. None unless bias-corrected.
-      unit: The unit of the stored entries of `nu` or `var`, of shape (), in [1, 2). None if no
-        format rounds.
+      unit: Stored entries of `nu` or `var` are multiples of this unit if their format rounds. Of
+        shape (), in [1, 2). None if no format rounds.
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -764,7 +764,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (storage.saturation, 'state'): (IN_BYTES, ValueError, IS_BYTES),
     (storage.describe, 'state'): (WORDS, TypeError, r"^state\['w'\] is a str, not an array"),
     (storage.check, 'state'): (WORDS, TypeError, r"^state\['w'\] is a str, not an array"),
-    (storage.check, 'description'): (3, TypeError, '^description must be a result of storage.describe'),
+    (storage.check, 'description'): (3, TypeError, '^description must be a result of storage.desc'),
     (storage.convert, 'state'): (IN_BYTES, ValueError, IS_BYTES),
     (storage.convert, 'params'): ({}, ValueError, r"^params\['dense'\].* does not exist"),
     (storage.Format.decode, 'stored'): (jnp.ones(3), ValueError, '^stored is stored as float32'),
