@@ -27,9 +27,10 @@ from rmsprop_jax.interchange._state import (
     is_compact,
     is_corrected,
     is_named,
-    is_node,
+    map_nodes,
+    nodes_of,
+    with_counts,
 )
-from rmsprop_jax.interchange._write import with_counts
 
 _GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
 # How many steps after today's a learning rate is looked at.
@@ -92,13 +93,14 @@ class Trial:
     """A transformation at a state, to be tried out.
 
     Attributes:
+      start: The state.
       calls: How many calls make a step.
       fault: Why it could not be tried; None where it could.
     """
 
     def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
         self._update = optax.with_extra_args_support(tx).update
-        self.calls, self.fault = 1, None
+        self.start, self.calls, self.fault = state, 1, None
         self._decays: dict[str, float] = {}
         try:
             # Accumulators are wide whatever the parameters are, and so are then the updates.
@@ -111,8 +113,7 @@ class Trial:
             # That of an nnx.Optimizer has the same leaves within variables of its own.
             state = jax.tree.unflatten(jax.tree.structure(start), jax.tree.leaves(state))
             self._state = _with_scalars_of(state, start)
-            nodes = jax.tree.leaves(self._state, is_leaf=is_node)
-            if any(is_node(node) and is_compact(node) for node in nodes):
+            if any(map(is_compact, nodes_of(self._state))):
                 self.fault = 'its statistics are rounded'
                 return
             if _has_branches(state):
@@ -206,15 +207,15 @@ class Trial:
                 }
             )
 
-        state = jax.tree.map(lambda x: fill(x) if is_node(x) else x, state, is_leaf=is_node)
         gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
         params = jax.tree.map(lambda p: _full(p, parameter), self._params)
-        return self._read(*self._update(gradient, state, params), shows_decay=moment is None)
+        updates, after = self._update(gradient, map_nodes(fill, state), params)
+        return self._seen(updates, after, shows_decay=moment is None)
 
-    def _read(self, updates: Any, state: Any, shows_decay: bool) -> _Seen:
+    def _seen(self, updates: Any, state: Any, shows_decay: bool) -> _Seen:
         columns: dict[str, dict[str, float]] = {'nu': {}, 'mu': {}, 'trace': {}}
         weights: dict[str, float] = {}
-        for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+        for node in nodes_of(state):
             if is_average(node):
                 continue
             for name, values in columns.items():
