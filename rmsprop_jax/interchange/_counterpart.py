@@ -22,12 +22,13 @@ from rmsprop_jax.interchange._mapping import (
     in_their_axes,
     pair_of,
 )
-from rmsprop_jax.interchange._measure import Action, Trial, accumulates, near
+from rmsprop_jax.interchange._measure import Action, Trial, near
 from rmsprop_jax.interchange._state import (
     MOMENTS,
     Columns,
     Moments,
     Writer,
+    accumulates,
     described,
     moments_in,
     wide,

@@ -37,7 +37,7 @@ class Library:
 
 _PEAK = 'max_lr_snapshot'
 _TIMM_FLAGS = frozenset({'decoupled_decay', 'corrected_weight_decay', 'lr_in_momentum', 'caution'})
-PYTORCH = Library(
+_PYTORCH = Library(
     dialects.torch,
     'torch.optim.RMSprop',
     Counterpart('PyTorch', inside=False, eps_in_sqrt=False),
@@ -48,25 +48,25 @@ PYTORCH = Library(
 _TIMM = Library(
     dialects.timm,
     "timm's RMSpropTF",
-    dataclasses.replace(PYTORCH.counterpart, framework='timm', eps_in_sqrt=True),
+    dataclasses.replace(_PYTORCH.counterpart, framework='timm', eps_in_sqrt=True),
     frozenset({'centered'}) | _TIMM_FLAGS,
     _TIMM_FLAGS | {_PEAK},
 )
 _STABLE_BASELINES3 = Library(
     dialects.stable_baselines3,
     "Stable-Baselines3's RMSpropTFLike",
-    dataclasses.replace(PYTORCH.counterpart, framework='Stable-Baselines3', eps_in_sqrt=True),
+    dataclasses.replace(_PYTORCH.counterpart, framework='Stable-Baselines3', eps_in_sqrt=True),
     frozenset({'centered'}),
 )
-# New releases of timm write foreach too, so that its own marks come first.
-_LIBRARIES = (_TIMM, PYTORCH, _STABLE_BASELINES3)
-_NUMBERS = frozenset({'lr', 'alpha', 'eps', 'weight_decay', 'momentum'})
-_UNTOLD = (
-    'the groups do not tell whose they are: PyTorch before 1.12 and '
-    f'{_STABLE_BASELINES3.optimizer}, whose second moment starts at one and whose epsilon is '
-    'inside the root, write the same settings. Pass dialect=dialects.torch or '
-    'dialect=dialects.stable_baselines3'
+# PyTorch before 1.12 and Stable-Baselines3 write the same groups.
+_UNTOLD = dataclasses.replace(
+    _PYTORCH,
+    counterpart=dataclasses.replace(_PYTORCH.counterpart, eps_in_sqrt=None),
+    marks=frozenset(),
 )
+# New releases of timm write foreach too, so that its own marks come first.
+_LIBRARIES = (_TIMM, _PYTORCH, _STABLE_BASELINES3)
+_NUMBERS = frozenset({'lr', 'alpha', 'eps', 'weight_decay', 'momentum'})
 # What the first releases of an optimizer did not write, and what it then is.
 _LATER = frozenset({'maximize', 'corrected_weight_decay', 'caution'})
 # Names, how the framework runs the update, and what schedulers remember.
@@ -79,9 +79,9 @@ _IMMATERIAL = frozenset(
 )
 
 
-def library_of(
+def _library_of(
     groups: Sequence[Group], dialect: Any, needed: bool, conversion: Conversion
-) -> Library | None:
+) -> Library:
     """The optimizer that the keys of the groups tell or the caller names.
 
     Args:
@@ -100,15 +100,20 @@ def library_of(
             f'{dialect!r}.'
         )
     keys = frozenset(itertools.chain(*groups))
-    found = next((library for library in _LIBRARIES if library.marks & keys), named)
-    if found is not None and named not in (None, found):
+    found = next((library for library in _LIBRARIES if library.marks & keys), named or _UNTOLD)
+    if named is not None and named is not found:
         marks = ', '.join(map(repr, sorted(found.marks & keys)))
         conversion.add(
             f'dialect is that of {named.optimizer}, but the groups have {marks}, which it does not '
             f'write and {found.optimizer} does'
         )
-    if found is None and needed:
-        conversion.add(_UNTOLD)
+    if found is _UNTOLD and needed:
+        conversion.add(
+            'the groups do not tell whose they are: PyTorch before 1.12 and '
+            f'{_STABLE_BASELINES3.optimizer}, whose second moment starts at one and whose epsilon '
+            'is inside the root, write the same settings. Pass dialect=dialects.torch or '
+            'dialect=dialects.stable_baselines3'
+        )
     return found
 
 
@@ -135,9 +140,8 @@ def counterparts_of(
         lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
     # Nothing hangs on whose a group is that has no epsilon.
     needed = not lr_in_momentum and any('eps' in group for group in groups)
-    library = library_of(groups, dialect, needed, conversion) or (_TIMM if lr_in_momentum else None)
-    unknown = dataclasses.replace(PYTORCH.counterpart, eps_in_sqrt=None)
-    usual = library.counterpart if library else unknown
+    library = _library_of(groups, dialect, needed, conversion)
+    usual = (_TIMM if library is _UNTOLD and lr_in_momentum else library).counterpart
     by_group = [
         _counterpart(f'group {i}', group, lr_in_momentum, usual, conversion)
         for i, group in enumerate(groups)
@@ -186,14 +190,26 @@ def _counterpart(
     )
 
 
-def with_rates(
-    groups: Sequence[Group], learning_rate: Any, conversion: Conversion
-) -> Sequence[Group]:
-    """The groups with the caller's learning rates, which scheduled runs must have.
+def transforms_of(
+    groups: Sequence[Group], learning_rate: Any, dialect: Any, conversion: Conversion
+) -> dict[str, optax.GradientTransformation]:
+    """The transformation that each group describes, by the name of the group.
 
     Raises:
-      TypeError: If the caller's rate is not a number, a schedule or a list of these.
+      TypeError: If `dialect` is not the dialect of an optimizer with such groups, or
+        `learning_rate` not a number, a schedule or a list of these.
     """
+    library = _library_of(groups, dialect, bool(groups), conversion)
+    return {
+        f'group {i}': _optimizer_of(f'group {i}', group, library, conversion)
+        for i, group in enumerate(_with_rates(groups, learning_rate, conversion))
+    }
+
+
+def _with_rates(
+    groups: Sequence[Group], learning_rate: Any, conversion: Conversion
+) -> Sequence[Group]:
+    """The groups with the caller's learning rates, which scheduled runs must have."""
     if learning_rate is None:
         for i, group in enumerate(groups):
             if 'initial_lr' in group and not callable(group.get('lr')):
@@ -228,7 +244,7 @@ def _rates_of(group: Group) -> tuple[str, ...]:
     return tuple(repr(rate if callable(rate) else as_number(rate)) for rate in rates)
 
 
-def optimizer_of(
+def _optimizer_of(
     label: str, group: Group, library: Library, conversion: Conversion
 ) -> optax.GradientTransformation:
     """The transformation that a group describes."""

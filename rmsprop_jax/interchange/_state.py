@@ -128,6 +128,11 @@ def is_named(path: tuple[Any, ...], *fields: str) -> bool:
     return bool(path) and canonical(path)[-1] in map(GetAttrKey, fields)
 
 
+def leaves_named(state: Any, *fields: str) -> list[Any]:
+    """The leaves of a state that are one of these fields."""
+    return [leaf for path, leaf in tree_flatten_with_path(state)[0] if is_named(path, *fields)]
+
+
 def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf counts steps: those are integers, and parameters are none."""
     return is_named(path, 'count', 'gradient_step') and jnp.issubdtype(
@@ -361,6 +366,11 @@ def with_counts(state: Any, count: int, calls: int) -> Any:
 
 def _saturated(leaf: Any, count: int) -> Any:
     return refilled(leaf, min(count, int(jnp.iinfo(leaf.dtype).max)))
+
+
+def accumulates(state: Any) -> bool:
+    """Whether some wrapper gathers the gradients of several calls."""
+    return bool(leaves_named(state, 'mini_step'))
 
 
 def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:

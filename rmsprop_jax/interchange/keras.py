@@ -138,8 +138,9 @@ def from_keras(
     theirs = collected(entries, [calls // every], counterparts, conversion)
 
     def describe(moment: str, path: str) -> str:
-        known = path in counterparts
-        return repr(counterparts[path].names[moment]) if known else f'{path!r} {moment}'
+        if path not in counterparts:
+            return f'{path!r} {moment}'
+        return repr(counterparts[path].names[moment])
 
     return adopted(theirs, trial, counterparts, conversion, describe, calls=calls)
 

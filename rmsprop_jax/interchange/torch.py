@@ -29,6 +29,8 @@ from rmsprop_jax.interchange._counterpart import (
     released,
 )
 from rmsprop_jax.interchange._groups import (
+    SLOTS,
+    Group,
     Member,
     check_shape,
     checked_groups,
@@ -50,15 +52,7 @@ from rmsprop_jax.interchange._mapping import (
     path_name,
 )
 from rmsprop_jax.interchange._measure import Trial
-from rmsprop_jax.interchange._settings import (
-    PYTORCH,
-    SLOTS,
-    Group,
-    counterparts_of,
-    library_of,
-    optimizer_of,
-    with_rates,
-)
+from rmsprop_jax.interchange._settings import counterparts_of, transforms_of
 from rmsprop_jax.interchange._state import Moments, described
 
 __all__ = ['conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
@@ -172,11 +166,7 @@ def torch_optimizer(
         if member.name not in frozen
         and (member.entry or member.name in fresh or not state_dict['state'])
     }
-    library = library_of(groups, dialect, bool(groups), conversion) or PYTORCH
-    transforms = {
-        f'group {i}': optimizer_of(f'group {i}', group, library, conversion)
-        for i, group in enumerate(with_rates(groups, learning_rate, conversion))
-    }
+    transforms = transforms_of(groups, learning_rate, dialect, conversion)
     conversion.raise_if_any()
     tree = jax.tree_util.tree_map_with_path(
         lambda path, _: labels.get(path_name(path), _FROZEN), params
