@@ -8,7 +8,8 @@ times the other. Where the rate changes they are different algorithms, and nothi
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,165 +72,148 @@ class Counterpart:
         return self.said.get('rate', ('', None))[1]
 
 
-Counterparts = Mapping[str, Counterpart]
+class Exchange(Conversion):
+    """A conversion of states, and the two ways of it.
 
+    In: `collected`, then `adopted`. Out: `our_moments`, then `released`.
 
-def collected(
-    arrays: Mapping[Any, Any],
-    counts: Collection[int],
-    counterparts: Counterparts,
-    conversion: Conversion,
-    label: Callable[[Any], str] = repr,
-    check: Callable[[str, Pair, Any], None] = lambda *entry: None,
-) -> Moments:
-    """Their moments, with our axes.
-
-    Args:
-      arrays: Their arrays by name.
-      counts: Their step counts.
-      counterparts: The names that arrays may have, by our paths.
-      conversion: The pairs.
-      label: What messages call an array, by its name.
-      check: Refuses a label, a pair and an array by an `EntryError`.
+    Attributes:
+      counterparts: What is known of the other optimizer, by our paths.
     """
-    columns: Columns = {moment: {} for moment in MOMENTS}
-    strays = dict(arrays)
-    for path, theirs in counterparts.items():
-        for moment, name in theirs.names.items():
-            if name in strays:
-                columns[moment][path] = None
-                entry = label(name), conversion.by_path[path], strays.pop(name)
-                with conversion.noted():
-                    check(*entry)
-                    columns[moment][path] = in_our_axes(*entry)
-    for name in sorted(strays):
-        conversion.add(f'{label(name)} belongs to no pair')
-    return Moments(columns, counts)
 
+    counterparts: Mapping[str, Counterpart] = types.MappingProxyType({})
 
-def adopted(
-    theirs: Moments,
-    trial: Trial,
-    counterparts: Counterparts,
-    conversion: Conversion,
-    describe: Callable[[str, str], str] = described,
-    fresh: Collection[str] = (),
-    calls: int | None = None,
-) -> Any:
-    """The state in which our transformation goes on: that of `trial`, with their moments in it.
+    def collected(
+        self,
+        arrays: Mapping[Any, Any],
+        counts: Collection[int],
+        label: Callable[[Any], str] = repr,
+        check: Callable[[str, Pair, Any], None] = lambda *entry: None,
+    ) -> Moments:
+        """Their moments, with our axes.
 
-    Raises:
-      InterchangeError: For all that does not fit, noted before or now.
-    """
-    settle(trial, theirs, counterparts, conversion, to_ours=True)
-    return Writer(theirs, describe, conversion, fresh).write(trial.start, calls)
+        Args:
+          arrays: Their arrays by name.
+          counts: Their step counts.
+          label: What messages call an array, by its name.
+          check: Refuses a label, a pair and an array by an `EntryError`.
+        """
+        columns: Columns = {moment: {} for moment in MOMENTS}
+        strays = dict(arrays)
+        for path, theirs in self.counterparts.items():
+            for moment, name in theirs.names.items():
+                if name in strays:
+                    columns[moment][path] = None
+                    entry = label(name), self.by_path[path], strays.pop(name)
+                    with self.noted():
+                        check(*entry)
+                        columns[moment][path] = in_our_axes(*entry)
+        for name in sorted(strays):
+            self.add(f'{label(name)} belongs to no pair')
+        return Moments(columns, counts)
 
+    def adopted(
+        self,
+        theirs: Moments,
+        trial: Trial,
+        describe: Callable[[str, str], str] = described,
+        fresh: Collection[str] = (),
+        calls: int | None = None,
+    ) -> Any:
+        """The state in which ours goes on: that of `trial`, with their moments in it.
 
-def moments_for(
-    framework: str,
-    tx: Any,
-    state: Any,
-    params: Any,
-    conversion: Conversion,
-    counts_calls: bool = False,
-) -> tuple[Moments, Trial | None]:
-    """The moments in our state, and our transformation, which may not be needed.
+        Raises:
+          InterchangeError: For all that does not fit, noted before or now.
+        """
+        self._settle(theirs, trial, to_ours=True)
+        return Writer(theirs, describe, self, fresh).write(trial.start, calls)
 
-    A framework has one step count, or `counts_calls`, and no bias correction.
-    """
-    moments = moments_in(state, conversion)
-    counts = sorted(moments.counts)
-    if len(counts) != 1:
-        conversion.add(f'the state has step counts {counts}, and {framework} has one')
-    for path in sorted(moments.corrected):
-        conversion.add(f'{path!r} is bias-corrected, which {framework} has not')
-    if tx is None and counts_calls and accumulates(state):
-        conversion.add(
-            'the state accumulates gradients: pass tx, the transformation whose state it is, '
-            'which says over how many calls'
-        )
-    return moments, trial_of('tx', tx, state, params, moments, conversion)
+    def our_moments(
+        self, framework: str, tx: Any, state: Any, counts_calls: bool = False
+    ) -> tuple[Moments, Trial | None]:
+        """The moments in our state, and our transformation, which may not be needed.
 
+        A framework has one step count, or `counts_calls`, and no bias correction.
+        """
+        moments = moments_in(state, self)
+        counts = sorted(moments.counts)
+        if len(counts) != 1:
+            self.add(f'the state has step counts {counts}, and {framework} has one')
+        for path in sorted(moments.corrected):
+            self.add(f'{path!r} is bias-corrected, which {framework} has not')
+        if tx is None and counts_calls and accumulates(state):
+            self.add(
+                'the state accumulates gradients: pass tx, the transformation whose state it is, '
+                'which says over how many calls'
+            )
+        return moments, self.our_trial('tx', tx, state, moments)
 
-def trial_of(
-    name: str, tx: Any, state: Any, params: Any, moments: Moments, conversion: Conversion
-) -> Trial | None:
-    """Our transformation, which callers have to give, as `name`, if there are velocities."""
-    if tx is not None:
-        return Trial(checked_transformation(name, tx), state, params)
-    if moments.columns['trace']:
-        listed = ', '.join(map(repr, sorted(moments.columns['trace'])))
-        conversion.add(
-            f'the state has a velocity for {listed}, and does not tell whether the learning rate '
-            f'is inside it or outside: pass {name}, the transformation whose state it is'
-        )
-    return None
+    def our_trial(self, name: str, tx: Any, state: Any, moments: Moments) -> Trial | None:
+        """Our transformation, which callers have to give, as `name`, if there are velocities."""
+        if tx is not None:
+            return Trial(checked_transformation(name, tx), state, self.params)
+        if moments.columns['trace']:
+            listed = ', '.join(map(repr, sorted(moments.columns['trace'])))
+            self.add(
+                f'the state has a velocity for {listed}, and does not tell whether the learning '
+                f'rate is inside it or outside: pass {name}, the transformation whose state it is'
+            )
+        return None
 
+    def released(
+        self,
+        moments: Moments,
+        trial: Trial | None,
+        adapt: Callable[[str, str, np.ndarray], np.ndarray] = lambda moment, path, array: array,
+    ) -> dict[Any, np.ndarray]:
+        """Our arrays under their names and with their axes.
 
-def released(
-    moments: Moments,
-    trial: Trial | None,
-    counterparts: Counterparts,
-    conversion: Conversion,
-    adapt: Callable[[str, str, np.ndarray], np.ndarray] = lambda moment, path, array: array,
-) -> dict[Any, np.ndarray]:
-    """Our arrays under their names and with their axes.
+        Args:
+          moments: Our moments.
+          trial: Our transformation; None where it is not needed.
+          adapt: Gives an array its form there, or refuses it by an `EntryError`.
+        """
+        if trial is not None:
+            self._settle(moments, trial, to_ours=False)
+        arrays: dict[Any, np.ndarray] = {}
+        for moment, column in moments.columns.items():
+            for path, array in column.items():
+                with self.noted():
+                    adapted = adapt(moment, path, array)
+                    pair = pair_of(path, self.by_path)
+                    name = self.counterparts[path].names[moment]
+                    arrays[name] = in_their_axes(described(moment, path), pair, adapted)
+        return arrays
 
-    Args:
-      moments: Our moments.
-      trial: Our transformation; None where it is not needed.
-      counterparts: The names, by our paths.
-      conversion: The pairs.
-      adapt: Gives an array its form there, or refuses it by an `EntryError`.
-    """
-    if trial is not None:
-        settle(trial, moments, counterparts, conversion, to_ours=False)
-    arrays: dict[Any, np.ndarray] = {}
-    for moment, column in moments.columns.items():
-        for path, array in column.items():
-            with conversion.noted():
-                adapted = adapt(moment, path, array)
-                pair = pair_of(path, conversion.by_path)
-                name = counterparts[path].names[moment]
-                arrays[name] = in_their_axes(described(moment, path), pair, adapted)
-    return arrays
+    def _settle(self, moments: Moments, trial: Trial, to_ours: bool) -> None:
+        """Compares the counterparts with what our transformation does, and converts velocities.
 
+        Nothing is done where something is wrong already: the count may be.
 
-def settle(
-    trial: Trial,
-    moments: Moments,
-    counterparts: Counterparts,
-    conversion: Conversion,
-    *,
-    to_ours: bool,
-) -> None:
-    """Compares the counterparts with what our transformation does, and converts the velocities.
-
-    Nothing is done where there are problems already: the count may be wrong.
-
-    Args:
-      trial: Our transformation.
-      moments: The step count, and the velocities, which are changed in place.
-      counterparts: What is known of theirs, by our paths.
-      conversion: Where contradictions go.
-      to_ours: Whether the velocities are theirs and become ours, or ours and become theirs.
-    """
-    if conversion.has_problems():
-        return
-    count, velocities = moments.count, moments.columns['trace']
-    actions = trial.actions(count)
-    # Schedulers that set the rate before a step leave the last one in the checkpoint.
-    last = functools.cache(lambda: trial.actions(count - 1) if count else {})
-    for path, theirs in counterparts.items():
-        action, velocity = actions.get(path), velocities.get(path)
-        if action is not None:
-            _compare(path, theirs, action, lambda path=path: last().get(path), count, conversion)
-        if velocity is None or (action is not None and action.gain is None):
-            continue  # A velocity without a place is told when it is written.
-        with conversion.noted():
-            factor = _factor(path, theirs, action, trial.fault)
-            converted = _times(velocity, factor if to_ours else 1 / factor)
-            velocities[path] = converted if to_ours else converted.astype(velocity.dtype)
+        Args:
+          moments: The step count, and the velocities, which are changed in place.
+          trial: Our transformation.
+          to_ours: Whether the velocities are theirs and become ours, or ours and become theirs.
+        """
+        if self.has_problems():
+            return
+        count, velocities = moments.count, moments.columns['trace']
+        actions = trial.actions(count)
+        # Schedulers that set the rate before a step leave the last one in the checkpoint.
+        last = functools.cache(lambda: trial.actions(count - 1) if count else {})
+        for path, theirs in self.counterparts.items():
+            action, velocity = actions.get(path), velocities.get(path)
+            if action is not None:
+                for line in _contradictions(
+                    theirs, action, lambda path=path: last().get(path), count
+                ):
+                    self.add(f'{path!r}: {line}')
+            if velocity is None or (action is not None and action.gain is None):
+                continue  # A velocity without a place is told when it is written.
+            with self.noted():
+                factor = _factor(path, theirs, action, trial.fault)
+                converted = _times(velocity, factor if to_ours else 1 / factor)
+                velocities[path] = converted if to_ours else converted.astype(velocity.dtype)
 
 
 def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
@@ -238,40 +222,29 @@ def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
     return wide(velocity) * factor
 
 
-def _compare(
-    path: str,
-    theirs: Counterpart,
-    action: Action,
-    last: Callable[[], Action | None],
-    count: int,
-    conversion: Conversion,
-) -> None:
-    """Notes where the two do something else; `last` is what was done at the step before."""
+def _contradictions(
+    theirs: Counterpart, action: Action, last: Callable[[], Action | None], count: int
+) -> Iterator[str]:
+    """In what the two differ; `last` is what was done at the step before."""
     for name, (key, there) in theirs.said.items():
         here = getattr(action, name)
         if there is None or math.isnan(here) or _agree(name, there, here):
             continue
         before = last() if name in ('rate', 'decoupled') else None
         if before is None or not _agree(name, there, getattr(before, name)):
-            conversion.add(
-                f'{path!r}: {key} is {there:.6g} there, and {here:.6g} in tx after {count} steps: '
-                f'{theirs.undo}'
-            )
+            found = f'{here:.6g} in tx after {count} steps'
+            yield f'{key} is {there:.6g} there, and {found}: {theirs.undo}'
     there, here = theirs.eps_in_sqrt, action.eps_in_sqrt
     if there is not None and here is not None and there != here:
-        conversion.add(
-            f'{path!r}: {theirs.framework} adds epsilon {_ROOTS[there]}, and tx {_ROOTS[here]}'
-        )
+        yield f'{theirs.framework} adds epsilon {_ROOTS[there]}, and tx {_ROOTS[here]}'
     if theirs.extras:
         return
     if action.rate < 0 and theirs.rate is None:
-        conversion.add(f'{path!r}: tx climbs, and {theirs.framework} descends')
+        yield f'tx climbs, and {theirs.framework} descends'
     if action.nesterov:
-        conversion.add(
-            f'{path!r}: tx looks one step ahead (nesterov), which {theirs.framework} has not'
-        )
+        yield f'tx looks one step ahead (nesterov), which {theirs.framework} has not'
     if action.cautious and 'cautious' not in theirs.said:
-        conversion.add(f'{path!r}: tx is cautious, which {theirs.framework} is not')
+        yield f'tx is cautious, which {theirs.framework} is not'
 
 
 def _agree(name: str, theirs: float, ours: float) -> bool:

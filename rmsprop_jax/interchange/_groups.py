@@ -93,9 +93,9 @@ def check_shape(conversion: Conversion, label: str, pair: Pair, value: Any) -> N
         shape = np.shape(value)
     except (TypeError, ValueError, RuntimeError):
         return  # Reading it will say why.
-    if pair.ours not in conversion.params:
+    if pair.ours not in conversion.leaves:
         return
-    wanted, fault = np.shape(conversion.params[str(pair.ours)]), ''
+    wanted, fault = np.shape(conversion.leaves[str(pair.ours)]), ''
     try:
         ours = pair.layout.to_ours(np.broadcast_to(np.int8(0), shape)).shape
         if ours != wanted:

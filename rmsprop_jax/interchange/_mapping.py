@@ -190,7 +190,8 @@ class Conversion:
     """What is converted by which pairs, and all that is wrong with it, for one error to name.
 
     Attributes:
-      params: Our parameters by path.
+      params: Our parameters.
+      leaves: Those by path.
       by_path: The pairs by our path.
       by_name: The pairs by their name.
     """
@@ -199,7 +200,7 @@ class Conversion:
         self._task = task
         # A dictionary as an ordered set: two moments of one array often share their fault.
         self._lines: dict[str, None] = {}
-        self.params = named_leaves(params)
+        self.params, self.leaves = params, named_leaves(params)
         pairs = list(mapping) if isinstance(mapping, Iterable) else [mapping]
         for pair in pairs:
             if not isinstance(pair, Pair):
@@ -211,7 +212,7 @@ class Conversion:
             for name in {name for name in names if names.count(name) > 1}:
                 self.add(f'{name!r} is the `{side}` of more than one pair')
         for pair in pairs:
-            if pair.ours not in self.params:
+            if pair.ours not in self.leaves:
                 self.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
 
     def add(self, line: str) -> None:
@@ -386,7 +387,7 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
         with conversion.noted():
             pair_of(name, conversion.by_name)
     converted: list[Any] = []
-    for path, ours in conversion.params.items():
+    for path, ours in conversion.leaves.items():
         with conversion.noted():
             pair = pair_of(path, conversion.by_path)
             if pair.theirs not in theirs:
@@ -407,7 +408,7 @@ def parameters_to(params: Any, mapping: Iterable[Pair]) -> dict[str, np.ndarray]
     """
     conversion = Conversion('parameters cannot be converted', params, mapping)
     converted: dict[str, np.ndarray] = {}
-    for path, leaf in conversion.params.items():
+    for path, leaf in conversion.leaves.items():
         with conversion.noted():
             pair = pair_of(path, conversion.by_path)
             converted[pair.theirs] = in_their_axes(repr(path), pair, as_array(repr(path), leaf))

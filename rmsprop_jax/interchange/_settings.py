@@ -142,26 +142,20 @@ def counterparts_of(
     needed = not lr_in_momentum and any('eps' in group for group in groups)
     library = _library_of(groups, dialect, needed, conversion)
     usual = (_TIMM if library is _UNTOLD and lr_in_momentum else library).counterpart
-    by_group = [
-        _counterpart(f'group {i}', group, lr_in_momentum, usual, conversion)
-        for i, group in enumerate(groups)
-    ]
     return {
-        member.path: dataclasses.replace(
-            by_group[member.group],
-            names={moment: (slot, member.name) for moment, slot in SLOTS.items()},
-        )
+        member.path: _counterpart(member, groups[member.group], lr_in_momentum, usual, conversion)
         for member in members
     }
 
 
 def _counterpart(
-    label: str,
+    member: Member,
     group: Group,
     lr_in_momentum: bool | None,
     usual: Counterpart,
     conversion: Conversion,
 ) -> Counterpart:
+    label = f'group {member.group}'
     numbers = {key: as_number(value) for key, value in group.items()}
     written = numbers.get('lr_in_momentum')
     if None not in (written, lr_in_momentum) and bool(written) != lr_in_momentum:
@@ -183,6 +177,7 @@ def _counterpart(
         said['cautious'] = ('caution', numbers['caution'])
     return dataclasses.replace(
         usual,
+        names={moment: (slot, member.name) for moment, slot in SLOTS.items()},
         inside=bool(written) if lr_in_momentum is None else lr_in_momentum,
         said=said,
         climbs=bool(numbers.get('maximize')),

@@ -20,16 +20,9 @@ import optax
 
 from rmsprop_jax._checks import checked_steps, checked_transformation
 from rmsprop_jax._types import constant
-from rmsprop_jax.interchange._counterpart import (
-    Counterpart,
-    adopted,
-    collected,
-    moments_for,
-    released,
-)
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
-    Conversion,
     EntryError,
     Layout,
     Pair,
@@ -100,7 +93,7 @@ def from_keras(
         every velocity that is on the other side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -117,35 +110,35 @@ def from_keras(
 
     Source: Keras 3.15, keras/src/optimizers/base_optimizer.py and rmsprop.py.
     """
-    conversion = Conversion('the Keras variables cannot be converted', params, mapping)
+    exchange = Exchange('the Keras variables cannot be converted', params, mapping)
     checked_transformation('tx', tx)
     checked_names('variables', variables)
     entries = {name.rpartition('/')[2]: value for name, value in variables.items()}
     if len(entries) < len(variables):
-        conversion.add('names of variables are the same but for what is before the last slash')
+        exchange.add('names of variables are the same but for what is before the last slash')
     rate, start = None, tx.init(params)
     if 'learning_rate' in entries:
         rate = as_number(entries.pop('learning_rate'))
         if rate is None or not math.isfinite(rate):
-            conversion.add("'learning_rate' is no finite number")
+            exchange.add("'learning_rate' is no finite number")
         else:
             start = with_injected(start, 'learning_rate', rate)
     trial = Trial(tx, start, params)
-    every = _calls_a_step(trial, gradient_accumulation_steps, conversion)
-    _take_accumulators(entries, every, conversion)
-    calls = _iteration(entries, every, conversion)
-    counterparts = _counterparts(conversion, rate)
-    theirs = collected(entries, [calls // every], counterparts, conversion)
+    every = _calls_a_step(trial, gradient_accumulation_steps, exchange)
+    _take_accumulators(entries, every, exchange)
+    calls = _iteration(entries, every, exchange)
+    exchange.counterparts = _counterparts(exchange, rate)
+    theirs = exchange.collected(entries, [calls // every])
 
     def describe(moment: str, path: str) -> str:
-        if path not in counterparts:
+        if path not in exchange.counterparts:
             return f'{path!r} {moment}'
-        return repr(counterparts[path].names[moment])
+        return repr(exchange.counterparts[path].names[moment])
 
-    return adopted(theirs, trial, counterparts, conversion, describe, calls=calls)
+    return exchange.adopted(theirs, trial, describe, calls=calls)
 
 
-def _counterparts(conversion: Conversion, rate: float | None) -> dict[str, Counterpart]:
+def _counterparts(exchange: Exchange, rate: float | None) -> dict[str, Counterpart]:
     return {
         path: Counterpart(
             'Keras',
@@ -154,7 +147,7 @@ def _counterparts(conversion: Conversion, rate: float | None) -> dict[str, Count
             said={'rate': ('learning_rate', rate)},
             undo='change one of the two, or leave the variable out to leave it uncompared',
         )
-        for path, pair in conversion.by_path.items()
+        for path, pair in exchange.by_path.items()
     }
 
 
@@ -162,14 +155,14 @@ def _slot(pair: Pair, slot: str) -> str:
     return f'{pair.theirs.replace("/", "_")}_{slot}'
 
 
-def _calls_a_step(trial: Trial | None, given: Any, conversion: Conversion) -> int:
+def _calls_a_step(trial: Trial | None, given: Any, exchange: Exchange) -> int:
     """The calls of a step of `tx`, or what is given where that is not needed."""
     if given is not None:
         given = checked_steps('gradient_accumulation_steps', given, least=1)
     if trial is None:
         return given or 1
     if given not in (None, trial.calls):
-        conversion.add(f'gradient_accumulation_steps is {given}, but tx {_taking(trial.calls)}')
+        exchange.add(f'gradient_accumulation_steps is {given}, but tx {_taking(trial.calls)}')
     return trial.calls
 
 
@@ -177,28 +170,28 @@ def _taking(calls: int) -> str:
     return f'takes a step at every {calls} calls' if calls > 1 else 'takes a step at every call'
 
 
-def _take_accumulators(entries: dict[str, Any], every: int, conversion: Conversion) -> None:
+def _take_accumulators(entries: dict[str, Any], every: int, exchange: Exchange) -> None:
     """Takes the gradient accumulators out, which are there if steps have several calls."""
     held = any(name.endswith(_ACCUMULATOR) for name in entries)
     if entries and held != (every > 1):
-        conversion.add(
+        exchange.add(
             f'Keras {"has" if held else "has no"} gradient accumulators, and tx {_taking(every)}: '
             'give tx the gradient_accumulation_steps of the optimizer'
         )
-    for pair in conversion.by_path.values():
+    for pair in exchange.by_path.values():
         name = _slot(pair, _ACCUMULATOR)
-        with conversion.noted():
+        with exchange.noted():
             if name in entries and as_array(repr(name), entries.pop(name)).any():
                 raise EntryError(f'{name!r} holds gradients: convert at the end of an accumulation')
 
 
-def _iteration(entries: dict[str, Any], every: int, conversion: Conversion) -> int:
+def _iteration(entries: dict[str, Any], every: int, exchange: Exchange) -> int:
     count = as_count(entries.pop('iteration', entries.pop('iterations', None)))
     if count is None:
-        conversion.add("'iteration' is missing or no step count")
+        exchange.add("'iteration' is missing or no step count")
         return 0
     if count % every:
-        conversion.add(
+        exchange.add(
             f"'iteration' is {count}, in the middle of an accumulation of {every}: convert at "
             'its end'
         )
@@ -232,20 +225,22 @@ def to_keras(
         rate or number of accumulated calls that `tx` contradicts, and every velocity that is on the
         other side of a learning rate that changes.
     """
-    conversion = Conversion('the state cannot be written for Keras', params, mapping)
-    moments, trial = moments_for('Keras', tx, state, params, conversion, counts_calls=True)
-    every = _calls_a_step(trial, gradient_accumulation_steps, conversion)
+    exchange = Exchange('the state cannot be written for Keras', params, mapping)
+    moments, trial = exchange.our_moments('Keras', tx, state, counts_calls=True)
+    every = _calls_a_step(trial, gradient_accumulation_steps, exchange)
     if learning_rate is None:
         learning_rate = next(iter(injected(state, 'learning_rate').values()), None)
     if learning_rate is not None:
         constant('learning_rate', learning_rate, lower=-math.inf)
-    counterparts = _counterparts(conversion, as_number(learning_rate))
-    variables = released(moments, trial, counterparts, conversion)
-    conversion.raise_if_any()
+    exchange.counterparts = _counterparts(exchange, as_number(learning_rate))
+    variables = exchange.released(moments, trial)
+    exchange.raise_if_any()
     if every > 1:
         for path in moments.columns['nu']:
-            accumulator = _slot(conversion.by_path[path], _ACCUMULATOR)
-            variables[accumulator] = np.zeros_like(variables[counterparts[path].names['nu']])
+            accumulator = _slot(exchange.by_path[path], _ACCUMULATOR)
+            variables[accumulator] = np.zeros_like(
+                variables[exchange.counterparts[path].names['nu']]
+            )
     variables['iteration'] = np.array(moments.count * every, np.int64)
     if learning_rate is not None:
         variables['learning_rate'] = np.asarray(learning_rate)

@@ -11,8 +11,8 @@ import optax
 
 from rmsprop_jax._checks import checked_leaves, checked_transformation
 from rmsprop_jax._types import decay_rate
-from rmsprop_jax.interchange._counterpart import Counterpart, adopted, trial_of
-from rmsprop_jax.interchange._mapping import Conversion, checked_count
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
+from rmsprop_jax.interchange._mapping import checked_count
 from rmsprop_jax.interchange._measure import Trial, near
 from rmsprop_jax.interchange._state import Moments, moments_in
 
@@ -53,7 +53,7 @@ def from_optax(
         side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -67,21 +67,21 @@ def from_optax(
     Source: Optax 0.2.8, optax/_src/transform.py.
     """
     decay = _checked(tx, params, decay)
-    conversion = Conversion('the Optax state cannot be converted', params)
+    exchange = Exchange('the Optax state cannot be converted', params)
     count = None if count is None else checked_count(count)
-    moments = moments_in(theirs, conversion, 'theirs')
+    moments = moments_in(theirs, exchange, 'theirs')
     if count is not None:
         moments = dataclasses.replace(moments, counts=[count])
     elif len(moments.counts) != 1:
         found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
-        conversion.add(f'no single step count: the state {found}: pass count')
-    weights = {**_weights_there(moments, decay, conversion), **moments.weights}
-    counterparts = dict.fromkeys(moments.columns['trace'], _OPTAX)
+        exchange.add(f'no single step count: the state {found}: pass count')
+    weights = {**_weights_there(moments, decay, exchange), **moments.weights}
+    exchange.counterparts = dict.fromkeys(moments.columns['trace'], _OPTAX)
     if source is not None:
         trial = Trial(checked_transformation('source', source), theirs, params)
-        counterparts = _measured(trial, moments.count)
+        exchange.counterparts = _measured(trial, moments.count)
     moments = dataclasses.replace(moments, weights=weights)
-    return adopted(moments, Trial(tx, tx.init(params), params), counterparts, conversion)
+    return exchange.adopted(moments, Trial(tx, tx.init(params), params))
 
 
 def _checked(tx: Any, params: Any, decay: float | None) -> float | None:
@@ -91,12 +91,10 @@ def _checked(tx: Any, params: Any, decay: float | None) -> float | None:
     return None if decay is None else float(decay_rate('decay', decay).value)
 
 
-def _weights_there(
-    moments: Moments, decay: float | None, conversion: Conversion
-) -> dict[str, float]:
+def _weights_there(moments: Moments, decay: float | None, exchange: Exchange) -> dict[str, float]:
     """The sum of weights that Optax computes for each bias-corrected path."""
     if moments.corrected and decay is None:
-        conversion.add('the state is bias-corrected: pass its decay')
+        exchange.add('the state is bias-corrected: pass its decay')
     return {
         path: 1.0 if decay is None else 1.0 - decay**steps
         for path, steps in moments.corrected.items()
@@ -150,19 +148,20 @@ def to_optax(
         Optax could not find again, and all that `source` does otherwise than `tx`.
     """
     decay = _checked(tx, params, decay)
-    conversion = Conversion('the state cannot be written for Optax', params)
-    moments = moments_in(state, conversion)
+    exchange = Exchange('the state cannot be written for Optax', params)
+    moments = moments_in(state, exchange)
     if len(moments.counts) != 1:
-        conversion.add(f'the state has step counts {sorted(moments.counts)}: not one')
-    there = _weights_there(moments, decay, conversion)
+        exchange.add(f'the state has step counts {sorted(moments.counts)}: not one')
+    there = _weights_there(moments, decay, exchange)
     for path, held in moments.weights.items():
         # A float32 weight is a sum of up to 1 / (1 - decay) rounded terms.
         if decay is not None and abs(held - there[path]) > 1e-4 * held:
-            conversion.add(
+            exchange.add(
                 f'{path!r}: its weights add up to {held:.6g}, not to 1 - {decay}^'
                 f'{moments.corrected[path]} as Optax would have it: the decay was another one, or '
                 'changed'
             )
-    trial = trial_of('source', source, state, params, moments, conversion)
-    counterparts = {} if trial is None else _measured(trial, moments.count)
-    return adopted(moments, Trial(tx, tx.init(params), params), counterparts, conversion)
+    trial = exchange.our_trial('source', source, state, moments)
+    if trial is not None:
+        exchange.counterparts = _measured(trial, moments.count)
+    return exchange.adopted(moments, Trial(tx, tx.init(params), params))

@@ -18,15 +18,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax._checks import checked_flag, checked_transformation
-from rmsprop_jax.interchange._counterpart import (
-    Counterpart,
-    adopted,
-    collected,
-    moments_for,
-    released,
-)
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
 from rmsprop_jax.interchange._mapping import (
-    Conversion,
     EntryError,
     Pair,
     as_count,
@@ -75,7 +68,7 @@ def from_tensorflow(
         or not finite, and every velocity that is on the other side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -89,37 +82,34 @@ def from_tensorflow(
 
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and slot_creator.py.
     """
-    conversion = Conversion('the TensorFlow slots cannot be converted', params, mapping)
+    exchange = Exchange('the TensorFlow slots cannot be converted', params, mapping)
     checked_transformation('tx', tx)
     checked_names('variables', variables)
-    _check_name(name)
-    means = conversion.by_path if checked_flag('centered', centered) else ()
+    means = exchange.by_path if checked_flag('centered', centered) else ()
     count = as_count(variables.get(_STEP)) if count is None else checked_count(count)
     if count is None:
-        conversion.add(f'{_STEP!r} is missing or no step count: pass count')
-    counterparts = _counterparts(conversion, name, means)
+        exchange.add(f'{_STEP!r} is missing or no step count: pass count')
+    exchange.counterparts = _counterparts(exchange, name, means)
     slots = {entry: value for entry, value in variables.items() if _is_slot(entry, name)}
-    theirs = collected(slots, [count or 0], counterparts, conversion)
+    theirs = exchange.collected(slots, [count or 0])
 
     def describe(moment: str, path: str) -> str:
         slot = _SLOTS.get(moment, moment)
-        if path not in counterparts or moment not in counterparts[path].names:
+        counterpart = exchange.counterparts.get(path)
+        if counterpart is None or moment not in counterpart.names:
             return described(slot, path)
-        return f'{counterparts[path].names[moment]!r} ({slot})'
+        return f'{counterpart.names[moment]!r} ({slot})'
 
-    trial = Trial(tx, tx.init(params), params)
-    return adopted(theirs, trial, _with_epsilon(counterparts, theirs), conversion, describe)
-
-
-def _check_name(name: Any) -> None:
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
+    exchange.counterparts = _with_epsilon(exchange.counterparts, theirs)
+    return exchange.adopted(theirs, Trial(tx, tx.init(params), params), describe)
 
 
 def _counterparts(
-    conversion: Conversion, name: str | None, centered: Collection[str]
+    exchange: Exchange, name: str | None, centered: Collection[str]
 ) -> dict[str, Counterpart]:
     """Of our parameters, of which some are `centered`."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
 
     def names(path: str, variable: str) -> dict[str, str]:
         moments = [moment for moment in _SLOTS if moment != 'mu' or path in centered]
@@ -128,11 +118,13 @@ def _counterparts(
         numbers = ['', '_1', '_2']
         return {m: f'{variable}/{name}{i}' for m, i in zip(moments, numbers, strict=False)}
 
-    pairs = conversion.by_path
+    pairs = exchange.by_path
     return {path: Counterpart('TensorFlow', names(path, pairs[path].theirs)) for path in pairs}
 
 
-def _with_epsilon(counterparts: dict[str, Counterpart], moments: Moments) -> dict[str, Counterpart]:
+def _with_epsilon(
+    counterparts: Mapping[str, Counterpart], moments: Moments
+) -> dict[str, Counterpart]:
     """Without momentum, OptimizerV2 has epsilon outside the root, and no slot `momentum`."""
     return {
         path: dataclasses.replace(theirs, eps_in_sqrt=path in moments.columns['trace'])
@@ -167,19 +159,18 @@ def to_tensorflow(
         TensorFlow always has a `momentum`, as has `dialects.tensorflow`. Likewise every velocity
         that is on the other side of a learning rate that changes.
     """
-    conversion = Conversion('the state cannot be written for TensorFlow', params, mapping)
-    _check_name(name)
-    moments, trial = moments_for('TensorFlow', tx, state, params, conversion)
+    exchange = Exchange('the state cannot be written for TensorFlow', params, mapping)
+    moments, trial = exchange.our_moments('TensorFlow', tx, state)
     for path in sorted(moments.columns['nu'].keys() ^ moments.columns['trace'].keys()):
-        conversion.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
-    counterparts = _counterparts(conversion, name, moments.columns['mu'])
-    counterparts = _with_epsilon(counterparts, moments)
+        exchange.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
+    counterparts = _counterparts(exchange, name, moments.columns['mu'])
+    exchange.counterparts = _with_epsilon(counterparts, moments)
 
     def adapt(moment: str, path: str, array: np.ndarray) -> np.ndarray:
         if path not in counterparts or moment not in _SLOTS:
             raise EntryError(f'{described(moment, path)} has no counterpart there')
         return array
 
-    slots = released(moments, trial, counterparts, conversion, adapt)
-    conversion.raise_if_any()
+    slots = exchange.released(moments, trial, adapt)
+    exchange.raise_if_any()
     return {_STEP: np.array(moments.count, np.int64), **slots}

@@ -22,12 +22,7 @@ import optax
 
 from rmsprop_jax._checks import checked_transformation
 from rmsprop_jax._types import ScalarOrSchedule
-from rmsprop_jax.interchange._counterpart import (
-    adopted,
-    collected,
-    moments_for,
-    released,
-)
+from rmsprop_jax.interchange._counterpart import Exchange
 from rmsprop_jax.interchange._groups import (
     SLOTS,
     Group,
@@ -219,7 +214,7 @@ def from_torch(
         side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -237,49 +232,48 @@ def from_torch(
 
     Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py and optimizer.py.
     """
-    conversion = Conversion('the PyTorch state cannot be converted', params, mapping)
+    exchange = Exchange('the PyTorch state cannot be converted', params, mapping)
     checked_transformation('tx', tx)
     checked_names('state_dict', state_dict)
-    groups, members = checked_run(state_dict, names, fresh, frozen, conversion)
-    counterparts = counterparts_of(groups, members, lr_in_momentum, dialect, conversion)
+    groups, members = checked_run(state_dict, names, fresh, frozen, exchange)
+    exchange.counterparts = counterparts_of(groups, members, lr_in_momentum, dialect, exchange)
     count = None if count is None else checked_count(count)
     left_out = {*fresh, *frozen}
     moved = [m for m in members if m.entry and m.name not in left_out]
     steps: dict[int, list[str]] = {}
     for member in moved:
-        steps.setdefault(_step(member, conversion), []).append(member.name)
+        steps.setdefault(_step(member, exchange), []).append(member.name)
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
-        conversion.add(f'parameters have taken different numbers of steps ({listed}): pass count')
+        exchange.add(f'parameters have taken different numbers of steps ({listed}): pass count')
     arrays = {
         (slot, member.name): member.entry[slot]
         for member in moved
         for slot in member.entry.keys() & SLOTS.values()
     }
     counts = steps if count is None else [count]
-    label, check = lambda name: described(*name), functools.partial(check_shape, conversion)
-    theirs = collected(arrays, counts, counterparts, conversion, label, check)
+    label, check = lambda name: described(*name), functools.partial(check_shape, exchange)
+    theirs = exchange.collected(arrays, counts, label, check)
 
     def describe(moment: str, path: str) -> str:
         slot = SLOTS.get(moment, moment)
-        if path not in conversion.by_path:
+        if path not in exchange.by_path:
             return f'{slot} of the parameter of {path!r}'
-        name = conversion.by_path[path].theirs
+        name = exchange.by_path[path].theirs
         said = ', said to be frozen but with a place in tx,' if name in frozen else ''
         return described(slot, name) + said
 
     started = {member.path for member in members if member.name in fresh}
-    trial = Trial(tx, tx.init(params), params)
-    return adopted(theirs, trial, counterparts, conversion, describe, started)
+    return exchange.adopted(theirs, Trial(tx, tx.init(params), params), describe, started)
 
 
-def _step(member: Member, conversion: Conversion) -> int:
+def _step(member: Member, exchange: Exchange) -> int:
     """The number of steps in an entry, in which there should only be that and moments."""
     for key in sorted(member.entry.keys() - {*SLOTS.values(), 'step'}, key=str):
-        conversion.add(f'{described(key, member.name)} is nothing that RMSProp keeps')
+        exchange.add(f'{described(key, member.name)} is nothing that RMSProp keeps')
     step = as_count(member.entry.get('step'), 'iuf')
     if step is None:
-        conversion.add(f'step of {member.name!r} is missing or no step count')
+        exchange.add(f'step of {member.name!r} is missing or no step count')
     return step or 0
 
 
@@ -322,31 +316,33 @@ def to_torch(
       InterchangeError: Listing every parameter without moments, moment without a parameter, and
         group whose settings do not go with our moments or with `tx`.
     """
-    conversion = Conversion('the state cannot be written for PyTorch', params, mapping)
-    checked_groups(param_groups, conversion)
+    exchange = Exchange('the state cannot be written for PyTorch', params, mapping)
+    checked_groups(param_groups, exchange)
     checked_collection('fresh', fresh)
     if not callable(as_tensor):
         raise TypeError(f'as_tensor must be a function of an array, got {as_tensor!r}.')
-    members = members_of(param_groups, {}, names, conversion)
-    counterparts = counterparts_of(param_groups, members, lr_in_momentum, dialect, conversion)
-    moments, trial = moments_for('PyTorch', tx, state, params, conversion)
+    members = members_of(param_groups, {}, names, exchange)
+    exchange.counterparts = counterparts_of(
+        param_groups, members, lr_in_momentum, dialect, exchange
+    )
+    moments, trial = exchange.our_moments('PyTorch', tx, state)
     written = [member for member in members if member.name not in fresh]
-    for path in counterparts.keys() - {member.path for member in written}:
+    for path in exchange.counterparts.keys() - {member.path for member in written}:
         for column in moments.columns.values():
             column.pop(path, None)
 
     def adapt(moment: str, path: str, array: np.ndarray) -> np.ndarray:
         label = described(moment, path)
-        if path not in counterparts:
+        if path not in exchange.counterparts:
             raise EntryError(f'{label} belongs to no parameter of the groups')
         if moment not in SLOTS:
             raise EntryError(f'PyTorch keeps no {moment}')
-        return _as_complex(label, array, conversion.params.get(path))
+        return _as_complex(label, array, exchange.leaves.get(path))
 
-    arrays = released(moments, trial, counterparts, conversion, adapt)
+    arrays = exchange.released(moments, trial, adapt)
     for member in written:
-        _check_group(member, param_groups[member.group], moments, conversion)
-    conversion.raise_if_any()
+        _check_group(member, param_groups[member.group], moments, exchange)
+    exchange.raise_if_any()
     entries = {m.name: {'step': as_tensor(np.array(moments.count, np.float32))} for m in written}
     for (slot, name), array in arrays.items():
         entries[name][slot] = as_tensor(array)
@@ -354,19 +350,19 @@ def to_torch(
     return {'state': {m.number: entries[m.name] for m in written}, 'param_groups': groups}
 
 
-def _check_group(member: Member, group: Group, moments: Moments, conversion: Conversion) -> None:
+def _check_group(member: Member, group: Group, moments: Moments, exchange: Exchange) -> None:
     """Notes where a group has settings of other moments than the state has."""
     name, columns = member.name, moments.columns
     if member.path not in columns['nu']:
-        conversion.add(f'the state has no second moment for {name!r}')
+        exchange.add(f'the state has no second moment for {name!r}')
         return
     for moment, key in (('trace', 'momentum'), ('mu', 'centered')):
         wanted, held = as_number(group.get(key, 0)), member.path in columns[moment]
         if key in group and wanted is None:
-            conversion.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
+            exchange.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
         elif key in group and bool(wanted) != held:
             has = 'has' if held else 'has no'
-            conversion.add(
+            exchange.add(
                 f'{name!r} has {key}={group[key]} in its group, but the state {has} {moment}'
             )
 
