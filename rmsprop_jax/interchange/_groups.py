@@ -36,6 +36,11 @@ class Member(NamedTuple):
     group: int
     entry: Mapping[str, Any]
 
+    def arrays(self) -> dict[tuple[str, str], Any]:
+        """The moments in the entry, by the names that a `Counterpart` gives them."""
+        slots = [slot for slot in SLOTS.values() if slot in self.entry]
+        return {(slot, self.name): self.entry[slot] for slot in slots}
+
 
 def checked_run(
     state_dict: Any,
@@ -64,10 +69,9 @@ def checked_run(
     for member in members:
         if member.name in fresh and member.entry:
             conversion.add(f'{member.name!r}, said to be fresh, has an entry in the state')
-        for slot in member.entry.keys() & SLOTS.values():
+        for (slot, name), value in member.arrays().items():
             with conversion.noted():
-                label = described(slot, member.name)
-                check_shape(conversion, label, conversion.by_path[member.path], member.entry[slot])
+                check_shape(conversion, described(slot, name), conversion.by_name[name], value)
     return groups, members
 
 
@@ -95,11 +99,10 @@ def check_shape(conversion: Conversion, label: str, pair: Pair, value: Any) -> N
         return  # Reading it will say why.
     if pair.ours not in conversion.leaves:
         return
-    wanted, fault = np.shape(conversion.leaves[str(pair.ours)]), ''
+    wanted = np.shape(conversion.leaves[str(pair.ours)])
     try:
         ours = pair.layout.to_ours(np.broadcast_to(np.int8(0), shape)).shape
-        if ours != wanted:
-            fault = f'{label} has shape {ours} with our axes'
+        fault = '' if ours == wanted else f'{label} has shape {ours} with our axes'
     except ValueError as error:
         fault = f'{label}: {error}'
     if fault:

@@ -246,11 +246,7 @@ def from_torch(
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
         exchange.add(f'parameters have taken different numbers of steps ({listed}): pass count')
-    arrays = {
-        (slot, member.name): member.entry[slot]
-        for member in moved
-        for slot in member.entry.keys() & SLOTS.values()
-    }
+    arrays = {name: value for member in moved for name, value in member.arrays().items()}
     counts = steps if count is None else [count]
     label, check = lambda name: described(*name), functools.partial(check_shape, exchange)
     theirs = exchange.collected(arrays, counts, label, check)
