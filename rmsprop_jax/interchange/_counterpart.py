@@ -225,7 +225,7 @@ def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
 def _contradictions(
     theirs: Counterpart, action: Action, last: Callable[[], Action | None], count: int
 ) -> Iterator[str]:
-    """In what the two differ; `last` is what was done at the step before."""
+    """The lines on what the two do differently; `last` gives what was done a step before."""
     for name, (key, there) in theirs.said.items():
         here = getattr(action, name)
         if there is None or math.isnan(here) or _agree(name, there, here):

@@ -187,7 +187,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 class Conversion:
-    """What is converted by which pairs, and all that is wrong with it, for one error to name.
+    """Knows the pairs of a conversion and gathers what is wrong, so that one error names it all.
 
     Attributes:
       params: Our parameters.
@@ -229,7 +229,7 @@ class Conversion:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raises at its end if something is added within, since nothing could go on from there."""
+        """Raises at the end if a line was added within: what follows could not go on."""
         before = len(self._lines)
         yield
         if len(self._lines) > before:

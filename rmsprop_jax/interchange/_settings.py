@@ -82,7 +82,7 @@ _IMMATERIAL = frozenset(
 def _library_of(
     groups: Sequence[Group], dialect: Any, needed: bool, conversion: Conversion
 ) -> Library:
-    """The optimizer that the keys of the groups tell or the caller names.
+    """The optimizer that wrote the groups, by their keys or as the caller names it.
 
     Args:
       groups: The parameter groups.
@@ -138,7 +138,7 @@ def counterparts_of(
     """
     if lr_in_momentum is not None:
         lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
-    # Nothing hangs on whose a group is that has no epsilon.
+    # Whose a group is only matters where it has an epsilon.
     needed = not lr_in_momentum and any('eps' in group for group in groups)
     library = _library_of(groups, dialect, needed, conversion)
     usual = (_TIMM if library is _UNTOLD and lr_in_momentum else library).counterpart

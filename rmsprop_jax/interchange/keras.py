@@ -156,7 +156,7 @@ def _slot(pair: Pair, slot: str) -> str:
 
 
 def _calls_a_step(trial: Trial | None, given: Any, exchange: Exchange) -> int:
-    """The calls of a step of `tx`, or what is given where that is not needed."""
+    """How many calls make a step of `tx`; without a `tx`, what is given."""
     if given is not None:
         given = checked_steps('gradient_accumulation_steps', given, least=1)
     if trial is None:
@@ -171,7 +171,7 @@ def _taking(calls: int) -> str:
 
 
 def _take_accumulators(entries: dict[str, Any], every: int, exchange: Exchange) -> None:
-    """Takes the gradient accumulators out, which are there if steps have several calls."""
+    """Removes the gradient accumulators, which must exist if and only if calls accumulate."""
     held = any(name.endswith(_ACCUMULATOR) for name in entries)
     if entries and held != (every > 1):
         exchange.add(

@@ -107,7 +107,7 @@ def from_tensorflow(
 def _counterparts(
     exchange: Exchange, name: str | None, centered: Collection[str]
 ) -> dict[str, Counterpart]:
-    """Of our parameters, of which some are `centered`."""
+    """The counterparts, of which those at the `centered` paths have a mean."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
 

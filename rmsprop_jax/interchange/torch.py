@@ -264,7 +264,7 @@ def from_torch(
 
 
 def _step(member: Member, exchange: Exchange) -> int:
-    """The number of steps in an entry, in which there should only be that and moments."""
+    """The step count of an entry, which may hold nothing else but moments."""
     for key in sorted(member.entry.keys() - {*SLOTS.values(), 'step'}, key=str):
         exchange.add(f'{described(key, member.name)} is nothing that RMSProp keeps')
     step = as_count(member.entry.get('step'), 'iuf')
@@ -347,7 +347,7 @@ def to_torch(
 
 
 def _check_group(member: Member, group: Group, moments: Moments, exchange: Exchange) -> None:
-    """Notes where a group has settings of other moments than the state has."""
+    """Notes settings that go with other moments than the state has."""
     name, columns = member.name, moments.columns
     if member.path not in columns['nu']:
         exchange.add(f'the state has no second moment for {name!r}')
