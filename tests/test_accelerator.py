@@ -213,6 +213,11 @@ def test_an_accelerator_is_judged_beside_optax_and_its_noise(factor, verdict):
     ours = [factor] * 4
     seconds = {'rmsprop_jax': ours, 'optax': base, 'optax again': again}
     assert speed.against_optax(ON_CARD, 'steps', 'a leaf', seconds).verdict == verdict
+    # Without room for Optax's second program nothing is put down to noise.
+    strict = speed.against_optax(ON_CARD, 'steps', 'a leaf', {**seconds, 'optax again': base})
+    del seconds['optax again']
+    assert speed.against_optax(ON_CARD, 'steps', 'a leaf', seconds) == strict
+    assert strict.verdict == (MET if factor <= 1 else MISSED)
     on_cpu = speed.Setup(Card('cpu'), quick=True, torch=None)
     assert speed.against_optax(on_cpu, 'steps', 'a leaf', seconds).verdict == NOT_JUDGED
 

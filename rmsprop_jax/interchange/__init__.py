@@ -49,7 +49,7 @@ from rmsprop_jax.interchange._port import restore_port as restore_port
 from rmsprop_jax.interchange._port import save_template as save_template
 from rmsprop_jax.interchange._propose import Proposal as Proposal
 from rmsprop_jax.interchange._propose import propose_pairs as propose_pairs
-from rmsprop_jax.interchange._write import LossyConversionWarning as LossyConversionWarning
+from rmsprop_jax.interchange._state import LossyConversionWarning as LossyConversionWarning
 from rmsprop_jax.interchange.keras import from_keras as from_keras
 from rmsprop_jax.interchange.keras import to_keras as to_keras
 from rmsprop_jax.interchange.optax import from_optax as from_optax

@@ -1,4 +1,4 @@
-"""The average of the weights that some sources evaluate, beside the optimizer."""
+"""The average of the weights that some sources evaluate, kept beside the optimizer."""
 
 import operator
 from typing import Any
@@ -14,7 +14,7 @@ from rmsprop_jax._types import Hyperparameter, KeyPath, Scalar, cast, decay_rate
 
 
 def ema_init(values: Any) -> Any:
-    """What `ema_update` starts from, as its sources do: a copy of the values.
+    """The average before the first `ema_update`: a copy of the values, as in its sources.
 
     Floating and complex leaves are held in float32 or wider.
     """
@@ -36,7 +36,7 @@ def ema_update(
     copies: ArrayLike | None = None,
     warmup_power: ArrayLike | None = None,
 ) -> Any:
-    """A step of an exponential moving average, over any tree of arrays.
+    """One step of an exponential moving average over any tree of arrays.
 
     ::
 
@@ -47,36 +47,36 @@ def ema_update(
         d        = 0 while count <= copies, then                         and warmup_power
                    min(decay, 1 - (1 + count - copies)^-warmup_power)
 
-    Which source runs which:
+    The sources use these forms of `d`:
 
     - TensorFlow's `ExponentialMovingAverage`: the second with `num_updates`, else the first.
     - timm's `ModelEma` and `ModelEmaV2`: the first.
-    - timm's `ModelEmaV3`: with `step`, as timm's script calls it, `copies=1 + update_after_step`,
-      which is 1 by default; with `use_warmup` also `warmup_power=2/3`. Without `step` the first.
+    - timm's `ModelEmaV3`: with `step`, as in timm's script, `copies=1 + update_after_step` (1 by
+      default), and with `use_warmup` also `warmup_power=2/3`. Without `step`, the first.
     - `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`: `copies=1`.
-    - torchvision's references: `copies` is 1 more than the updates of the average in the warm-up.
+    - torchvision's references: `copies` is 1 plus the number of averaging updates in the warm-up.
 
     Average batch statistics along with the parameters, as these sources do: give a tuple of the
-    two, or the whole `nnx.State`. (`AveragedModel` does it with `use_buffers=True`; without, take
-    the newest statistics.) Call it after the optimizer's step, also under `jax.jit` or in a scan,
-    and evaluate with the average cast to the values' dtypes.
+    two, or the whole `nnx.State`. (`AveragedModel` does so with `use_buffers=True`. Otherwise, take
+    the newest statistics.) Call this function after the optimizer's step; it works under `jax.jit`
+    and in a scan. To evaluate, cast the average to the values' dtypes.
 
     Args:
-      average: What `ema_init` or the last call returned.
+      average: The result of `ema_init` or of the last call.
       values: The parameters after the step, and whatever is averaged with them. Leaves that are
         not floating or complex, such as counters, are copied.
-      count: The number of updates, this one included, or None. Sources that do not average at
-        every step count the updates of the average.
+      count: The number of updates, including this one, or None. If you do not average at every
+        step, count the updates of the average, as the sources do.
       decay: In [0, 1], a Python number or a scalar array of float32 or wider.
-      copies: How many updates, from the first on, copy the values. Needs `count`.
+      copies: The number of updates, from the first on, that copy the values. Needs `count`.
       warmup_power: How fast the decay rises after the copies. Needs `copies`.
 
     Returns:
       The new average, in float32 or wider.
 
     Raises:
-      ValueError: For trees or leaves that differ in structure or shape, a number out of range, or
-        an argument without the one that it needs.
+      ValueError: If trees differ in structure or leaves in shape, if a number is out of range, or
+        if an argument is given without the one that it needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,7 +111,7 @@ def ema_update(
         a = jnp.asarray(a, wide_dtype(jnp.result_type(a)))
         v = jnp.asarray(v, a.dtype)
         moved = a + componentwise(operator.mul, v - a, cast(share, a.real.dtype))
-        # A copy is exact, also of an average that has overflowed.
+        # A copy is exact, even if the average has overflowed.
         return jnp.where(share == 1, v, moved)
 
     return tree_map_with_path(leaf, average, values)
