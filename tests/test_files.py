@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from interchange_data import problem
 from interchange_data import record_files as recorded
 
@@ -515,6 +516,15 @@ def test_names_in_the_groups_are_taken_without_their_wrapper():
     interchange.from_checkpoint(tiny(params=[2, 0, 1]), TINY, names=wanted)
 
 
+def test_a_linen_train_state_goes_on():
+    names = ['fc.weight', 'fc.bias', 'norm.weight']
+    port = interchange.from_checkpoint(tiny(param_names=names), TINY)
+    made = TrainState.create(apply_fn=None, params=port.params, tx=port.resumed)
+    ones = jax.tree.map(jnp.ones_like, port.params)
+    after = made.apply_gradients(grads=ones).params
+    np.testing.assert_allclose(after['fc']['bias'], -0.5, rtol=1e-6)
+
+
 def test_parameters_alone():
     port = interchange.from_checkpoint(
         FILES / 'run.safetensors', *states(Net()), known=KNOWN[:1], accept_guesses=True
@@ -537,6 +547,8 @@ def test_a_port_needs_the_schedule_that_a_scheduler_was(tmp_path, monkeypatch):
     folder = written(tmp_path, tiny(initial_lr=1.0), monkeypatch)
     with pytest.raises(interchange.InterchangeError, match='learning_rate'):
         interchange.restore_port(folder, TINY)
+    with pytest.raises(TypeError, match='real scalar'):
+        interchange.restore_port(folder, TINY, learning_rate='x')
     port = interchange.restore_port(folder, TINY, learning_rate=lambda count: 1.0 / (1 + count))
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), port.params)
     assert port.tx is not None

@@ -26,6 +26,7 @@ from rmsprop_jax.interchange._port import (
     as_schedules,
     faults,
     ported,
+    rates_of,
     read_template,
     write_port,
 )
@@ -170,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.ignore,
                 options.accept_guesses,
                 names,
-                as_schedules(groups) or None,
+                as_schedules(rates_of(groups)),
                 _DIALECTS.get(options.dialect),
             )
         except InterchangeError as error:

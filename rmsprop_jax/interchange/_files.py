@@ -83,10 +83,7 @@ def read_checkpoint(
     for name, value in (('model', model), ('optimizer', optimizer)):
         if not isinstance(value, str | None):
             raise TypeError(f'{name} must be keys, as "a/b", or None, got {value!r}.')
-    try:
-        path = Path(path)
-    except TypeError:
-        raise TypeError(f'path must be the path of a file, got {path!r}.') from None
+    path = checked_path('path', path)
     if not path.is_file():
         raise FileNotFoundError(f'{shown(str(path))} is not a file.')
     if path.suffix == '.safetensors':
@@ -98,6 +95,14 @@ def read_checkpoint(
     raise ValueError(
         f'path must end in .safetensors, .pt, .pth, .bin or .ckpt, got {shown(path.name)}.'
     )
+
+
+def checked_path(name: str, value: Any) -> Path:
+    """Returns `value` as a path."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(f'{name} must be a path, got {value!r}.') from None
 
 
 def shown(name: str) -> str:

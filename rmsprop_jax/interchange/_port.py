@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import tree_flatten_with_path
 
 from rmsprop_jax import dialects
-from rmsprop_jax._checks import checked_flag
+from rmsprop_jax._checks import checked_flag, checked_leaves, leaf_dtype
 from rmsprop_jax._command import install
 from rmsprop_jax._types import ScalarOrSchedule, canonical
-from rmsprop_jax.interchange._files import Checkpoint, read_checkpoint, shown
+from rmsprop_jax.interchange._files import Checkpoint, checked_path, read_checkpoint, shown
 from rmsprop_jax.interchange._mapping import (
     InterchangeError,
     Pair,
+    as_number,
     named_leaves,
     parameters_from,
 )
@@ -229,22 +229,20 @@ def save_template(path: str | os.PathLike[str], params: Any, buffers: Any = None
     written = []
     for name, tree in (('params', params), ('buffers', buffers)):
         entries = []
-        for keys, leaf in tree_flatten_with_path(tree)[0]:
-            if not (hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')):
-                raise TypeError(f'{name} must hold arrays or shapes, got {leaf!r}.')
+        for keys, leaf in checked_leaves(name, tree):
             names = [getattr(key, 'key', getattr(key, 'idx', None)) for key in canonical(keys)]
             if not all(isinstance(key, str | int) for key in names):
                 raise TypeError(f'{name} must be dictionaries, got the path {keys!r}.')
             entries.append(
-                {'path': names, 'shape': [*leaf.shape], 'dtype': jnp.dtype(leaf.dtype).name}
+                {
+                    'path': names,
+                    'shape': [*np.shape(leaf)],
+                    'dtype': leaf_dtype(name, leaf).name,
+                }
             )
         listed = ',\n  '.join(map(json.dumps, entries))
         written.append(f'"{name}": [' + (f'\n  {listed}\n' if entries else '') + ']')
-    try:
-        path = Path(path)
-    except TypeError:
-        raise TypeError(f'path must be the path of a file, got {path!r}.') from None
-    path.write_text('{' + ', '.join(written) + '}')
+    checked_path('path', path).write_text('{' + ', '.join(written) + '}')
 
 
 def read_template(path: Path) -> tuple[Any, Any]:
@@ -312,9 +310,16 @@ def _saved(port: Port) -> dict[str, Any]:
     return {name: tree for name, tree in found.items() if tree is not None}
 
 
-def as_schedules(groups: Sequence[Any]) -> list[optax.Schedule]:
-    """The rates of groups as schedules that stay at them."""
-    return [optax.constant_schedule(group.get('lr')) for group in groups]
+def as_schedules(rates: Any) -> Any:
+    """Rates as schedules, so that a state is one for a schedule; `torch_optimizer` checks them."""
+    if isinstance(rates, list | tuple):
+        return [as_schedules(rate) for rate in rates]
+    return rates if as_number(rates) is None else optax.constant_schedule(rates)
+
+
+def rates_of(groups: Sequence[Any]) -> list[Any] | None:
+    """The rates of parameter groups, or None if one has none."""
+    return [g['lr'] for g in groups] if groups and all('lr' in g for g in groups) else None
 
 
 def restore_port(
@@ -340,10 +345,9 @@ def restore_port(
       ImportError: If Orbax is missing.
     """
     ocp = _orbax()
-    try:
-        path = Path(folder)
-    except TypeError:
-        raise TypeError(f'folder must be the path of a folder, got {folder!r}.') from None
+    path = checked_path('folder', folder)
+    for name, tree in (('params', params), ('buffers', buffers)):
+        checked_leaves(name, tree)
     try:
         told = json.loads((path / _RECORD).read_text())
     except (OSError, ValueError) as error:
@@ -371,18 +375,13 @@ def restore_port(
 def _with_optimizer(port: Port, told: Any, learning_rate: Any) -> Port:
     groups = told['param_groups']
     if learning_rate is None and not any('initial_lr' in group for group in groups):
-        learning_rate = [group['lr'] for group in groups]
-    if learning_rate is not None:
-        # The command writes states of schedules, so that a schedule may be given here.
-        rates = learning_rate if isinstance(learning_rate, list | tuple) else [learning_rate]
-        rates = [x if callable(x) else optax.constant_schedule(x) for x in rates]
-        learning_rate = rates if isinstance(learning_rate, list | tuple) else rates[0]
+        learning_rate = rates_of(groups)
     tx = torch_optimizer(
         {'state': {n: {'step': 0} for n in told['with_state']}, 'param_groups': groups},
         port.params,
         [Pair(*names) for names in told['pairs']],
         names=told['names'],
-        learning_rate=learning_rate,
+        learning_rate=as_schedules(learning_rate),
         dialect=_DIALECTS.get(told['dialect']),
     )
     return dataclasses.replace(port, tx=tx, state=tx.init(port.params))
@@ -390,4 +389,4 @@ def _with_optimizer(port: Port, told: Any, learning_rate: Any) -> Port:
 
 def _array(leaf: Any) -> jax.Array:
     """An array for Orbax to restore like."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.zeros(np.shape(leaf), leaf.dtype)
+    return leaf if isinstance(leaf, jax.Array) else jnp.zeros(np.shape(leaf), leaf_dtype('', leaf))

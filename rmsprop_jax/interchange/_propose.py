@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rmsprop_jax._checks import checked_leaves
 from rmsprop_jax.interchange._files import Checkpoint, shown
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
@@ -16,7 +17,7 @@ from rmsprop_jax.interchange._mapping import (
     Pair,
     checked_collection,
     checked_names,
-    named_leaves,
+    path_name,
 )
 
 # Our leaves by what PyTorch calls them, and how their axes differ.
@@ -120,7 +121,9 @@ def propose_pairs(
                 it has as many inputs as outputs, so its shape does not show how they lie
     """
     checked_names('theirs', theirs)
-    trees = {'params': named_leaves(params), 'buffers': named_leaves(buffers)}
+    trees = {}
+    for name, tree in (('params', params), ('buffers', buffers)):
+        trees[name] = {path_name(at): leaf for at, leaf in checked_leaves(name, tree)}
     ours = {**trees['params'], **trees['buffers']}
     if len(ours) < sum(map(len, trees.values())):
         raise ValueError('params and buffers must not have the same paths.')
@@ -178,7 +181,7 @@ class _Search:
     """
 
     def __init__(self, theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, Any]):
-        self.theirs, self.ours = theirs, {path: tuple(x.shape) for path, x in ours.items()}
+        self.theirs, self.ours = theirs, {path: np.shape(x) for path, x in ours.items()}
         self.pairs: dict[str, Pair] = {}
         self.guesses: dict[str, str] = {}
         self.unused: dict[str, str] = {}
