@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -182,16 +183,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _wide_enough(template: Any) -> Iterator[None]:
-    """Lets JAX have 64 bits where the template has."""
-    before = jax.config.read('jax_enable_x64')
-    wide = any(x.dtype.name in ('float64', 'complex128') for x in jax.tree.leaves(template))
-    jax.config.update('jax_enable_x64', before or wide)
-    try:
-        yield
-    finally:
-        jax.config.update('jax_enable_x64', before)
+def _wide_enough(template: Any) -> contextlib.AbstractContextManager[Any]:
+    """Lets JAX have 64 bits if the template has."""
+    if all(x.dtype.name not in ('float64', 'complex128') for x in jax.tree.leaves(template)):
+        return contextlib.nullcontext()
+    # It has another place before JAX 0.8.
+    home = jax if hasattr(jax, 'enable_x64') else importlib.import_module('jax.experimental')
+    return home.enable_x64(True)
 
 
 if __name__ == '__main__':
