@@ -189,7 +189,8 @@ def test_a_pytorch_file_that_is_cut_off(length, tmp_path):
 
 
 @needs_torch
-def test_code_in_a_file_is_not_run(capsys):
+def test_code_in_a_file_is_not_run(capsys, monkeypatch):
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     with pytest.raises(interchange.InterchangeError, match='more than tensors.*global.*print'):
         interchange.read_checkpoint(FILES / 'code.pt')
     assert capsys.readouterr().out == ''
@@ -425,6 +426,16 @@ def test_a_name_with_another_shape_is_no_guess():
     )
 
 
+def test_names_that_are_not_alone_tell_nothing():
+    theirs = {'a.weight': (3, 3), 'a.kernel': (3, 3), 'b.c.bias': (4,), 'b_c.bias': (4,)}
+    found = interchange.propose_pairs(
+        arrays(theirs), zeros(a={'kernel': (3, 3)}, b_c={'bias': (4,)})
+    )
+    assert found.pairs == ()
+    assert 'others have it too' in found.missing['a/kernel']
+    assert 'may be any of b.c.bias, b_c.bias' in found.missing['b_c/bias']
+
+
 CONV = {'conv.weight': (6, 3, 5, 5)}
 PARTS = {
     'flattened': (
@@ -443,6 +454,7 @@ PARTS = {
     ),
     'before': ({'fc.weight': (24, 7), 'c.weight': (9, 6, 3)}, 'fc', 'its 24 outputs may become'),
     'square': ({'fc.weight': (7, 7)}, 'fc', 'as many inputs as outputs'),
+    'one channel': ({'c.weight': (1, 1, 3)}, 'c', 'nor whether it is a transposed'),
     'square convolution': ({'c.weight': (7, 7, 3)}, 'c', 'nor whether it is a transposed'),
 }
 
@@ -462,8 +474,15 @@ def test_kernels_whose_axes_may_lie_otherwise(theirs, layer, reason):
     assert (got is None) if reason is None else (reason in got)
 
 
+def test_a_parameter_of_its_own_name():
+    theirs = {'cls_token': (1, 1, 8), 'table': (4, 4)}
+    found = interchange.propose_pairs(arrays(theirs), zeros(**theirs))
+    assert [pair.layout for pair in found.pairs] == [interchange.AS_IS] * 2
+    assert found.guesses.keys() == {'table'}
+
+
 def test_what_the_caller_knows_is_sure():
-    known = [interchange.Pair('fc.weight', 'fc/kernel')]
+    known = [interchange.Pair('fc.weight', 'fc/kernel', interchange.KERNEL)]
     found = interchange.propose_pairs(
         arrays({'fc.weight': (7, 7), 'tied.weight': (7, 7)}),
         zeros(fc={'kernel': (7, 7)}),

@@ -23,7 +23,7 @@ from rmsprop_jax.interchange._mapping import (
     flattened,
 )
 from rmsprop_jax.interchange._port import (
-    _DIALECTS,
+    DIALECTS,
     as_schedules,
     faults,
     ported,
@@ -76,7 +76,7 @@ def _parser() -> OneLineParser:
         '--model', metavar='KEYS', help='where the model is in the file, as ema/model'
     )
     made.add_argument('--optimizer', metavar='KEYS', help='where the optimizer is in the file')
-    made.add_argument('--dialect', choices=_DIALECTS, help='whose optimizer it was')
+    made.add_argument('--dialect', choices=DIALECTS, help='whose optimizer it was')
     return made
 
 
@@ -173,7 +173,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.accept_guesses,
                 names,
                 as_schedules(rates_of(groups)),
-                _DIALECTS.get(options.dialect),
+                DIALECTS.get(options.dialect),
             )
         except InterchangeError as error:
             print(f'\n{error}')

@@ -29,7 +29,7 @@ from rmsprop_jax.interchange._propose import Proposal, propose_names, propose_pa
 from rmsprop_jax.interchange.torch import from_torch, torch_optimizer
 
 _RECORD, _ARRAYS = 'port.json', 'arrays'
-_DIALECTS = {
+DIALECTS = {
     'torch': dialects.torch,
     'timm': dialects.timm,
     'stable_baselines3': dialects.stable_baselines3,
@@ -382,7 +382,7 @@ def _with_optimizer(port: Port, told: Any, learning_rate: Any) -> Port:
         [Pair(*names) for names in told['pairs']],
         names=told['names'],
         learning_rate=as_schedules(learning_rate),
-        dialect=_DIALECTS.get(told['dialect']),
+        dialect=DIALECTS.get(told['dialect']),
     )
     return dataclasses.replace(port, tx=tx, state=tx.init(port.params))
 

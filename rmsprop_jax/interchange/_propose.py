@@ -30,6 +30,7 @@ _ROLES: dict[str, tuple[tuple[str, Layout], ...]] = {
 # What wrappers of modules put before every name.
 _WRAPPERS = ('module', '_orig_mod', 'model')
 _IGNORED = 'num_batches_tracked'
+_UNSEEN = 'its shape does not show how they lie'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,6 @@ def propose_pairs(
     ours = {**trees['params'], **trees['buffers']}
     if len(ours) < sum(map(len, trees.values())):
         raise ValueError('params and buffers must not have the same paths.')
-    for path, leaf in ours.items():
-        if not hasattr(leaf, 'shape'):
-            raise TypeError(
-                f'params and buffers must hold arrays or shapes, got {type(leaf).__name__} at '
-                f'{path!r}.'
-            )
     found = _Search({name: np.shape(x) for name, x in theirs.items()}, ours)
     for pair in known if isinstance(known, Iterable) else [known]:
         if not isinstance(pair, Pair):
@@ -186,6 +181,7 @@ class _Search:
         self.guesses: dict[str, str] = {}
         self.unused: dict[str, str] = {}
         self._misfits: dict[str, str] = {}
+        self._known: list[Pair] = []
         # Several names may become one in this spelling: then it tells nothing.
         self._named: dict[tuple[str, str], list[str]] = {}
         for short, name in _without_wrappers(theirs).items():
@@ -210,6 +206,7 @@ class _Search:
         if path in self.pairs or pair.theirs in self._taken():
             raise ValueError(f'known has {pair.theirs!r} or {path!r} more than once.')
         self.pairs[path] = pair
+        self._known.append(pair)
 
     def _taken(self) -> set[str]:
         return {pair.theirs for pair in self.pairs.values()} | self.unused.keys()
@@ -240,33 +237,32 @@ class _Search:
 
     def by_names(self) -> None:
         """Pairs what has one name on both sides."""
-        found: dict[str, list[tuple[str, Layout]]] = {}
+        claims: list[tuple[str, str, Layout]] = []
         free = set(self._free())
         for path in self._open():
-            layer = self._path_place[path]
-            if layer in self._unclear:
+            layer, leaf = self._path_place[path]
+            if (layer, leaf) in self._unclear:
                 continue
-            leaves = [theirs for theirs, roles in _ROLES.items() if layer[1] in dict(roles)]
-            for leaf in dict.fromkeys([*leaves, layer[1]]):
-                names = self._named.get((layer[0], leaf), [])
+            leaves = [theirs for theirs, roles in _ROLES.items() if leaf in dict(roles)]
+            for theirs in dict.fromkeys([*leaves, leaf]):
+                names = self._named.get((layer, theirs), [])
                 layout = self._layout(names[0], path) if len(names) == 1 else None
                 if layout is not None and names[0] in free:
-                    found.setdefault(names[0], []).append((path, layout))
-        for name, places in found.items():
-            fitting = [(path, layout) for path, layout in places if self._fits(name, path, layout)]
-            if len(places) == 1 and fitting:
-                ((path, layout),) = fitting
+                    claims.append((names[0], path, layout))
+        rivals = collections.Counter(x for name, path, _ in claims for x in (('', name), (path,)))
+        for name, path, layout in claims:
+            alone = rivals['', name] == rivals[path,] == 1
+            if alone and self._fits(name, path, layout):
                 self.pairs[path] = Pair(name, path, layout)
                 continue
-            for path, layout in places:
-                # A misfit of this name must not be guessed for another.
-                self.unused[name] = f'its name is that of {path!r}'
-                self._misfits[path] = (
-                    f'{shown(name)!r} has shape {self.theirs[name]}{_described(layout)}, and ours '
-                    f'{self.ours[path]}'
-                    if len(places) == 1
-                    else f'{shown(name)!r} has its name, and that of others'
-                )
+            # What has this name must not be guessed for another.
+            self.unused[name] = f'its name is that of {path!r}'
+            self._misfits[path] = (
+                f'{shown(name)!r} has shape {self.theirs[name]}{_described(layout)}, and ours '
+                f'{self.ours[path]}'
+                if alone
+                else f'{shown(name)!r} has its name, but others have it too'
+            )
 
     def by_shapes(self) -> None:
         """Pairs what alone has its shape, and then what is in the layers so paired."""
@@ -311,35 +307,26 @@ class _Search:
         return [(name, layout) for name, layout in names if self._place[name][0] in layers]
 
     def doubt_layouts(self) -> None:
-        """Notes which kernels' axes could lie otherwise, unless the caller has said how."""
-        kernels = [
-            pair
-            for path, pair in self.pairs.items()
-            if path.rpartition('/')[2] == 'kernel' and pair.layout == KERNEL
-        ]
-        for pair in kernels:
-            shape = self.theirs[pair.theirs]
-            doubts = []
-            if shape[0] == shape[1] > 1:
-                doubts.append(
-                    'it has as many inputs as outputs, so its shape does not show how they lie'
-                    + (' (nor whether it is a transposed convolution)' if len(shape) > 2 else '')
-                )
-            if len(shape) == 2:
-                doubts += self._doubts_of_flattening(pair.theirs)
+        """Notes which arrays' axes could lie otherwise, unless the caller has said how they lie."""
+        for path, pair in self.pairs.items():
+            doubts = [] if pair in self._known else self._doubts(path, pair)
             if doubts:
-                path = str(pair.ours)
                 before = [self.guesses[path]] if path in self.guesses else []
                 self.guesses[path] = '; '.join([*before, *doubts])
-        for path, pair in self.pairs.items():
-            shape = self.ours[path]
+
+    def _doubts(self, path: str, pair: Pair) -> list[str]:
+        shape, leaf = self.theirs[pair.theirs], path.rpartition('/')[2]
+        if leaf == self._place[pair.theirs][1]:
             alike = [n for n in shape if n > 1 and shape.count(n) > 1]
-            same_name = path.rpartition('/')[2] == self._place[pair.theirs][1]
-            if same_name and pair.layout == AS_IS and alike and path not in self.guesses:
-                self.guesses[path] = (
-                    f'it has axes of the same length, {alike[0]}, so its shape does not show '
-                    'whether they are swapped'
-                )
+            return [f'it has several axes of length {alike[0]}, so {_UNSEEN}'] if alike else []
+        if leaf != 'kernel':
+            return []
+        square, is_conv = shape[0] == shape[1], len(shape) > 2
+        if is_conv:
+            also = 'nor whether it is a transposed convolution'
+            return [f'it has as many inputs as outputs, so {_UNSEEN}, {also}'] if square else []
+        found = [f'it has as many inputs as outputs, so {_UNSEEN}'] if square else []
+        return found + self._doubts_of_flattening(pair.theirs)
 
     def _doubts_of_flattening(self, name: str) -> list[str]:
         """Whether a linear kernel may read a flattened image, or make one.
