@@ -7,6 +7,8 @@ from rmsprop_jax import interchange as interchange
 from rmsprop_jax import recipes as recipes
 from rmsprop_jax import sharding as sharding
 from rmsprop_jax import storage as storage
+from rmsprop_jax._carry_over import CarriedOver as CarriedOver
+from rmsprop_jax._carry_over import carry_over as carry_over
 from rmsprop_jax._momentum import trace as trace
 from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries
 from rmsprop_jax._nonfinite import skip_nonfinite as skip_nonfinite
@@ -21,9 +23,11 @@ from rmsprop_jax._types import TraceState as TraceState
 from rmsprop_jax.identify import identify_dialect as identify_dialect
 
 __all__ = [
+    'CarriedOver',
     'RmsState',
     'TraceState',
     '__version__',
+    'carry_over',
     'diagnostics',
     'dialects',
     'identify',

@@ -33,7 +33,15 @@ from rmsprop_jax._checks import (
 from rmsprop_jax._core.wrapped import rms_states
 from rmsprop_jax._quantiles import as_float32, checked_quantiles, count_true, whole_size
 from rmsprop_jax._quantiles import quantiles as quantiles_of
-from rmsprop_jax._types import Hyperparameter, KeyPath, ScalarOrSchedule, by_path, canonical, cast
+from rmsprop_jax._types import (
+    Hyperparameter,
+    KeyPath,
+    ScalarOrSchedule,
+    by_path,
+    canonical,
+    cast,
+    path_name,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
 from rmsprop_jax.storage._convert import stored_leaves
@@ -74,7 +82,9 @@ def by_depth(depth: int) -> Callable[[Any], Any]:
       {'dense': {'bias': 'dense', 'kernel': 'dense'}}
     """
     depth = checked_steps('depth', depth, least=1)
-    return lambda params: tree_map_with_path(lambda path, _: _name(canonical(path)[:depth]), params)
+    return lambda params: tree_map_with_path(
+        lambda path, _: path_name(canonical(path)[:depth]), params
+    )
 
 
 def step_sizes(
@@ -528,14 +538,10 @@ def _leaves(name: str, tree: Any) -> list[tuple[KeyPath, Any]]:
     return [(canonical(path), jnp.asarray(leaf)) for path, leaf in checked_leaves(name, tree)]
 
 
-def _name(path: KeyPath) -> str:
-    return keystr(path, simple=True, separator='/')
-
-
 def _groups(params: Any, labels: Labels) -> dict[KeyPath, str]:
     """The name of the group that each leaf belongs to."""
     if labels is None:
-        return {path: _name(path) for path in by_path(params)}
+        return {path: path_name(path) for path in by_path(params)}
     chosen = broadcast_prefix('labels', labels(params) if is_function(labels) else labels, params)
     groups = by_path(chosen)
     for path, label in groups.items():

@@ -30,6 +30,7 @@ TRUNK = [
 ]
 # What nothing in the trunk imports.
 BRANCHES = {
+    '_carry_over',
     '_command',
     '_nonfinite',
     '_parameters',
