@@ -572,6 +572,7 @@ VALID: dict[Any, dict[str, Any]] = {
     inject_hyperparams: {'inner_factory': rmsprop},
     reset: {'tx': TX, 'state': STATE, 'params': PARAMS, 'mask': True},
     carry_over: {'tx': TX, 'state': STATE, 'params': PARAMS, 'new_params': PARAMS},
+    diagnostics.learning_rates: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.round_parameters: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
@@ -752,6 +753,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (inject_hyperparams, 'hyperparam_dtype'): ('x', TypeError, '^hyperparam_dtype must be a fl'),
     (reset, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that of'),
     (carry_over, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that'),
+    (diagnostics.learning_rates, 'state'): (3, TypeError, '^state must be the tuple'),
     (rmsprop_jax.nonfinite_entries, 'state'): (3, ValueError, '^the structure of state does not'),
     (dialects.torch_clip_grad_norm, 'norm_type'): ('x', TypeError, '^norm_type must be a number'),
     **{
@@ -872,8 +874,9 @@ def arguments():
     return [
         (function, name)
         for function in found
-        for name in inspect.signature(function).parameters
-        if name != 'self' and function not in ASKED and (function, name) not in INTERNAL
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != 'self' and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if function not in ASKED and (function, name) not in INTERNAL
     ]
 
 

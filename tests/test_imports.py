@@ -18,6 +18,7 @@ TRUNK = [
     '_core.moments',
     'storage',
     '_core.wrapped',
+    '_core.programs',
     '_core.leaves',
     '_core.edge',
     '_core.chains',
