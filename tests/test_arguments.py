@@ -575,6 +575,7 @@ VALID: dict[Any, dict[str, Any]] = {
     diagnostics.learning_rates: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.round_parameters: {'inner': TX},
+    rmsprop_jax.cautious: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
     **{f: {n: 0.1 for n in ('weight_decay', 'wd') if n in names} for f, names in TAKEN.items()},
     dialects.torch: {'weight_decay': 0.1, 'momentum': 0.9},
@@ -754,6 +755,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (reset, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that of'),
     (carry_over, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that'),
     (diagnostics.learning_rates, 'state'): (3, TypeError, '^state must be the tuple'),
+    (rmsprop_jax.labels_by_path, 'patterns'): (3, TypeError, '^patterns must be a mapping'),
     (rmsprop_jax.nonfinite_entries, 'state'): (3, ValueError, '^the structure of state does not'),
     (dialects.torch_clip_grad_norm, 'norm_type'): ('x', TypeError, '^norm_type must be a number'),
     **{

@@ -33,6 +33,7 @@ TRUNK = [
 BRANCHES = {
     '_carry_over',
     '_command',
+    '_labels',
     '_nonfinite',
     '_parameters',
     '_quantiles',
