@@ -98,6 +98,7 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) golden.record_worked_example ../notebooks/data/worked_example.npz)
 	$(if $(filter tensorflow,$(FRAMEWORKS)),$(call in,tensorflow) golden.record_embeddings golden/embeddings.json)
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_averages,$(name)))
+	$(foreach name,$(filter torch keras,$(MOVED)),$(call record_schedules,$(name)))
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
@@ -126,6 +127,10 @@ $1 identify_data.record_$2
 endef
 define record_averages
 $(call in,$1) golden.record_averages $1 golden/averages_$1.json
+
+endef
+define record_schedules
+$(call in,$1) golden.record_schedules $1 golden/schedules_$1.json
 
 endef
 define record_float64
