@@ -576,6 +576,7 @@ VALID: dict[Any, dict[str, Any]] = {
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.round_parameters: {'inner': TX},
     rmsprop_jax.cautious: {'inner': TX},
+    sharding.offload: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
     **{f: {n: 0.1 for n in ('weight_decay', 'wd') if n in names} for f, names in TAKEN.items()},
     dialects.torch: {'weight_decay': 0.1, 'momentum': 0.9},
