@@ -13,7 +13,7 @@ from rmsprop_jax._checks import (
     checked_leaves,
     checked_transformation,
 )
-from rmsprop_jax._core.wrapped import map_rms_states, placed
+from rmsprop_jax._core.wrapped import as_pure, map_rms_states, placed
 from rmsprop_jax._reset import encoded, fresh, in_units_of, with_weight
 from rmsprop_jax._types import KeyPath, RmsState, by_path, canonical, path_name
 from rmsprop_jax.storage._choice import Storage, check_storage
@@ -75,7 +75,7 @@ def carry_over(
 
     Args:
       tx: The transformation that `state` belongs to.
-      state: Its state.
+      state: Its state, also that of an `nnx.Optimizer`.
       params: The parameters so far, or their shapes (`jax.ShapeDtypeStruct`).
       new_params: The changed parameters. They have to be arrays where `tx` averages parameters:
         a new average starts from them.
@@ -86,7 +86,8 @@ def carry_over(
         `resize` in every format.
 
     Returns:
-      The new state, and a `CarriedOver`, whose `str` tells for each parameter what was done.
+      The new state, of arrays without variables, and a `CarriedOver`, whose `str` tells for each
+      parameter what was done.
 
     A bias-corrected state has one sum of weights for all parameters that share it, so that a new
     parameter beside old ones has an uncorrected start, as in `reset`: its first step is up to
@@ -120,6 +121,7 @@ def carry_over(
     after_tx = tx if new_tx is None else checked_transformation('new_tx', new_tx)
     resize = checked_flag('resize', resize)
     check_storage(storage)
+    state, params, new_params = map(as_pure, (state, params, new_params))
     checked_leaves('params', params)
     checked_leaves('new_params', new_params)
     check_alike('state', state, 'tx.init(params)', jax.eval_shape(tx.init, params))

@@ -216,14 +216,16 @@ def test_in_flax_nnx():
     optimizer = nnx.Optimizer(old, tx, wrt=nnx.Param)
     grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 4))) ** 2))(old)
     optimizer.update(old, grads)
-    trees = [nnx.as_pure(nnx.state(m, nnx.Param)) for m in (old, new)]
-    found, report = carry_over(tx, nnx.as_pure(optimizer.opt_state), *trees)
+    trees = [nnx.state(m, nnx.Param) for m in (old, new)]
+    found, report = carry_over(tx, optimizer.opt_state, *trees)
     assert report.kept == ('layers/0/bias', 'layers/0/kernel')
     assert report.fresh == ('layers/1/bias', 'layers/1/kernel')
-    variables = [nnx.state(m, nnx.Param) for m in (old, new)]
-    _, same = carry_over(tx, tx.init(variables[0]), *variables)
-    assert same == report
-    tx.update(trees[1], found, trees[1])
+    pure = [nnx.as_pure(x) for x in (optimizer.opt_state, *trees)]
+    same, told = carry_over(tx, *pure)
+    jax.tree.map(np.testing.assert_array_equal, found, same)
+    assert told == report
+    # `update` takes what nnx.Optimizer hands to it.
+    tx.update(pure[2], found, pure[2])
 
 
 def test_the_result_may_be_donated():
