@@ -33,7 +33,7 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test test-all slow laws bench storage-study aot check format notebooks docs golden parity fused bench-fused
+.PHONY: help demo test test-all slow laws bench storage-study accelerator aot check format notebooks docs golden parity fused bench-fused
 .PHONY: coverage dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
@@ -64,6 +64,10 @@ laws: $(VENV)/.test  ## Look for counterexamples of each law among new cases (CA
 
 bench: $(VENV)/.bench $(BENCH_TORCH)/.installed  ## Measure steps against Optax, PyTorch and Keras (ARGS="--help" for parts)
 	$(BIN)/python -m benchmarks --torch-python $(CURDIR)/$(BENCH_TORCH)/bin/python $(ARGS)
+
+# The JAX of that interpreter is the accelerator's, so nothing is installed.
+accelerator:  ## Check and time a real accelerator with the JAX that PYTHON has (ARGS="--quick" to try it on a CPU)
+	$(PYTHON) -m benchmarks.accelerator $(ARGS)
 
 aot: $(AOT_VENV)/.installed  ## Compile for TPU and GPU, which need not be there, and look at the programs
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -n auto tests/aot $(ARGS)
@@ -195,9 +199,11 @@ $(DOCS_VENV)/.installed: pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
-# Their requirements are complete, so that pip need not resolve and brings nothing along.
+# Their requirements are complete, so that pip need not resolve and brings nothing along. Chainer has no
+# wheel: setuptools, which a new environment of Python 3.11 has, builds one with the package wheel.
 $(FRAMEWORK_VENVS)/%/.installed: tests/golden/requirements/%.txt
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check wheel==0.45.1
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r $<
 	@touch $@
 

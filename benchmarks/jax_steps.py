@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -27,11 +28,25 @@ def transformation(name: str, options: dict) -> optax.GradientTransformation:
     return OPTAX_LIKE[name](LEARNING_RATE, DECAY, EPS, **options)
 
 
-def normal(shapes: list[Shape], scale: float = 1.0) -> list[jax.Array]:
+# Larger leaves repeat as many numbers, on the device.
+MOST_DRAWN = 2**25
+resized = jax.jit(jnp.resize, static_argnums=1)
+
+
+def normal(shapes: list[Shape], scale: float = 1.0, dtype: Any = jnp.float32) -> list[jax.Array]:
     """Normal numbers, in buffers that JAX may reuse."""
     generator = np.random.default_rng(0)
-    drawn = (scale * generator.standard_normal(shape, np.float32) for shape in shapes)
-    return [jnp.array(x, copy=True) for x in drawn]
+
+    def leaf(shape: Shape) -> jax.Array:
+        drawn = min(math.prod(shape), MOST_DRAWN)
+        x = jnp.array(scale * generator.standard_normal(drawn, np.float32), dtype, copy=True)
+        return resized(x, shape) if drawn < math.prod(shape) else x.reshape(shape)
+
+    return [leaf(shape) for shape in shapes]
+
+
+def nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class JaxContestant:
@@ -40,16 +55,23 @@ class JaxContestant:
     Attributes:
       seconds: How long tracing, lowering and compiling took.
       memory: Peak bytes of an execution, arguments included.
+      bytes_moved: The bytes a step must move.
       params: The parameters after the steps so far.
     """
 
     def __init__(
-        self, step: Callable[..., Any], init: Callable[[Any], Any], shapes: list[Shape]
+        self,
+        step: Callable[..., Any],
+        init: Callable[[Any], Any],
+        shapes: list[Shape],
+        dtype: Any = jnp.float32,
     ) -> None:
-        self._init, self._shapes = init, shapes
+        self._init, self._shapes, self._dtype = init, shapes, dtype
         self._step = jax.jit(step, donate_argnums=(0, 1))
-        params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         state = jax.eval_shape(init, params)
+        # Parameters and state are read and written, gradients are read.
+        self.bytes_moved = 2 * nbytes((params, state)) + nbytes(params)
         stages = [time.perf_counter()]
         traced = self._step.trace(params, state, params)
         stages.append(time.perf_counter())
@@ -73,8 +95,8 @@ class JaxContestant:
 
     def place(self) -> None:
         self.params = self._state = self._gradients = None
-        self._gradients = normal(self._shapes)
-        self.params = normal(self._shapes, 0.05)
+        self._gradients = normal(self._shapes, dtype=self._dtype)
+        self.params = normal(self._shapes, 0.05, self._dtype)
         self._state = self._init(self.params)
 
     def run(self, steps: int) -> float:

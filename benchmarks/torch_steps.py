@@ -1,5 +1,7 @@
 """PyTorch's optimizers as contestants. Runs where torch is installed, through `worker`."""
 
+import importlib
+
 import torch
 
 from benchmarks.timing import stopwatch
@@ -11,20 +13,19 @@ def versions() -> dict[str, str]:
 
 
 class TorchContestant:
-    """`torch.optim.RMSprop` with gradients that stay the same."""
+    """`torch.optim.RMSprop` with gradients that stay the same, on the CPU or another `device`."""
 
-    def __init__(self, name: str, shapes: list[Shape], options: dict) -> None:
-        self._params = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    def __init__(self, name: str, shapes: list[Shape], options: dict, device: str) -> None:
+        self._device = device
+        self._params = [torch.zeros(s, device=device, requires_grad=True) for s in shapes]
         for param in self._params:
             param.grad = torch.randn_like(param)
-        self._optimizer = torch.optim.RMSprop(
-            self._params,
-            LEARNING_RATE,
-            alpha=DECAY,
-            eps=EPS,
-            foreach=name != 'torch single',
-            **options,
-        )
+        if name == 'bitsandbytes 8-bit':
+            optimizer = importlib.import_module('bitsandbytes').optim.RMSprop8bit
+        else:
+            optimizer = torch.optim.RMSprop
+            options = options | {'foreach': name != 'torch single'}
+        self._optimizer = optimizer(self._params, LEARNING_RATE, alpha=DECAY, eps=EPS, **options)
         self._optimizer.step()  # makes the state
         self._step = self._optimizer.step
         if name == 'torch compiled':
@@ -42,6 +43,8 @@ class TorchContestant:
         def steps_in_a_row() -> None:
             for _ in range(steps):
                 self._step()
+            if self._device == 'cuda':
+                torch.cuda.synchronize()
 
         return stopwatch(steps_in_a_row)
 
@@ -49,4 +52,6 @@ class TorchContestant:
 def prepare(name: str, shapes: list[Shape], options: dict) -> TorchContestant:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    return TorchContestant(name, shapes, options)
+    device = options.get('device', 'cpu')
+    options = {key: value for key, value in options.items() if key != 'device'}
+    return TorchContestant(name, shapes, options, device)

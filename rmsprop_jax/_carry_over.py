@@ -13,7 +13,7 @@ from rmsprop_jax._checks import (
     checked_leaves,
     checked_transformation,
 )
-from rmsprop_jax._core.wrapped import as_pure, map_rms_states, placed
+from rmsprop_jax._core.wrapped import as_pure, like_state, map_rms_states
 from rmsprop_jax._reset import encoded, fresh, in_units_of, with_weight
 from rmsprop_jax._types import KeyPath, RmsState, by_path, canonical, path_name
 from rmsprop_jax.storage._choice import Storage, check_storage
@@ -131,7 +131,7 @@ def carry_over(
     start = in_units_of(running, start, new_params, storage)
     names = [path_name(canonical(path)) for path, _ in tree_flatten_with_path(new_params)[0]]
     numbers = jax.tree.unflatten(jax.tree.structure(new_params), range(len(names)))
-    owners = _by_path(placed(after_tx, start, numbers, -1))
+    owners = _by_path(like_state(after_tx, start, numbers, -1))
     stored = {path: (old.get(path), x) for path, x in _by_path(start).items()}
     outcomes = {path: 'kept' if _is_alike(*pair) else 'fresh' for path, pair in stored.items()}
     overlaps: dict[KeyPath, Any] = {}

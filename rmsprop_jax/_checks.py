@@ -1,4 +1,4 @@
-"""What is refused, and in which words: a complaint names the argument and the path of the leaf."""
+"""Checks of arguments, whose messages name the argument and the path of the leaf."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 
 def checked_flag(name: str, value: Any) -> bool:
-    """Returns `value` as a bool, refusing everything that is not one."""
+    """Returns `value` as a bool; raises if it is anything else."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f'{name} must be True or False, got {value!r} ({type(value).__name__}).')
     return bool(value)
 
 
 def checked_steps(name: str, value: Any, least: int) -> int:
-    """Returns `value` as an int of at least `least`; it decides what a program looks like."""
+    """Returns `value` as an int of at least `least`. It shapes a program, so arrays are refused."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f'{name} must be a Python integer, got an array. Under optax.inject_hyperparams name '
@@ -29,14 +29,14 @@ def checked_steps(name: str, value: Any, least: int) -> int:
 
 
 def checked_transformation(name: str, value: Any) -> Any:
-    """Returns `value`, refusing what has no `init` and `update`."""
+    """Returns `value`; raises if it does not have `init` and `update`."""
     if not (callable(getattr(value, 'init', None)) and callable(getattr(value, 'update', None))):
         raise TypeError(f'{name} must be a gradient transformation, got {value!r}.')
     return value
 
 
 def checked_state(state: Any, kind: type) -> Any:
-    """Returns `state`, refusing what is not of the kind that `init` makes."""
+    """Returns `state`; raises if it is not of the kind that `init` returns."""
     if not isinstance(state, kind):
         raise TypeError(
             f'state must be the {kind.__name__} that init returned, got {type(state).__name__}.'
@@ -45,19 +45,19 @@ def checked_state(state: Any, kind: type) -> Any:
 
 
 def is_function(given: Any) -> bool:
-    """Whether an argument is a function to a tree, rather than such a tree.
+    """Whether an argument is a function that returns a tree, rather than a tree.
 
     As in `optax.masked`, a tree that happens to be callable, such as an Equinox module of booleans,
-    is a tree: only what consists of functions is a function.
+    is a tree. An argument is a function only if all its leaves are callable.
     """
     leaves = jax.tree.leaves(given)
     return bool(leaves) and all(map(callable, leaves))
 
 
 def checked_mask(name: str, mask: Any) -> Any:
-    """Returns `mask`, which may be None, a tree of booleans or a function to one.
+    """Returns `mask`, which may be None, a tree of booleans or a function that returns one.
 
-    What a function returns is checked by `whole_mask`.
+    `whole_mask` checks what the function returns.
     """
     if mask is not None and not is_function(mask):
         for path, value in tree_flatten_with_path(mask)[0]:
@@ -66,7 +66,7 @@ def checked_mask(name: str, mask: Any) -> Any:
 
 
 def whole_mask(name: str, mask: Any, tree: Any) -> Any:
-    """A boolean for each leaf of `tree`, of a mask that is a prefix of it or a function to one."""
+    """A boolean for each leaf of `tree`, from a prefix of it or a function that returns one."""
     if is_function(mask):
         mask = mask(tree)
         if is_function(mask):
@@ -75,7 +75,7 @@ def whole_mask(name: str, mask: Any, tree: Any) -> Any:
 
 
 def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
-    """`prefix` in the structure of `tree`, which is that of the parameters."""
+    """Broadcasts `prefix` to the structure of `tree`, which is the parameters' structure."""
     try:
         return jax.tree.broadcast(prefix, tree)
     except ValueError as error:
@@ -83,15 +83,15 @@ def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
 
 
 def leaves_with_path(name: str, tree: Any) -> list[tuple[Any, Any]]:
-    """The leaves of a tree with their key paths, refusing keys that cannot be put in order."""
+    """The leaves of a tree with their key paths; raises if keys cannot be sorted."""
     try:
         return tree_flatten_with_path(tree)[0]
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{name} is no tree: {error}') from None
+        raise ValueError(f'{name} is not a tree: {error}') from None
 
 
 def checked_leaves(name: str, tree: Any) -> list[tuple[Any, Any]]:
-    """The leaves of a tree with their key paths, refusing what is no array."""
+    """The leaves of a tree with their key paths; raises if one is not an array."""
     leaves = leaves_with_path(name, tree)
     for path, leaf in leaves:
         leaf_dtype(f'{name}{keystr(path)}', leaf)
@@ -99,7 +99,7 @@ def checked_leaves(name: str, tree: Any) -> list[tuple[Any, Any]]:
 
 
 def leaf_dtype(name: str, leaf: Any) -> np.dtype:
-    """The dtype of an array, or of what JAX takes for one."""
+    """The dtype of an array, or of a value that JAX accepts as an array."""
     try:
         return leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
     except (TypeError, ValueError):
@@ -107,14 +107,14 @@ def leaf_dtype(name: str, leaf: Any) -> np.dtype:
 
 
 def checked_updates(updates: Any) -> Any:
-    """Returns `updates`, refusing leaves that are not floating or complex."""
+    """Returns `updates`; raises if a leaf is not floating or complex."""
     for path, g in tree_flatten_with_path(updates)[0]:
         inexact_dtype(f'updates{keystr(path)}', g)
     return updates
 
 
 def checked_params(user: str, updates: Any, params: Any) -> Any:
-    """Returns `params`, which `user` needs, refusing None and what is not like `updates`."""
+    """Returns `params`, which `user` needs; raises if it is None or not like `updates`."""
     if params is None:
         raise ValueError(f'{user} needs params: call update(updates, state, params).')
     check_alike('params', params, 'updates', updates)
@@ -122,7 +122,7 @@ def checked_params(user: str, updates: Any, params: Any) -> Any:
 
 
 def check_alike(name: str, tree: Any, other_name: str, other: Any) -> None:
-    """Refuses a tree whose structure, or the shape of one of whose leaves, is not the other's."""
+    """Raises if two trees differ in structure, or in the shape of a leaf."""
     if jax.tree.structure(tree) != jax.tree.structure(other):
         raise ValueError(_structure_difference(name, tree, other_name, other))
     for (path, x), y in zip(checked_leaves(name, tree), jax.tree.leaves(other), strict=True):

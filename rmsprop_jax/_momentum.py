@@ -25,7 +25,7 @@ def trace(
     ::
 
         trace <- g + decay trace
-        u      = trace,  or  g + decay trace  (again, with the new trace) with nesterov
+        u      = trace,  or with nesterov  g + decay trace  (with the new trace)
 
     The learning rate may come before it, as in TensorFlow and Optax, or after it, as in PyTorch.
     The two agree only while the learning rate is constant.
@@ -34,17 +34,17 @@ def trace(
       decay: The momentum, in [0, 1]: a Python float, a scalar array, or a schedule of the 0-based
         step count.
       nesterov: Whether to look one step ahead.
-      storage: How the sum is kept in memory, as for `scale_by_rms`, which also says what
-        `update` may be given under `jax.shard_map`.
+      storage: How the sum is kept in memory, as in `scale_by_rms`, which also explains the argument
+        of `update` under `jax.shard_map`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `TraceState`. Updates have the
       dtype of the incoming ones.
 
     Raises:
-      ValueError: For a concrete decay outside [0, 1], or updates that do not fit the state.
-      TypeError: For integer or boolean leaves, for a decay narrower than float32, for a foreign
-        state.
+      ValueError: If a concrete decay is outside [0, 1], or updates do not fit the state.
+      TypeError: If a leaf is integer or boolean, the decay is narrower than float32, or the state
+        is not a `TraceState`.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -69,7 +69,7 @@ def trace_step(
     storage: Storage | None = None,
     of_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`trace` within a chain of ours; `of_pairs` takes complex arrays for pairs of reals."""
+    """`trace` for our chains; `of_pairs` treats complex arrays as pairs of reals."""
     decay_ = decay_rate('decay', decay)
     nesterov = checked_flag('nesterov', nesterov)
     check_storage(storage, 'trace')

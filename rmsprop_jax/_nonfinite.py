@@ -1,4 +1,4 @@
-"""What to do about gradients and statistics that are infinite or NaN."""
+"""Skipping gradients that are infinite or NaN, and finding such statistics."""
 
 import functools
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from rmsprop_jax._checks import (
 from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
+    like_state,
     map_rms_states,
     map_with_moments,
-    placed,
     select,
 )
 from rmsprop_jax._transforms import AccumulateState
 from rmsprop_jax._types import by_path, canonical
 from rmsprop_jax.storage._choice import Storage, check_storage
-from rmsprop_jax.storage._convert import carried, read
+from rmsprop_jax.storage._convert import read, restated
 from rmsprop_jax.storage._place import split_axes, whole_sum
 
 Unit = Literal['step', 'leaf', 'coordinate']
@@ -41,9 +41,9 @@ class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite`, with the names of `optax.ApplyIfFiniteState`.
 
     Attributes:
-      total_notfinite: Leaves or coordinates skipped so far, all steps together, int32 of shape (),
-        staying at its largest value rather than wrapping.
-      inner_state: The state of what is wrapped.
+      total_notfinite: Leaves or coordinates skipped in all steps so far, int32 of shape (). It
+        stays at its largest value instead of wrapping around.
+      inner_state: The state of the wrapped transformation.
     """
 
     total_notfinite: ArrayLike
@@ -57,41 +57,43 @@ def skip_nonfinite(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves gradients that are infinite or NaN out of a step.
+    """Skips gradients that are infinite or NaN.
 
-    Without it they pass through as in Optax: a NaN stays in the second moment of its coordinate for
-    good, and an infinite one makes all later steps of its coordinate zero.
+    Without this wrapper they pass through, as in Optax: a NaN stays in the second moment of its
+    coordinate for good, and an infinity makes all later steps of its coordinate zero.
 
-    What is skipped, has an update of zero: it neither decays nor coasts. Everything that `inner`
-    keeps in its place stays as it is, as if the step had not been, with two exceptions. Step
-    counts, and thus schedules, go on. So does the sum of weights of a bias-corrected average, which
-    all parameters share: what stays is the average itself, the quotient of the two; before the
-    first finite gradient there is none, so that the first step is up to `1 / sqrt(1 - decay)`
-    learning rates long. The rest of the tree takes its step as if the gradient were zero at what is
-    skipped, which only matters where leaves or entries are coupled: so does a norm that is clipped
-    within `inner`.
+    Skipped entries get a zero update, without weight decay or momentum. Their state does not
+    change, with two exceptions. Step counts, and thus schedules, go on. So does the sum of weights
+    of a bias-corrected average, which all parameters share. The corrected average itself, the
+    quotient of the two, stays. Before its first finite gradient an entry has no average, so its
+    first step is up to `1 / sqrt(1 - decay)` learning rates long.
 
-    Put what couples parameters, as `optax.clip_by_global_norm` does, inside: before this wrapper it
-    would spread a NaN over all of them. Accumulation of gradients belongs outside, around it.
+    All other entries take their step as if skipped gradients were zero. This matters only if
+    `inner` couples entries or leaves, for example by clipping a norm.
+
+    Put transformations that couple parameters, such as `optax.clip_by_global_norm`, inside: before
+    this wrapper, they would spread a NaN over all parameters. Put accumulation of gradients
+    outside, around this wrapper.
 
     Args:
-      inner: What takes the steps.
-      per: What is left out: the 'coordinate' that is not finite, the 'leaf' that it is in, or the
-        whole 'step', counts included, which is `optax.apply_if_finite` without an end.
-      storage: What `inner` was given, where its statistics are kept in formats that round.
-        Coordinates of `factored` ones cannot be skipped, but leaves can.
+      inner: The transformation to wrap.
+      per: What to skip: the 'coordinate' that is not finite, the whole 'leaf' that it is in, or the
+        whole 'step', counts included. The last is `optax.apply_if_finite` without a limit on
+        consecutive errors.
+      storage: The `storage` of `inner`, needed if its formats round. Coordinates of `factored`
+        statistics cannot be skipped, but leaves can.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`, with a `SkipNonfiniteState`, or an
-      `optax.ApplyIfFiniteState` for whole steps: `optax.tree.get(state, 'total_notfinite')` is the
-      count of what has been skipped. Under `jax.shard_map` leaves and counts are those of whole
-      arrays where `update` is given `partition_specs` (see `scale_by_rms`) or `check_vma` is on;
-      otherwise they are those of the shard.
+      An `optax.GradientTransformationExtraArgs` with a `SkipNonfiniteState`, or, for whole steps,
+      with an `optax.ApplyIfFiniteState`. `optax.tree.get(state, 'total_notfinite')` is the number
+      of skipped coordinates, leaves or steps. Under `jax.shard_map`, leaves and counts belong to
+      whole arrays if `update` gets `partition_specs` (see `scale_by_rms`) or if `check_vma` is on;
+      otherwise they belong to the shard.
 
     Raises:
-      TypeError: For another `per`, or a `storage` that is none.
-      ValueError: For an `inner` that accumulates gradients, a missing `storage`, or coordinates of
-        a factored moment.
+      TypeError: If `per` is another word, or `storage` is not a choice of formats.
+      ValueError: If `inner` accumulates gradients, if `storage` is needed and missing, or if
+        coordinates of a factored moment would be skipped.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -126,9 +128,9 @@ def skip_nonfinite(
         bads = [is_bad(g, own) for (_, g), own in zip(leaves, axes, strict=True)]
         bad = treedef.unflatten(bads)
         new, after = inner_.update(_zeroed(bad, updates), before, params, **extra_args)
-        carry = functools.partial(carried, storage=storage, partition=partition)
+        carry = functools.partial(restated, storage=storage, partition=partition)
         standing = map_rms_states(carry, before, after)
-        after = jax.tree.map(select, placed(inner_, before, bad, False), standing, after)
+        after = jax.tree.map(select, like_state(inner_, before, bad, False), standing, after)
         total = state.total_notfinite
         for x, own in zip(bads, axes, strict=True):
             more = jnp.sum(x, dtype=jnp.int32)
@@ -141,7 +143,7 @@ def skip_nonfinite(
 def _skip_steps(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.apply_if_finite` without an end, for whole arrays: it looks at one device's shares."""
+    """`optax.apply_if_finite` without a limit, and for whole arrays, not one device's shares."""
 
     def init(params: optax.Params) -> Any:
         none = jnp.zeros([], jnp.int32)
@@ -177,31 +179,30 @@ def _skip_steps(
 
 
 def _partition(extra_args: Mapping[str, Any]) -> dict[Any, Any]:
-    """The partition of each gradient under `jax.shard_map`, by path, where it is given."""
+    """The partition of each gradient under `jax.shard_map`, by path, if it is given."""
     return by_path(extra_args.get('partition_specs'))
 
 
 def nonfinite_entries(
     tx: optax.GradientTransformation, state: Any, params: Any, storage: Storage | None = None
 ) -> Any:
-    """Which entries have a statistic that is infinite or NaN: the mask with which `reset` mends
-    them.
+    """Marks the entries with a statistic that is infinite or NaN, as a mask for `reset`.
 
-    A square that overflowed once makes a second moment infinite, and every later step of its
-    coordinate zero. That is so wherever an average of squares is kept.
+    If a square overflows once, the second moment of its coordinate is infinite, and every later
+    step of the coordinate is zero. This happens with every optimizer that averages squares.
 
     Args:
       tx: The transformation that `state` belongs to.
       state: Its state.
       params: The parameters.
-      storage: What `tx` was given, where its statistics are kept in other formats than float32.
+      storage: The `storage` of `tx`, if it is not float32.
 
     Returns:
-      A tree like the parameters, of boolean arrays of their shapes.
+      A tree like the parameters, with a boolean array of the same shape for each parameter.
 
     Raises:
-      TypeError: For a `tx` or a `storage` that is none.
-      ValueError: For a state that is not of `tx` and `params`, or not kept in `storage`.
+      TypeError: If `tx` is not a transformation, or `storage` is not a choice of formats.
+      ValueError: If the state does not belong to `tx` and `params`, or is not kept in `storage`.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -209,7 +210,7 @@ def nonfinite_entries(
       >>> params = jnp.zeros(2)
       >>> _, state = tx.update(jnp.array([1.0, 1e30]), tx.init(params))
       >>> updates, _ = tx.update(jnp.ones(2), state)
-      >>> [round(float(u), 3) for u in updates]  # the second one stands still
+      >>> [round(float(u), 3) for u in updates]  # the second entry no longer moves
       [-0.229, -0.0]
       >>> broken = rmsprop_jax.nonfinite_entries(tx, state, params)
       >>> updates, _ = tx.update(jnp.ones(2), rmsprop_jax.reset(tx, state, params, broken))
@@ -237,11 +238,11 @@ def nonfinite_entries(
 
 
 def _entries(bad: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The entries of a parameter of this shape that a statistic's entries belong to."""
+    """Marks of a statistic's entries, turned into marks of a parameter of this shape."""
     if bad.shape == shape:
         return bad
-    # Statistics of complex numbers as pairs of reals have one more axis, of two; others have no
-    # entry for each of the parameter's.
+    # Complex numbers as pairs of reals have statistics with one more axis, of two. Statistics of
+    # other shapes do not have one entry for each entry of the parameter.
     return bad.any(-1) if bad.shape == (*shape, 2) else bad.any()
 
 
@@ -258,6 +259,6 @@ def _check_takes_every_step(state: Any) -> None:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, accumulating))
     if any(isinstance(node, accumulating) for node in nodes):
         raise ValueError(
-            'inner accumulates gradients, and a sum that stands still would be taken twice: wrap '
-            'what takes the steps, and accumulate around skip_nonfinite.'
+            'inner accumulates gradients, and a skipped entry would keep its sum and use it twice: '
+            'wrap the transformation inside, and accumulate around skip_nonfinite.'
         )

@@ -22,7 +22,7 @@ from rmsprop_jax._checks import (
     checked_updates,
     whole_mask,
 )
-from rmsprop_jax._core.chains import chain, for_state, guarded
+from rmsprop_jax._core.chains import chain, for_state, with_checks
 from rmsprop_jax._core.edge import compiled_alone, public
 from rmsprop_jax._core.leaves import cast_like, widen
 from rmsprop_jax._core.moments import componentwise
@@ -35,7 +35,7 @@ from rmsprop_jax._types import (
     ScalarOrSchedule,
     cast,
     decay_rate,
-    is_absent,
+    is_none_or_zero,
     rounded,
 )
 from rmsprop_jax.storage._choice import Storage
@@ -61,18 +61,18 @@ def rmsprop(
 ) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp with Optax's argument names, order, defaults and results.
 
-    `weight_decay` is decoupled. For L2 regularisation, whose term enters the second moment, chain
-    it before::
+    `weight_decay` is decoupled. For L2 regularisation, which also enters the second moment, write::
 
         optax.chain(optax.add_decayed_weights(1e-4), rmsprop_jax.rmsprop(1e-3))
 
-    With `u` the direction of `scale_by_rms`, in float32 or wider until the last line::
+    `u` is the direction of `scale_by_rms`. The arithmetic is in float32 or wider, and only the
+    final update is rounded::
 
-        trace <- -learning_rate u + momentum trace         where momentum is given
+        trace <- -learning_rate u + momentum trace         if momentum is given
         p     <- p + trace - learning_rate weight_decay p
 
     The learning rate enters before the momentum, as in TensorFlow, Keras and Optax. `nesterov` adds
-    `-learning_rate u + momentum trace` in the place of `trace`.
+    `-learning_rate u + momentum trace` instead of `trace`.
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
@@ -84,13 +84,13 @@ def rmsprop(
         (PyTorch).
       centered: Whether to divide by the standard deviation rather than by the root mean square.
       momentum: Decay of the velocity, in [0, 1], or None for no velocity at all.
-      nesterov: Whether momentum looks one step ahead. Where `momentum` is None it has no effect, as
-        in Optax, and a warning says so.
-      bias_correction: Whether the running averages are divided by the sum of their weights.
+      nesterov: Whether momentum looks one step ahead. If `momentum` is None it has no effect, as in
+        Optax, and a warning says so.
+      bias_correction: Whether to divide the running averages by the sum of their weights.
       weight_decay: Share of a parameter that is subtracted at each step, times the learning rate.
         A Python zero (or None) means none; otherwise `update` needs `params`.
-      mask: What is decayed: a tree of booleans like the parameters (or a prefix of it), or a
-        function from parameters to one. True means decayed. None means all.
+      mask: Which parameters decay: a tree of booleans like the parameters (or a prefix of it), or a
+        function that returns such a tree for the parameters. None means all.
       storage: How the statistics are kept in memory: a format of `rmsprop_jax.storage`, or a choice
         of formats made with its `per_statistic`, `per_leaf` or `large_leaves`. None means float32.
 
@@ -102,10 +102,10 @@ def rmsprop(
       state by name: `optax.tree.get(state, 'nu')`, or `'mu'`, `'var'`, `'trace'`.
 
     Raises:
-      ValueError: For a concrete hyperparameter out of range, for gradients that do not fit the
-        state, or for missing `params` where weights decay.
-      TypeError: For integer or boolean leaves, for flags that are not booleans, for a decay or
-        momentum narrower than float32.
+      ValueError: If a concrete hyperparameter is out of range, if gradients do not fit the state,
+        or if weights decay and `params` are missing.
+      TypeError: If a leaf is integer or boolean, a flag is not a boolean, or a decay or momentum is
+        narrower than float32.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, rmsprop_jax
@@ -120,11 +120,11 @@ def rmsprop(
       True
 
     References:
-      `optax.rmsprop`, whose results it reproduces where those are well-conditioned.
+      `optax.rmsprop`, whose results it reproduces where they are well-conditioned.
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
     if checked_flag('nesterov', nesterov) and momentum is None:
-        warnings.warn('nesterov has no effect where momentum is None.', stacklevel=2)
+        warnings.warn('nesterov has no effect if momentum is None.', stacklevel=2)
     steps = [
         rms_step(
             decay,
@@ -139,7 +139,7 @@ def rmsprop(
     ]
     if momentum is not None:
         steps.append(trace_step(decay_rate('momentum', momentum).value, nesterov, storage=storage))
-    if weight_decay is not None and not is_absent(weight_decay):
+    if weight_decay is not None and not is_none_or_zero(weight_decay):
         steps.append(subtract_decayed_weights(learning_rate, weight_decay, mask))
     return precise_chain(*steps)
 
@@ -178,8 +178,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
 
 
 class DecoupledDecayState(NamedTuple):
-    """State of `subtract_decayed_weights`: `count` is the number of steps taken, int32 of shape
-    ()."""
+    """State of `subtract_decayed_weights`: the number of steps so far, int32 of shape ()."""
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
 
@@ -187,9 +186,9 @@ class DecoupledDecayState(NamedTuple):
 def subtract_decayed_weights(
     learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Any = None
 ) -> optax.GradientTransformation:
-    """`u <- u - learning_rate weight_decay p`, where `u` carries its learning rate already.
+    """`u <- u - learning_rate weight_decay p`, where `u` already includes its learning rate.
 
-    `mask` chooses what decays, as for `optax.add_decayed_weights`; None means all.
+    `mask` chooses the parameters that decay, as in `optax.add_decayed_weights`; None means all.
     """
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
     strength = Hyperparameter('weight_decay', weight_decay)
@@ -216,7 +215,7 @@ def subtract_decayed_weights(
 def add_decayed_weights(
     weight_decay: ScalarOrSchedule, mask: Any = None, name: str = 'weight_decay'
 ) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights`: `u <- u + weight_decay p`. `name` is what errors call it."""
+    """`optax.add_decayed_weights`: `u <- u + weight_decay p`. Errors call the argument `name`."""
     strength = Hyperparameter(name, weight_decay)
     decay = optax.add_decayed_weights(strength.at if callable(weight_decay) else strength.at(0))
     return _where(mask, decay, type(decay.init({})), name)
@@ -225,13 +224,13 @@ def add_decayed_weights(
 def _where(
     mask: Any, decay: optax.GradientTransformation, kind: type, user: str = 'weight_decay'
 ) -> optax.GradientTransformation:
-    """A decay of weights, with a state of that kind, where `mask` is true."""
+    """A decay of weights whose state is a `kind`, for the parameters whose `mask` is true."""
     mask = checked_mask('mask', mask)
-    decay = guarded(decay, kind, user)
+    decay = with_checks(decay, kind, user)
     if mask is None:
         return decay
     masked = optax.masked(decay, lambda tree: whole_mask('mask', mask, tree))
-    return guarded(masked, optax.MaskedState, user)
+    return with_checks(masked, optax.MaskedState, user)
 
 
 def in_accumulator_precision(
@@ -271,35 +270,35 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """`optax.inject_hyperparams` with settings that suit this package's factories.
 
-    Hyperparameters are held in float32 (float64 with `jax_enable_x64`) even where parameters are
+    Hyperparameters are held in float32 (float64 with `jax_enable_x64`) even if parameters are
     narrower, since bfloat16 turns a decay of 0.999 into 1. For factories of this package there are
     three more differences:
 
-    - The optimizer takes the same steps as without injection, bit for bit, until somebody changes a
-      number: the complement of a decay is formed from the Python number that was given. The
-      complement of a changed decay is that of the float32 in the state, right to 3e-8. Under jit
-      the last bit may differ where a schedule multiplies and adds, where `sparse` rows are skipped,
-      where an average takes the parameters' place or where gradients are scaled by a number that is
-      not a power of two, since XLA then rounds two operations once in one program and twice in the
-      other.
-    - Arguments that cannot be arrays, such as a `mask` or a number of accumulation steps, are left
-      alone.
-    - A zero for weight decay or momentum stays a Python zero, which means 'none' where the factory
-      says so; pass `jnp.array(0.0)` to be able to raise it later.
+    - Until a number is changed, the optimizer takes the same steps as without injection, bit for
+      bit: `1 - decay` is formed from the Python number that was given. For a changed decay, it is
+      formed from the float32 in the state, which is right to 3e-8. Under jit, the last bit may
+      differ if a schedule multiplies and adds, if `sparse` rows are skipped, if an average replaces
+      the parameters, or if gradients are scaled by a number that is not a power of two. XLA then
+      rounds two operations once in one program and twice in the other.
+    - Arguments that cannot be arrays, such as a `mask` or a number of accumulation steps, are not
+      injected.
+    - A Python zero for weight decay or momentum stays a Python zero, which means 'none' if the
+      factory says so. Pass `jnp.array(0.0)` to be able to raise it later.
 
     Args:
       inner_factory: `rmsprop`, or any function that returns a gradient transformation.
-      static_args: Names of further arguments that are functions but not schedules.
-      hyperparam_dtype: The dtype of the injected numbers, if another one is wanted.
+      static_args: Names of further arguments that must stay static: functions that are not
+        schedules.
+      hyperparam_dtype: Another dtype for the injected numbers.
 
     Raises:
-      TypeError: For a factory that is no function, static arguments that are no names, or a dtype
-        that is not floating.
-      ValueError: For the name of an argument that the factory does not have.
+      TypeError: If the factory is not a function, a static argument is not a name, or the dtype is
+        not floating.
+      ValueError: If the factory does not have an argument that `static_args` names.
 
     Returns:
-      A factory with the arguments of `inner_factory`. The state of what it builds has a dictionary
-      `hyperparams`.
+      A factory with the arguments of `inner_factory`. The state of the optimizer that it returns
+      has a dictionary `hyperparams`.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -328,7 +327,7 @@ def inject_hyperparams(
             bound = inspect.signature(inner_factory).bind(*args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
-            absent = {name for name in _NONE_AT_ZERO & names if is_absent(given[name])}
+            absent = {name for name in _NONE_AT_ZERO & names if is_none_or_zero(given[name])}
             factory = _knowing(given, inner_factory)
         dtype = hyperparam_dtype or jax.dtypes.canonicalize_dtype(jnp.float64)
         tx = optax.inject_hyperparams(factory, static | absent, dtype)(*args, **kwargs)
@@ -339,19 +338,19 @@ def inject_hyperparams(
 
 
 def _is_hyperparameter(annotation: Any) -> bool:
-    """Whether an argument of that type may be an array, and so may change while training."""
+    """Whether an argument of that type may be an array, and so may change during training."""
     return jax.Array in typing.get_args(annotation)
 
 
 def _is_own(factory: Any) -> bool:
-    """Whether a factory is one of this package, whose arguments are known."""
+    """Whether a factory is from this package, so that its arguments are known."""
     while isinstance(factory, functools.partial):
         factory = factory.func
     return str(getattr(factory, '__module__', '')).partition('.')[0] == __name__.partition('.')[0]
 
 
 def _knowing(given: Mapping[str, Any], factory: Factory) -> Factory:
-    """`factory`, which is told of each number in the state what it was when it was given."""
+    """`factory`, which gets each number in the state along with the Python number given for it."""
 
     @functools.wraps(factory)
     def wrapped(**arguments: Any) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Stochastic rounding of updated parameters, so that bfloat16 ones need no float32 copy."""
+"""Stochastic rounding of updated parameters, so that bfloat16 training needs no float32 copy."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ class RoundParametersState(NamedTuple):
     """State of `round_parameters`.
 
     Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
-      inner_state: The state of what is wrapped.
+      count: Steps taken so far, int32 of shape (). It stays at its largest value instead of
+        wrapping around.
+      inner_state: The state of the wrapped transformation.
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,33 +46,33 @@ def round_parameters(
     ::
 
         u <- inner(g, p)                                in float32, from the gradient on
-        t  = one of the two bfloat16 numbers around p + u, at random, p + u on average
+        t  = a random one of the two bfloat16 numbers around p + u, on average p + u
         u <- t - p                                      in float32
 
-    Rounded to nearest, a bfloat16 parameter of 1 does not move at all under updates of 0.001. Here
-    it moves by the sum of its updates, on average.
+    With round-to-nearest, a bfloat16 parameter of 1 does not move at all under updates of 0.001.
+    Here it moves by the sum of its updates, on average.
 
-    The float32 precision ends only here: `inner` is given bfloat16 parameters and their gradients
-    in float32, so that nothing is rounded on the way. Everything that changes an update therefore
-    belongs inside: clipping, weight decay, a dialect that averages or clips parameters. An average
-    is taken of `p + u`, before rounding. After clipping to a number that bfloat16 does not have, a
-    parameter may lie on the next bfloat16 number. Outside belong wrappers that pass updates on
-    unchanged or replace them by zero: `optax.MultiSteps`, `optax.masked`, `skip_nonfinite`.
+    `inner` gets bfloat16 parameters and their gradients in float32, so that nothing is rounded
+    before the end. Everything that changes an update therefore belongs inside: clipping, weight
+    decay, a dialect that averages or clips parameters. Such an average is taken of `p + u`, before
+    rounding. If `inner` clips to a number that bfloat16 does not have, a parameter may end on the
+    next bfloat16 number. Wrappers that pass updates on unchanged or replace them by zero belong
+    outside: `optax.MultiSteps`, `optax.masked`, `skip_nonfinite`.
 
-    Leaves of another dtype, float16 too, are left to `inner` alone.
+    Leaves of other dtypes, float16 included, are not rounded.
 
     Apply updates with `optax.apply_updates`, `nnx.Optimizer` or a `TrainState`, which cast to the
-    dtype of the parameter and so give `t` exactly. `equinox.apply_updates` does not cast: with it
+    dtype of the parameter and so give `t` exactly. `equinox.apply_updates` does not cast: with it,
     the model would become float32.
 
     Args:
-      inner: What takes the steps, to its learning rate.
-      seed: Of the random bits. These depend on it, on the step, on the path of the leaf and on the
-        index of the entry; not on devices, meshes or other leaves.
+      inner: The optimizer to wrap, with its learning rate.
+      seed: The seed of the random bits. The bits depend on the seed, the step, the path of the leaf
+        and the index of the entry. They do not depend on devices, meshes or other leaves.
 
-    `p + u` is a float32 sum, off by at most 2^-24 of its size. Where it is smaller than 2^-118,
-    infinite or NaN, `u` passes unchanged. Where it is finite but exceeds bfloat16's largest number,
-    `t` is that number. The derivative goes straight through the rounding.
+    `p + u` is a float32 sum with a relative error of at most 2^-24. Where it is smaller than
+    2^-118, infinite or NaN, `u` passes unchanged. Where it is finite but exceeds bfloat16's largest
+    number, `t` is that number. Derivatives pass through the rounding unchanged.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `RoundParametersState`. `update` needs
@@ -80,9 +80,9 @@ def round_parameters(
       argument `partition_specs`, as for `scale_by_rms`.
 
     Raises:
-      TypeError: For an `inner` that is no transformation, a `seed` that is no Python integer, or
-        an `inner` whose updates are narrower than float32 or whose state changes its dtypes.
-      ValueError: For missing `params`, or an `inner` that rounds parameters itself.
+      TypeError: If `inner` is not a transformation, returns updates narrower than float32 or
+        changes the dtypes of its state, or if `seed` is not a Python integer.
+      ValueError: If `params` are missing, or `inner` rounds parameters itself.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -90,7 +90,7 @@ def round_parameters(
       >>> tx = rmsprop_jax.round_parameters(rmsprop_jax.rmsprop(1e-3, storage=storage.uint8()))
       >>> params = jnp.ones((64, 64), jnp.bfloat16)
       >>> state = tx.init(params)
-      >>> for _ in range(10):  # each one moves by 0.01 or less, and bfloat16 has 0.996 below 1
+      >>> for _ in range(10):  # steps of 0.01 or less; the largest bfloat16 below 1 is 0.996
       ...     updates, state = tx.update(jnp.ones_like(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> params.dtype, optax.tree.get(state, 'nu').dtype, round(float(params.mean()), 2)
@@ -152,7 +152,7 @@ def _to_target(p: jax.Array, u: jax.Array, bits: jax.Array) -> jax.Array:
     """The float32 update from `p` to one of the two bfloat16 numbers around `p + u`."""
     exact, kept = p + u, bfloat16()
     update = kept.rounded(exact, bits).astype(jnp.float32) - p
-    # Smaller numbers, which the format does not keep, have neighbours at a subnormal distance.
+    # The format does not keep smaller numbers: their neighbours are at a subnormal distance.
     is_kept = (jnp.abs(exact) >= kept.smallest) & jnp.isfinite(update)
     return jnp.where(is_kept, update, u)
 
@@ -165,20 +165,20 @@ def _straight_through(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
 def _check_rounds_once(state: Any) -> None:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RoundParametersState))
     if any(isinstance(node, RoundParametersState) for node in nodes):
-        raise ValueError('inner rounds parameters itself: wrap the whole chain, and once.')
+        raise ValueError('inner rounds parameters itself: wrap the whole chain, and only once.')
 
 
 def _check_is_wide(name: str, update: Any) -> None:
     dtype = jnp.result_type(update)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise TypeError(
-            f'inner returned {name} in {dtype}, which is rounded already: it must keep the float32 '
-            'of the gradients that it is given.'
+            f'inner returned {name} in {dtype}, which is already rounded: it must return float32, '
+            'as its gradients are.'
         )
 
 
 def _check_dtypes_stay(before: Any, after: Any) -> None:
-    """Optax's transformations keep statistics in the dtype of the parameters that `init` sees."""
+    """Raises if dtypes change: Optax keeps statistics in the dtype of the parameters in `init`."""
     for (path, x), y in zip(
         tree_flatten_with_path(before)[0], jax.tree.leaves(after), strict=False
     ):

@@ -40,39 +40,40 @@ def scale_by_rms(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by the root of a running average of their squares.
 
-    In float32 or wider, whatever the dtype of parameters and gradients::
+    The arithmetic is in float32 or wider, whatever the dtype of parameters and gradients::
 
         nu <- decay nu + (1 - decay) |g|^2
         u   = g / sqrt(nu + eps)              with eps_in_sqrt, else  g / (sqrt(nu) + eps)
 
-    `centered` puts the variance in the place of `nu`. It is carried by itself, as a sum of
-    non-negative terms, where other libraries subtract `mu^2` from `nu` and turn NaN when gradients
-    hardly change::
+    `centered` replaces `nu` by the variance. Other libraries subtract `mu^2` from `nu`, and turn
+    NaN when gradients hardly change. Here the variance itself is carried, as a sum of non-negative
+    terms::
 
         var <- decay (var + (1 - decay) (c / c') |g - mu / c|^2)
         mu  <- mu + (1 - decay) (g - mu)
         u    = g / sqrt(var / c' + eps)
 
-    with `c = c' = 1`. `bias_correction` divides the averages by the sum of their weights instead,
-    which is `1 - decay^t` while the decay is constant and stays right when it is not::
+    Without bias correction, `c = c' = 1`. `bias_correction` divides the averages by `c'`, the sum
+    of their weights. This is `1 - decay^t` while the decay is constant, and stays right when the
+    decay changes::
 
         c'   = decay c + (1 - decay)          from c = 0
 
     A centered, bias-corrected first step from a zero start has variance zero, so it is `g /
-    sqrt(eps)` (or `g / eps`): give a positive `initial_scale` to avoid that. Where the root
-    underflows to zero the update is zero, so that `eps=0` is safe.
+    sqrt(eps)` (or `g / eps`). Give a positive `initial_scale` to avoid that. Where the root
+    underflows to zero, the update is zero, so `eps=0` is safe.
 
     Args:
-      decay: Weight of the past in the running averages, in [0, 1]. A Python number is complemented
-        in double precision; a float32 array holds 0.999 to 3e-8, so its complement is right to 3e-5
-        only.
+      decay: Weight of the past in the running averages, in [0, 1]. For a Python number, `1 - decay`
+        is formed in double precision. A float32 array holds 0.999 to 3e-8, so `1 - decay` is right
+        only to 3e-5.
       eps: Non-negative; in the squared unit of the gradient inside the root, in the unit of the
         gradient outside it.
       initial_scale: Start value of `nu` or `var`, non-negative, in the squared unit of the
         gradient.
       eps_in_sqrt: Whether `eps` is added inside the root (TensorFlow 1, Keras, Optax) or outside it
         (PyTorch).
-      bias_correction: Whether the averages are divided by the sum of their weights, as in Adam.
+      bias_correction: Whether to divide the averages by the sum of their weights, as in Adam.
       centered: Whether to divide by the standard deviation (Graves) rather than by the root mean
         square.
       storage: How the statistics are kept in memory: a format of `rmsprop_jax.storage`, or a choice
@@ -82,20 +83,18 @@ def scale_by_rms(
     `decay` and `eps` may be Python floats, scalar arrays (traced ones too) or schedules of the
     0-based step count.
 
-    Under `jax.shard_map`, where a leaf is one device's share of an array, give `update` the
-    argument `partition_specs`, a tree of `PartitionSpec`s like the parameters: formats that round
-    then draw the bits that the whole array would get. Without one they draw the same for each
-    share.
+    Under `jax.shard_map`, a leaf is one device's share of an array. Give `update` the argument
+    `partition_specs`, a tree of `PartitionSpec`s like the parameters: formats that round then draw
+    the random bits of the whole array. Without it, they draw the same bits for every share.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `RmsState`. Updates have the
       dtype of the gradients.
 
     Raises:
-      ValueError: For a concrete hyperparameter out of range, or gradients that do not fit the
-        state.
-      TypeError: For integer or boolean leaves, for a decay narrower than float32, for a foreign
-        state.
+      ValueError: If a concrete hyperparameter is out of range, or gradients do not fit the state.
+      TypeError: If a leaf is integer or boolean, the decay is narrower than float32, or the state
+        is not an `RmsState`.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -131,7 +130,7 @@ def rms_step(
     storage: Storage | None = None,
     of_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_rms` within a chain of ours; `of_pairs` takes complex arrays for pairs of reals."""
+    """`scale_by_rms` for our chains; `of_pairs` treats complex arrays as pairs of reals."""
     decay_, eps_ = decay_rate('decay', decay), Hyperparameter('eps', eps)
     start_value = constant('initial_scale', initial_scale)
     is_positive = is_normal(eps_.value)
@@ -139,7 +138,7 @@ def rms_step(
     bias_correction = checked_flag('bias_correction', bias_correction)
     centered = checked_flag('centered', centered)
     if bias_correction and not isinstance(decay_.value, jax.Array) and decay_.value == 1:
-        raise ValueError('decay must be below 1 with bias_correction: weights add up to 1 - decay.')
+        raise ValueError('decay must be below 1 with bias_correction: at 1, weights add up to 0.')
 
     statistics = ('var', 'mu') if centered else ('nu',)
     check_storage(storage, *statistics)
@@ -169,17 +168,19 @@ def rms_step(
         **_: Any,
     ) -> tuple[optax.Updates, Any]:
         _check_configuration(checked_state(state, RmsState), centered, bias_correction, has_unit)
-        decay, rest = decay_.with_complement_at(state.count)
+        decay, one_minus_decay = decay_.with_complement_at(state.count)
         eps = eps_.at(state.count)
         weights = None
         if state.weight is not None:
             dtype = state.weight.dtype
-            after = moments.averaging_weight(state.weight, cast(decay, dtype), cast(rest, dtype))
+            after = moments.averaging_weight(
+                state.weight, cast(decay, dtype), cast(one_minus_decay, dtype)
+            )
             weights = (state.weight, after)
 
         unit = None if state.unit is None else next_unit(state.unit, decay)
 
-        by_dtype = functools.partial(_scalars, decay, rest, eps, weights, state.unit)
+        by_dtype = functools.partial(_scalars, decay, one_minus_decay, eps, weights, state.unit)
 
         def plain(g: jax.Array, nu: jax.Array, way: moments.Arithmetic) -> Any:
             by = by_dtype(nu.dtype)
@@ -221,7 +222,7 @@ def scale_by_stddev(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_rms(..., centered=True)`, under the name Optax gives it.
+    """`scale_by_rms(..., centered=True)`, under Optax's name.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -254,10 +255,9 @@ def _check_configuration(
     wanted = {'nu': not centered, 'mu': centered, 'var': centered, 'weight': bias_correction}
     if (state.unit is not None) != has_unit:
         raise ValueError(
-            'state was made with another storage: storage.convert changes it in mid-training.'
+            'state was made with another storage: storage.convert converts it to the new one.'
         )
-    # A tree of no leaves may be None itself, so only what should be absent and is not can be told
-    # for sure.
+    # A tree without leaves may itself be None, so only surplus fields are a sure sign.
     surplus = [
         n for n, expected in wanted.items() if not expected and getattr(state, n) is not None
     ]

@@ -1,4 +1,4 @@
-"""Quantiles of magnitudes over many arrays, which may be shards, without sorting."""
+"""Quantiles of magnitudes over many arrays (or their shards), without sorting."""
 
 import functools
 import math
@@ -22,10 +22,12 @@ def checked_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
 
 
 def quantiles(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> jax.Array:
-    """The magnitudes of the entries of all leaves that these shares of them do not exceed.
+    """Quantiles of the magnitudes of all leaves' entries, one for each share in [0, 1].
+
+    A quantile is the smallest magnitude that this share of the entries does not exceed.
 
     Raises:
-      ValueError: If the group of that name is too large to count.
+      ValueError: If the group called `name` has too many entries to count.
     """
     return _order_statistics(leaves, _ranks(name, leaves, shares))
 
@@ -39,8 +41,10 @@ def _ranks(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> tuple
 
 @functools.partial(jax.jit, static_argnums=1)
 def _order_statistics(leaves: list[jax.Array], ranks: tuple[int, ...]) -> jax.Array:
-    """The magnitudes of these ranks, by bisection over the bits of float32, whose order is that of
-    the numbers; zeros where there are none."""
+    """The magnitudes of these ranks, or zeros if there are no entries.
+
+    Bisects over the bits of float32, which have the same order as the numbers.
+    """
     bits = [lax.bitcast_convert_type(as_float32(leaf), jnp.uint32) for leaf in leaves]
 
     def count_below(bound: jax.Array) -> jax.Array:
@@ -58,9 +62,9 @@ def _order_statistics(leaves: list[jax.Array], ranks: tuple[int, ...]) -> jax.Ar
 
 
 def count_true(mask: jax.Array) -> jax.Array:
-    """How many are true, on all devices that hold a share under `jax.shard_map`.
+    """The number of true entries, over all devices that hold a share under `jax.shard_map`.
 
-    Sums of float32 are twice as fast on a CPU, but exact to 2^24 only.
+    Float32 sums are twice as fast on a CPU, but exact only up to 2^24.
     """
     rows = jnp.atleast_1d(mask)
     dtype = jnp.float32 if rows.shape[-1] < 2**24 else jnp.uint32
@@ -69,10 +73,10 @@ def count_true(mask: jax.Array) -> jax.Array:
 
 
 def whole_size(x: jax.Array) -> int:
-    """How many entries there are on all those devices."""
+    """The number of entries, over all devices that hold a share under `jax.shard_map`."""
     return x.size * math.prod(map(lax.axis_size, split_axes(x)))
 
 
 def as_float32(x: jax.Array) -> jax.Array:
-    """The magnitude, in float32."""
+    """The magnitudes in float32."""
     return jnp.abs(x).astype(jnp.float32)

@@ -20,9 +20,9 @@ from rmsprop_jax._checks import (
 from rmsprop_jax._core.leaves import widen
 from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
+    like_state,
     map_rms_states,
     map_with_moments,
-    placed,
     rms_states,
     select,
 )
@@ -87,7 +87,7 @@ def reset(
     start = fresh(tx, params)
     check_alike('state', state, 'tx.init(params)', start)
     start = in_units_of(state, start, params, storage)
-    marks = map_rms_states(with_weight, placed(tx, state, chosen, False))
+    marks = map_rms_states(with_weight, like_state(tx, state, chosen, False))
     return unshared(jax.tree.map(select, marks, start, state), state, params)
 
 

@@ -1,4 +1,4 @@
-"""The small transformations, beside Optax's, that some framework's dialect needs."""
+"""Small transformations that some dialect needs and Optax does not have."""
 
 import operator
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
 from rmsprop_jax._optimizer import in_accumulator_precision
-from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -45,15 +45,15 @@ def average_parameters(
     every: int = 1,
     from_start: bool = False,
 ) -> Optimizer:
-    """Averages the updated parameters as Keras does, and may put the average in their place.
+    """Averages the updated parameters as Keras does, and may replace them by the average.
 
     ::
 
         a <- momentum a + (1 - momentum) (p + u)          the first `every` calls: a <- p + u
         u <- a - p        where floor(call / every) + 1 is a multiple of overwrite_frequency
 
-    With `from_start`, as in tf_keras, `a` is `p` at the first call, and no call copies.
-    It must be the last transformation of a chain; updates come back in the parameters' dtype.
+    With `from_start`, as in tf_keras, `a` starts at the first call's `p`, and no call copies.
+    Must be the last transformation of a chain. Updates have the parameters' dtype.
     """
     weight = decay_rate('ema_momentum', momentum)
     copied = 0 if from_start else 1
@@ -71,12 +71,12 @@ def average_parameters(
             checked_state(state, AverageState).ema,
         )
         step = state.count // every
-        # Also chosen where no call copies: XLA may round a constant otherwise than the same number
-        # in the state of `inject_hyperparams`. And `interchange` measures at a step of -1.
+        # Selected even if no call copies: XLA may round a constant differently from the same number
+        # in the state of `inject_hyperparams`. Also, `interchange` measures at a step of -1.
         past = jnp.where(step < copied, 0.0, weight.at(state.count))
         wide, ema = widen(params), state.ema
         if from_start:
-            # Not in `init`, whose values depend on no parameter.
+            # Not in `init`, where no value depends on a parameter.
             ema = jax.tree.map(lambda a, p: jnp.where(step == 0, p, a), ema, wide)
         target = jax.tree.map(jnp.add, wide, widen(updates))
 
@@ -95,7 +95,7 @@ def average_parameters(
 
 
 def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
-    """Keeps the updated parameters within `[-limit, limit]`; must be the last of a chain."""
+    """Clips the updated parameters to `[-limit, limit]`. Must be last in a chain."""
     bound = constant(name, limit)
 
     def clip(updates: Any, params: Any) -> Any:
@@ -164,12 +164,12 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
-    """Leaves rows whose gradient is exactly zero out of a step, statistics included.
+    """Skips rows whose gradient is exactly zero, in the parameters and in their statistics.
 
     Args:
       inner: A transformation whose moments have the shape of the parameters.
-      mask: Which parameters it applies to: True for all, a tree of booleans, or a function from the
-        parameters (or gradients) to one.
+      mask: Which parameters it applies to: True for all, a tree of booleans, or a function that
+        returns such a tree for the parameters (or gradients).
     """
     inner_ = optax.with_extra_args_support(inner)
     mask = checked_mask('sparse', mask)
@@ -180,8 +180,8 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
         def leaf(g: jax.Array, is_sparse: bool) -> jax.Array:
             zero = g == 0
             rows = jnp.all(zero, axis=tuple(range(1, jnp.ndim(g))), keepdims=True)
-            # Unlike a broadcast, this is sharded like the gradient on meshes of explicit axes. The
-            # compiler drops it, where `zero & rows` would be written out on GPUs.
+            # Unlike a broadcast, this is sharded like the gradient on meshes with explicit axes.
+            # The compiler removes it; `zero & rows` would be written to memory on GPUs.
             none = zero & False
             return none | rows if is_sparse else none
 
@@ -202,7 +202,7 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
 
 
 def _check_rows_can_be_held(state: Any) -> None:
-    """Rounded averages are multiples of a unit that decays, and factored ones have no rows."""
+    """Raises for rounded averages, whose unit decays, and factored ones, which have no rows."""
     for node in rms_states(state):
         kept = jax.tree.leaves(node.nu, is_leaf=lambda x: isinstance(x, Means))
         if node.unit is not None or any(isinstance(x, Means) for x in kept):
@@ -216,9 +216,9 @@ class AccumulateState(NamedTuple):
     """State of `accumulate`.
 
     Attributes:
-      mini_step: Calls since the last step, under the name that `optax.MultiSteps` gives them.
+      mini_step: Calls since the last step, named as in `optax.MultiSteps`.
       total: The sum of their gradients, in float32 or wider.
-      inner: The state of what takes the steps.
+      inner: The state of the wrapped transformation.
     """
 
     mini_step: ArrayLike
@@ -227,11 +227,10 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(inner: Step, every: int) -> Optimizer:
-    """Gives `inner` the mean of `every` gradients at the last of as many calls, else updates of
-    zero.
+    """Passes the mean of `every` successive gradients to `inner`; calls in between return zeros.
 
-    `optax.MultiSteps` casts its sum to one dtype for all leaves, which with `jax_enable_x64` is not
-    that of float32 parameters, and never that of complex ones.
+    `optax.MultiSteps` casts its sum to one dtype for all leaves. That is wrong for complex
+    parameters, and for float32 ones with `jax_enable_x64`.
     """
     inner_ = optax.with_extra_args_support(inner)
 
@@ -311,7 +310,7 @@ def rescale(name: str, factor: ArrayLike) -> Step:
 def unscale(name: str, factor: ArrayLike) -> Step:
     """`g <- g / factor`."""
     number = constant(name, factor)
-    if is_absent(number):
+    if is_none_or_zero(number):
         raise ValueError(f'{name} must not be zero.')
 
     def divide(g: jax.Array) -> jax.Array:

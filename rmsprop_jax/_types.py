@@ -27,12 +27,12 @@ _SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number that a compiled step is given, where a Python number would be a constant of it.
+    """A number that is passed to a compiled step; a Python number would be a constant in it.
 
     Attributes:
       value: The number, of shape ().
-      complement: One minus the number, formed in double precision where that is known.
-      is_normal: Whether it is known to be positive and no subnormal float32.
+      complement: One minus the number, formed in double precision if a Python number is known.
+      is_normal: Whether the number is known to be positive and not a subnormal float32.
     """
 
     value: jax.Array
@@ -41,9 +41,9 @@ class Number:
 
     @classmethod
     def injected(cls, value: jax.Array, given: float) -> 'Number':
-        """What `inject_hyperparams` holds in its state, where it was a Python number at first.
+        """A number in the state of `inject_hyperparams` that was given as a Python number.
 
-        Until somebody changes it there, its complement is that of the Python number.
+        Until it is changed in the state, its complement is the Python number's complement.
         """
         unchanged = value == jnp.asarray(given, value.dtype)
         exact = jnp.asarray(1 - given, value.dtype)
@@ -51,16 +51,16 @@ class Number:
 
 
 def is_normal(value: Any) -> bool:
-    """Whether a number is known to be positive and no subnormal float32."""
+    """Whether a number is known to be positive and not a subnormal float32."""
     if isinstance(value, Number):
         return value.is_normal
     return isinstance(value, float) and value >= _SMALLEST_NORMAL
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a hyperparameter that means 'nothing' at zero is None or a Python or NumPy zero.
+def is_none_or_zero(value: Any) -> bool:
+    """Whether a hyperparameter is None or a Python or NumPy zero, which both mean 'none'.
 
-    A JAX array is never read: it may be traced, or live on another process.
+    A JAX array is never read: it may be traced, or be on another process.
     """
     if value is None:
         return True
@@ -89,23 +89,23 @@ def by_path(tree: Any) -> dict[tuple[Any, ...], Any]:
 
 
 class RmsState(NamedTuple):
-    """State of `scale_by_rms`. Trees mirror the parameters; None marks what a configuration does
-    not have.
+    """State of `scale_by_rms`. Trees mirror the parameters; fields that a configuration does not
+    need are None.
 
-    Statistics are arrays of the parameters' shapes in float32 or wider, unless they are kept in
-    another format of `rmsprop_jax.storage`: `storage.read` decodes them.
+    Statistics are arrays of the parameters' shapes in float32 or wider, unless they are stored in
+    another format of `rmsprop_jax.storage`. `storage.read` decodes them.
 
     Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
+      count: Steps taken so far, int32 of shape (). It stays at its largest value instead of
+        wrapping around.
       nu: The raw second moment, real, in the squared unit of the gradient. None when centered.
       mu: The mean gradient, in the unit of the gradient. None unless centered.
       var: The variance times `weight`, real, in the squared unit of the gradient. None unless
         centered.
-      weight: The sum of the weights that the averages have given to gradients so far, of shape ().
-        None unless bias-corrected; it is then what the averages are divided by.
-      unit: What the entries of `nu` or `var` are multiples of where their format rounds, of shape
-        (), in [1, 2). None where no format does.
+      weight: The sum of the weights of all gradients in the averages, of shape (). Bias correction
+        divides the averages by it. None unless bias-corrected.
+      unit: Stored entries of `nu` or `var` are multiples of this unit if their format rounds. Of
+        shape (), in [1, 2). None if no format rounds.
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -120,8 +120,8 @@ class TraceState(NamedTuple):
     """State of `trace`.
 
     Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
+      count: Steps taken so far, int32 of shape (). It stays at its largest value instead of
+        wrapping around.
       trace: The decaying sum of updates, a tree like the parameters, in float32 or wider.
     """
 
@@ -136,7 +136,7 @@ class Hyperparameter:
     Attributes:
       name: The argument's name, for error messages.
       value: A Python or NumPy scalar, a JAX scalar (possibly traced), a `Number`, or a schedule,
-        which maps the 0-based step count to one of those.
+        which maps the 0-based step count to one of these.
       lower: The smallest value allowed.
       upper: The largest value allowed.
       exact: Whether dtypes narrower than float32 are refused: bfloat16 turns a decay of 0.999 into
@@ -156,16 +156,16 @@ class Hyperparameter:
             object.__setattr__(self, 'value', self._checked(self.value))
 
     def at(self, count: ArrayLike) -> Scalar:
-        """The value at step `count`: a float where tracing knows it, else a scalar array."""
+        """The value at step `count`: a float if it is known during tracing, else a scalar array."""
         if callable(self.value):
             return self._checked(self.value(count))
         return self.value.value if isinstance(self.value, Number) else self.value
 
     def with_complement_at(self, count: ArrayLike) -> tuple[Scalar, Scalar]:
-        """The value at step `count`, and what it lacks to one.
+        """The value at step `count`, and one minus the value.
 
         The complement of a Python number is formed in double precision. A float32 decay of 0.999
-        carries a rounding error of up to 3e-8, so that `1 - decay` is right to 3e-5 only.
+        has a rounding error of up to 3e-8, so `1 - decay` is right only to 3e-5.
         """
         value = self.at(count)
         return value, self.value.complement if isinstance(self.value, Number) else 1 - value
@@ -222,9 +222,9 @@ def cast(value: Scalar, dtype: DTypeLike) -> Scalar:
 
 
 def rounded(value: Scalar, dtype: DTypeLike) -> Any:
-    """A scalar of the dtype of the arithmetic, of a Python number too.
+    """A scalar in the dtype of the arithmetic, also for a Python number.
 
-    Products of such scalars are the same whether a program is given numbers or arrays.
+    Products of such scalars are the same whether a program gets numbers or arrays.
     """
     if isinstance(value, jax.Array):
         return cast(value, dtype)
@@ -233,7 +233,7 @@ def rounded(value: Scalar, dtype: DTypeLike) -> Any:
 
 
 def wide_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype in which arrays of `dtype` are accumulated: at least float32, or complex64."""
+    """The accumulation dtype of arrays of `dtype`: at least float32, or complex64."""
     return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 

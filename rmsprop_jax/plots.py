@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-# Okabe and Ito's palette: told apart by colour-blind readers. The dashes do the same in grey.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. In grey, the dashes help.
 COLOURS = ('#000000', '#56B4E9', '#009E73', '#D55E00', '#CC79A7', '#0072B2', '#E69F00')
 DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), '-', (0, (5, 1.5)), (0, (4, 1, 1, 1)), (0, (8, 2)))
 STYLE = {'linewidth': 1.8, 'solid_capstyle': 'round'}
 
 
 def training_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Loss and accuracy of one run over its steps.
+    """Plots the loss and accuracy of one run over its steps.
 
     Args:
       records: One dictionary per epoch, with `step`, `loss`, `train_accuracy` and `test_accuracy`.
@@ -39,11 +39,11 @@ def training_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
 
 
 def comparison_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Training loss and test accuracy of several methods, with a band over seeds.
+    """Plots the training loss and test accuracy of several methods, with a band over seeds.
 
     Args:
-      results: One dictionary per method, with its name as `method`, its `learning_rate`, its
-        `steps`, and `loss` and `test_accuracy`, each a list over seeds of lists over steps.
+      results: One dictionary per method, with its name (`method`), `learning_rate`, `steps`, and
+        `loss` and `test_accuracy`, which have one list over steps for each seed.
       title: The figure's title.
 
     Example:
@@ -84,7 +84,7 @@ def comparison_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-# What `diagnostics.read` names, in words; shares and ratios on axes that fit them.
+# The label and the axis scale for each measurement of `diagnostics.read`.
 MEASURES = {
     'step_size': ('step size (unit of the parameter)', 'log'),
     'update_ratio': ('update / parameter', 'log'),
@@ -98,15 +98,15 @@ MEASURES = {
 
 
 def diagnostics_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Measurements of an optimizer over its steps: a panel for each kind, a line for each group.
+    """Plots an optimizer's measurements over its steps: a panel per kind, a line per group.
 
-    Step sizes are drawn as their median, with a band between the quantiles on either side of it, by
-    default the middle half of the entries. Counts of non-finite entries get a panel only where
-    there were any.
+    Step sizes are drawn as their median, with a band between the two neighbouring quantiles (by
+    default the middle half of the entries). Counts of non-finite entries get a panel only if some
+    entries were not finite.
 
     Args:
-      records: One dictionary per measurement, with `step` and what `diagnostics.read` returned.
-        Other entries are left alone.
+      records: One dictionary per measurement, with `step` and the result of `diagnostics.read`.
+        Other entries are ignored.
       title: The figure's title.
 
     Raises:
@@ -126,7 +126,7 @@ def diagnostics_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
             columns.setdefault(measure, {})[group] = values
     drawn = [measure for measure in MEASURES if measure in columns]
     if not drawn:
-        raise ValueError('records hold nothing that diagnostics.read returns.')
+        raise ValueError('records must hold measurements from diagnostics.read, but have none.')
     figure = Figure(figsize=(5 * len(drawn), 4.6), dpi=150, layout='constrained')
     figure.suptitle(title, fontsize=13)
     steps = [record['step'] for record in records]
@@ -160,13 +160,13 @@ def _draw_measure(
         axes.plot(steps, values, label=group or 'all', marker='' if steps[1:] else 'o', **look)
     if measure == 'step_size':
         lines = np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines])
-        # Entries that hardly move would squeeze the others.
+        # Without a limit, entries that hardly move would squeeze the others.
         axes.set_ylim(bottom=lines[lines > 0].min(initial=1) / 10)
     if scale == 'share':
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if scale == 'count':
-        # Of leaves, where the others are of groups.
+        # This panel has its own legend: its lines are leaves, those of the others are groups.
         axes.legend(frameon=False, handlelength=3.2)
 
 

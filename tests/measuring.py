@@ -28,8 +28,7 @@ def measured_once(known: dict[Any, Any]) -> Iterator[None]:
         if key not in known:
             start(self, tx, state, params)
             known[key] = vars(self)
-        vars(self).update(known[key])
-        vars(self)['key'] = key
+        vars(self).update(known[key], start=state, key=key)
 
     def remembered(self: Trial, count: int) -> Any:
         key = vars(self)['key'], count

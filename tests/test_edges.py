@@ -143,7 +143,7 @@ def test_parameters_that_nothing_reads_may_be_anything():
 
 
 def test_nesterov_without_momentum_warns():
-    with pytest.warns(UserWarning, match='nesterov has no effect where momentum is None'):
+    with pytest.warns(UserWarning, match='nesterov has no effect if momentum is None'):
         tx = rmsprop_jax.rmsprop(0.1, nesterov=True)
     g = jnp.array([1.0, 2.0])
     expected = optax.rmsprop(0.1, nesterov=True)

@@ -870,7 +870,7 @@ def test_numbers_of_keras_must_be_numbers():
         ({'nu': {'w': 'x'}}, r"^theirs\[0\].nu\['w'\] is a str, not an array"),
         ({'nu': {'w': np.array(['x', 'y'])}}, r"nu of 'w' has dtype <U1, not a floating"),
         ({'nu': {'w': np.ones(2, int)}}, r"nu of 'w' has dtype int64, not a floating"),
-        ({'nu': {'w': jnp.ones(2), 3: jnp.ones(2)}}, '^theirs is no tree: '),
+        ({'nu': {'w': jnp.ones(2), 3: jnp.ones(2)}}, '^theirs is not a tree: '),
     ],
 )
 def test_states_of_optax_with_anything_in_them_are_refused(changes, message):

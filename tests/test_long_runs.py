@@ -1,6 +1,5 @@
 """A million steps: no drift, no counter that wraps, and the edges of every dtype."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,110 +8,32 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, Case
+from drifting import OPTIONS, drift, everywhere, rounded_drift
 
 import rmsprop_jax
 from rmsprop_jax import diagnostics, storage
 
 pytestmark = pytest.mark.extended
 
-EPS32 = float(np.finfo(np.float32).eps)
 LAST = np.iinfo(np.int32).max
-CHUNKS = 10
-ENTRIES = 16
 # As many in the fast suite as show the same, if they do.
 for_long = pytest.mark.parametrize(
     'steps', [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
-everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
-
-
-def gradient_scale() -> np.ndarray:
-    return 10.0 ** np.random.default_rng(0).uniform(-12, 8, ENTRIES)
-
-
-def gradient(t: jax.Array) -> jax.Array:
-    """Waves around offsets, of scales over twenty orders of magnitude; float32."""
-    rng = np.random.default_rng(1)
-    phase, speed = rng.uniform(0, 6, ENTRIES), rng.uniform(0.5, 1.5, ENTRIES)
-    wave = jnp.sin(speed * t + phase) + 0.5
-    return jnp.asarray(gradient_scale() * wave, jnp.float32)
-
-
-OPTIONS = {
-    'plain': {'decay': 0.9},
-    'slow-momentum': {'decay': 0.999, 'momentum': 0.99},
-    'centered-corrected': {'decay': 0.99, 'centered': True, 'bias_correction': True},
-}
 
 
 @for_long
 @pytest.mark.parametrize('name', OPTIONS)
 def test_float32_does_not_drift_from_float64(name: str, steps: int):
-    tx = rmsprop_jax.rmsprop(0.1, eps=0.0, **OPTIONS[name])
-    decay = OPTIONS[name]['decay']
-
-    def apart(state: Any, other: Any) -> jax.Array:
-        """The largest errors: of moments and weights relative ones, of signed sums over their
-        largest values."""
-
-        def error(path: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            name = jax.tree_util.keystr(path)
-            if '.trace' in name:
-                return (jnp.abs(x - y) / jnp.abs(y).max()).max()
-            return (jnp.abs(x - y) / (gradient_scale() if '.mu' in name else jnp.abs(y))).max()
-
-        errors = jax.tree_util.tree_map_with_path(error, state, other)
-        floats = [x for x in jax.tree.leaves(errors) if x.dtype == jnp.float64]
-        return jnp.stack(floats).max()
-
-    def step(carry: Any, _: Any) -> Any:
-        t, narrow, wide = carry
-        g = gradient(t)
-        _, narrow = tx.update(g, narrow)
-        _, wide = tx.update(g.astype(jnp.float64), wide)
-        return (t + 1, narrow, wide), None
-
-    def chunk(carry: Any, _: Any) -> Any:
-        carry, _ = jax.lax.scan(step, carry, length=steps // CHUNKS)
-        return carry, apart(*carry[1:])
-
-    with jax.enable_x64(True):
-        start = (0.0, *(tx.init(jnp.zeros(ENTRIES, d)) for d in (jnp.float32, jnp.float64)))
-        (_, narrow, _), errors = jax.jit(lambda x: jax.lax.scan(chunk, x, length=CHUNKS))(start)
-    # One rounding a step, and a rounded decay, both remembered for 1 / (1 - decay) steps: a bound
-    # that does not know the number of steps.
-    assert (np.asarray(errors) < EPS32 * (8 + 2 / (1 - decay))).all()
-    assert int(optax.tree.get_all_with_path(narrow, 'count')[0][1]) == steps
+    error, limit = drift(name, steps)
+    assert error < limit
 
 
 @for_long
 @pytest.mark.parametrize('kept', [storage.bfloat16(), storage.uint8()], ids=lambda x: x.name)
 def test_rounded_moments_do_not_drift(kept: storage.Format, steps: int):
-    size = 256
-    tx = rmsprop_jax.scale_by_rms(0.99, storage=everywhere(kept))
-    exact = rmsprop_jax.scale_by_rms(0.99)
-    # Within the window of bytes.
-    change = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, size), jnp.float32)
-
-    def step(carry: Any, _: Any) -> Any:
-        t, rounded, true = carry
-        g = change * jnp.sin(0.7 * t.astype(jnp.float32) + change)
-        return (t + 1, tx.update(g, rounded)[1], exact.update(g, true)[1]), None
-
-    def chunk(carry: Any, _: Any) -> Any:
-        carry, _ = jax.lax.scan(step, carry, length=steps // CHUNKS)
-        nu = storage.read(carry[1], everywhere(kept)).nu
-        return carry, nu / carry[2].nu
-
-    start = (jnp.int32(0), tx.init(change), exact.init(change))
-    _, ratios = jax.jit(lambda x: jax.lax.scan(chunk, x, length=CHUNKS))(start)
-    ratios = np.asarray(ratios, np.float64)
-    # Chunks are far apart against the hundred steps that an average remembers.
-    error = ratios.std() / np.sqrt(ratios.size)
-    assert abs(ratios.mean() - 1) < 5 * error
-    late, early = ratios[CHUNKS // 2 :].mean(), ratios[: CHUNKS // 2].mean()
-    assert abs(late - early) < 5 * 2 * error
-    assert error < 0.01
+    found = rounded_drift(kept, steps)
+    assert found.within, found
 
 
 KEPT = {

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -113,6 +114,28 @@ def test_every_argument_is_a_keyword_and_a_source_is_named(name: str):
     kinds = {p.kind for p in inspect.signature(function).parameters.values()}
     assert kinds <= {inspect.Parameter.KEYWORD_ONLY}
     assert 'Source: ' in inspect.getdoc(function)
+
+
+FIGURES = ('learning_rate', 'decay', 'momentum', 'eps', 'weight_decay', 'max_norm', 'clamp')
+FIGURES += ('average',)
+
+
+@pytest.mark.parametrize('recipe', recipes.RECIPES, ids=NAMES)
+def test_help_tells_each_figure_of_the_record_or_names_the_recipe_that_does(recipe: recipes.Recipe):
+    told = _told(recipe.name)
+    others = {name for name in NAMES if f'`{name}`' in getattr(recipes, recipe.name).__doc__}
+    for figure in FIGURES:
+        value = getattr(recipe, figure)
+        if value not in (None, 0, math.inf) and value not in told:
+            rounded = float(f'{value:.3g}') in told
+            same = {o.name for o in recipes.RECIPES if getattr(o, figure) == value}
+            assert rounded or any(value in _told(o) for o in others & same), (figure, value)
+
+
+def _told(name: str) -> set[float]:
+    """The numbers in a recipe's docstring."""
+    number = r'(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?'
+    return {float(x) for x in re.findall(number, getattr(recipes, name).__doc__)}
 
 
 def test_importing_starts_nothing():

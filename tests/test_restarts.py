@@ -181,7 +181,7 @@ def test_states_of_older_releases_go_on(
     template = tx.init(params)
     state = jax.tree.map(jnp.asarray, read(file, name, template))
     if name in OTHERWISE:
-        with pytest.raises(ValueError, match='it has other .*formats'):
+        with pytest.raises(ValueError, match='they differ in .*formats'):
             storage.check(description, template, kept)
         with pytest.raises(ValueError, match=r"updates\['bias'\].* nu .*storage.convert"):
             tx.update(params, state, params)

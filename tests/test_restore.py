@@ -184,7 +184,7 @@ def saved(tmp_path_factory):
 def test_what_does_not_fit_is_refused(saved, tx, choice, changes, paths, line):
     params = jax.eval_shape(parameters) | changes
     like = params, jax.eval_shape(tx.init, params)
-    with pytest.raises(ValueError, match='the checkpoint is of another state') as refusal:
+    with pytest.raises(ValueError, match='the checkpoint does not match the state') as refusal:
         restore(saved, like, choice)
     lines = str(refusal.value).splitlines()[1:]
     assert {line.strip().partition(': ')[0] for line in lines} == paths

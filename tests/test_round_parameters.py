@@ -345,7 +345,7 @@ def test_updates_that_are_rounded_already_are_refused():
         optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.bfloat16)),
     )
     params = {'dense': {'kernel': jnp.ones((2, 2), jnp.bfloat16)}}
-    with pytest.raises(TypeError, match=r"updates\['dense'\]\['kernel'\] in bfloat16, which is ro"):
+    with pytest.raises(TypeError, match=r"updates\['dense'\]\['kernel'\] in bfloat16, which is al"):
         take(rmsprop_jax.round_parameters(inner), params, params)
 
 

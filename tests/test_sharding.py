@@ -400,7 +400,7 @@ def test_means_over_split_axes_are_refused_under_shard_map():
     tx = rmsprop_jax.scale_by_rms(storage=FORMATS['factored'].nu)
     params, specs = {'w': jnp.ones((8, 8, 8))}, {'w': P(None, 'data')}
     of_state = sharding.state_shardings(tx, params, specs)
-    with pytest.raises(ValueError, match=r"updates\['w'\]: storage.factored takes means over axes"):
+    with pytest.raises(ValueError, match=r"params\['w'\]: storage.factored takes means over axes"):
         jax.shard_map(
             functools.partial(tx.update, partition_specs=specs),
             mesh=mesh_of(),

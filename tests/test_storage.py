@@ -524,7 +524,7 @@ def test_description_tells_formats_apart():
     smaller = rmsprop_jax.scale_by_rms().init({'v': jnp.ones(2)})
     with pytest.raises(ValueError, match=r"nu\['v'\]: absent in the checkpoint"):
         storage.check(description, smaller, None)
-    with pytest.raises(ValueError, match='not one that storage.describe made'):
+    with pytest.raises(ValueError, match='was not made by storage.describe'):
         storage.check({'leaves': {}}, state, MIXED)
     later = {**description, 'rmsprop_jax': '9.9', 'rmsprop_jax.storage': 9}
     with pytest.raises(ValueError, match=r'rmsprop_jax 9\.9 with version 9 .* reads version 1'):
@@ -537,12 +537,12 @@ def test_a_checkpoint_of_an_older_release_is_refused_by_name_and_version():
     description = storage.describe(state, None)
     older = json.loads(json.dumps(description | {'rmsprop_jax': '0.0.9'}))
     older['leaves']['.steps'] = older['leaves'].pop('.count')
-    with pytest.raises(ValueError, match='is of another state') as refusal:
+    with pytest.raises(ValueError, match='does not match the state') as refusal:
         storage.check(older, state, None)
     head, *lines = str(refusal.value).splitlines()
     release = rmsprop_jax.__version__
-    assert f'rmsprop_jax 0.0.9 wrote it, and this is rmsprop_jax {release}; it has' in head
-    assert head.endswith('it has other leaves.')
+    assert f'rmsprop_jax 0.0.9 wrote it, and this is rmsprop_jax {release}; they' in head
+    assert head.endswith('they differ in leaves.')
     assert [line.split(':')[0] for line in lines] == ['  .count', '  .steps']
     # What has not changed since loads.
     storage.check(description | {'rmsprop_jax': '0.0.9'}, state, None)
@@ -564,12 +564,12 @@ WITH_FACTORS = storage.per_statistic(nu=storage.factored(), trace=storage.bfloat
 )
 def test_a_checkpoint_of_this_release_is_refused_by_what_differs(tx, choice, difference):
     description = json.loads(json.dumps(storage.describe(wrapped(MIXED).init(PARAMS), MIXED)))
-    with pytest.raises(ValueError, match='is of another state') as refusal:
+    with pytest.raises(ValueError, match='does not match the state') as refusal:
         storage.check(description, tx.init(PARAMS), choice)
     head = str(refusal.value).splitlines()[0]
-    assert f'is of another state: it has other {difference}.' in head
+    assert f'does not match the state: they differ in {difference}.' in head
     assert 'wrote it' not in head
-    assert ('storage.convert returns' in head) == ('leaves' not in difference)
+    assert ('storage.convert' in head) == ('leaves' not in difference)
 
 
 def test_the_way_that_a_refusal_names_is_passable():

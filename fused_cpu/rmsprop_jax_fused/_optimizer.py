@@ -21,7 +21,7 @@ from rmsprop_jax._types import (
     TraceState,
     canonical,
     decay_rate,
-    is_absent,
+    is_none_or_zero,
     rounded,
 )
 from rmsprop_jax.storage import Storage, bfloat16, float32
@@ -146,7 +146,9 @@ def rmsprop(
         return optax.apply_updates(params, updates), state
 
     # What XLA makes of the corrected weights in a variance depends on how it cuts its kernels.
-    unfused = learning_rate is None or not is_absent(weight_decay) or (centered and bias_correction)
+    unfused = (
+        learning_rate is None or not is_none_or_zero(weight_decay) or (centered and bias_correction)
+    )
     if unfused or not available():
         apply = plain
     else:

@@ -1,2 +1,2 @@
-"""The algorithm: the mathematics of one array, how leaves of a tree go through it, and the edge
-where users meet it."""
+"""The algorithm: the mathematics of one array, its use on the leaves of a tree, and the public
+edge."""

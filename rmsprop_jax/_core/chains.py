@@ -1,4 +1,4 @@
-"""Chains whose members trust them: updates and states are checked where the chain begins."""
+"""Chains that check updates and states at their start, so that their members need not."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import optax
 from rmsprop_jax._checks import checked_params, checked_state, checked_updates
 
 
-def guarded(
+def with_checks(
     inner: optax.GradientTransformation, kind: type, user: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, refusing updates that are no arrays of real or complex numbers, a state that is no
-    `kind`, and, where `user` needs them, params unlike the updates."""
+    """`inner` with checks: updates must be floating or complex arrays, and the state a `kind`. If
+    `user` is given, it needs params, which must be like the updates."""
     inner_ = for_state(inner, kind)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def guarded(
 def for_state(
     inner: optax.GradientTransformation, kind: type
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, refusing a state that is not of that kind."""
+    """`inner` with a check that the state is a `kind`."""
     inner_ = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -38,7 +38,7 @@ def for_state(
 def chain(
     *steps: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.chain` of the steps that are not None, refusing a state of another chain."""
+    """`optax.chain` of the steps that are not None, with a check of the state's length."""
     inner = optax.chain(*[step for step in steps if step is not None])
     length = sum(step is not None for step in steps)
 

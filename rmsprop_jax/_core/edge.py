@@ -1,4 +1,4 @@
-"""The edge of a public transformation: it prints as the call that made it, and outside of jit its
+"""The edge of a public transformation. It prints as the call that made it, and outside of jit its
 step is one compiled program."""
 
 import functools
@@ -22,12 +22,12 @@ Update = Callable[..., tuple[Any, Any]]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = 80
-# What JAX raises where a function looks at a traced number, as a schedule may at its step count.
+# JAX raises these when a function reads a traced number, as a schedule may read its step count.
 _LOOKED_AT = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """A transformation whose `repr` is the call that made it; otherwise it is Optax's class.
+    """Optax's class for transformations, with a `repr` that is the call that made it.
 
     Attributes:
       call: The factory with its arguments, or None if `optax` or `jax.tree` rebuilt the tuple.
@@ -57,8 +57,8 @@ def public(
     """Makes the transformations of `factory` print as the call that made them, and compiles their
     steps outside of jit.
 
-    Arguments are looked at when the transformation is printed or takes a step, so that arrays are
-    not read before.
+    Arguments are read only when the transformation is printed or takes a step, so that making it
+    does not read an array.
     """
 
     @functools.wraps(factory)
@@ -73,11 +73,11 @@ def public(
 
 
 def compiled(update: Update, program: Callable[[], Update]) -> Update:
-    """`update`, which outside of jit is one compiled program instead of many small ones.
+    """`update`, run outside of jit as one compiled program instead of many small ones.
 
     Args:
       update: The update of a transformation.
-      program: Makes the compiled one, when it is needed first.
+      program: Returns the compiled update. It is called once, when first needed.
     """
     program = functools.cache(program)
 
@@ -94,7 +94,7 @@ def compiled(update: Update, program: Callable[[], Update]) -> Update:
 
 
 def compiled_alone(update: Update) -> Update:
-    """`update`, compiled outside of jit for its transformation alone."""
+    """`update`, with a compiled program that no other transformation shares."""
     return compiled(update, lambda: _own_program(update))
 
 
@@ -107,10 +107,10 @@ def _own_program(update: Update) -> Update:
 
 
 def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> Update:
-    """The program of a transformation, which all share whose calls differ in numbers alone.
+    """The program of a transformation, shared by all whose calls differ only in numbers.
 
-    Where an argument is a function or a tree the program is the transformation's own: kept for
-    others, it would keep alive what they refer to.
+    If an argument is a function or a tree, the program is not shared: kept for other
+    transformations, it would keep alive everything that the argument refers to.
     """
     given, (of_schedules, of_arrays) = _arguments(call), _takers_of_numbers(call.func)
     arrays = {n: x for n, x in given.items() if n in of_arrays and isinstance(x, jax.Array)}
@@ -119,7 +119,7 @@ def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> 
     if not all(map(is_plain, rest.values())):
         return _own_program(optax.with_extra_args_support(tx).update)
     names = tuple((name, is_normal(x)) for name, x in numbers.items())
-    # In one array, which costs a call far less than one for each.
+    # A single array costs a call far less than an array for each number.
     values = np.array([(x, 1 - x) for x in numbers.values()]).reshape(-1, 2)
     return functools.partial(_shared_step, call.func, tuple(rest.items()), names, values, arrays)
 
@@ -136,11 +136,11 @@ def _shared_step(
     params: Any,
     extra_args: Any,
 ) -> tuple[Any, Any]:
-    """A step of the transformation that `factory` makes of all these arguments."""
+    """A step of the transformation that `factory` returns for all these arguments."""
     pairs = zip(names, numbers, strict=True)
     given = {name: Number(x[0], x[1], known) for (name, known), x in pairs}
     with warnings.catch_warnings():
-        # Whoever made the transformation has been warned.
+        # The user was warned when the transformation was made.
         warnings.simplefilter('ignore')
         tx = factory(**dict(rest), **given, **arrays)
     return tx.update(updates, state, params, **extra_args)
@@ -154,8 +154,8 @@ def _arguments(call: functools.partial[Any]) -> dict[str, Any]:
 
 @functools.cache
 def _takers_of_numbers(factory: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """The arguments that may be schedules, which numbers that change are, and those that may be
-    arrays."""
+    """The arguments that may be schedules, which are the numbers that may change, and the arguments
+    that may be arrays."""
     parameters = inspect.signature(factory).parameters.items()
     kinds = {name: typing.get_args(x.annotation) for name, x in parameters}
     schedules, arrays = (
@@ -166,15 +166,15 @@ def _takers_of_numbers(factory: Callable[..., Any]) -> tuple[frozenset[str], fro
 
 
 def _is_number(x: Any) -> bool:
-    """Whether it is a Python or NumPy number that does not stand for something else.
+    """Whether `x` is a Python or NumPy number without a special meaning.
 
-    Zero may mean that there is nothing, and one that there is no end.
+    Zero may mean 'none', and a decay of one means 'forget nothing'.
     """
     return isinstance(x, int | float | np.integer | np.floating) and x not in (0, 1)
 
 
 def _are_arrays(tree: Any) -> bool:
-    """Whether all leaves are concrete arrays or numbers; others are left to the step to refuse."""
+    """Whether all leaves are concrete arrays or numbers. The step itself refuses other leaves."""
     try:
         leaves = jax.tree.leaves(tree)
     except (TypeError, ValueError):
@@ -182,7 +182,7 @@ def _are_arrays(tree: Any) -> bool:
     kinds = {type(x) for x in leaves}
     if not all(map(_is_array_type, kinds)):
         return False
-    # Arrays of NumPy may hold anything.
+    # NumPy arrays may hold anything.
     return np.ndarray not in kinds or all(map(_holds_numbers, leaves))
 
 

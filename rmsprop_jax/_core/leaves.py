@@ -1,4 +1,4 @@
-"""The one place where array mathematics meets trees: a leaf is decoded, stepped and encoded here.
+"""The only place where array mathematics meets trees: it decodes, steps and encodes each leaf.
 
 Every leaf is visited once per update, in one flatten and one unflatten of the gradient tree.
 """
@@ -26,14 +26,14 @@ from rmsprop_jax.storage._place import possible_shapes, whole_shape
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """What is kept for each entry of the parameters between steps.
+    """A statistic that is kept for each entry of the parameters between steps.
 
     Attributes:
       name: `nu`, `mu`, `var` or `trace`.
-      real: Whether it is real even where parameters are complex.
-      storage: Which format keeps which leaf; None means float32.
-      of_pairs: Whether complex arrays are pairs of reals, with a statistic for each, as in PyTorch.
-        They are then kept with a further axis of two, their last.
+      real: Whether it is real even if parameters are complex.
+      storage: The format of each leaf; None means float32.
+      of_pairs: Whether complex arrays are treated as pairs of reals, with a statistic for each, as
+        in PyTorch. Such a statistic has a further axis of two, its last.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Statistic:
     of_pairs: bool = False
 
     def init(self, params: Any, fill: Any) -> Any:
-        """The statistic of one number everywhere, sharded and placed like `params`.
+        """The statistic filled with one number, sharded and placed like `params`.
 
         Args:
           params: Any tree of floating or complex arrays (or `jax.ShapeDtypeStruct`s).
@@ -63,30 +63,37 @@ class Statistic:
         return tree_map_with_path(leaf, params)
 
     def splits(self, param: Any) -> bool:
-        """Whether a parameter, or its gradient, is taken for pairs of reals."""
+        """Whether a parameter, or its gradient, is treated as pairs of reals."""
         return self.of_pairs and jnp.iscomplexobj(param)
 
     def dtype(self, name: str, param: Any) -> np.dtype:
-        """In which it is accumulated for a parameter of that name."""
+        """The accumulation dtype for this parameter, which errors call `name`."""
         dtype = wide_dtype(inexact_dtype(name, param))
         return real_dtype(dtype) if self.real or self.splits(param) else dtype
 
-    def format(self, path: KeyPath, shape: tuple[int, ...], param: Any) -> Format:
-        """How it is kept for a parameter at `path`, where the whole array has that shape."""
+    def format(
+        self,
+        path: KeyPath,
+        shape: tuple[int, ...],
+        param: Any,
+        spec: PartitionSpec | None = None,
+    ) -> Format:
+        """The format for a parameter at `path`. `shape` is the shape of the whole array."""
         if self.storage is None:
             return float32()
         splits = self.splits(param)
         is_complex = jnp.iscomplexobj(param) and not (self.real or splits)
-        chosen = format_of(self.storage, self.name, keystr(canonical(path)), shape, is_complex)
+        own = keystr(canonical(path))
+        chosen = format_of(self.storage, self.name, own, shape, is_complex, spec)
         return chosen.of_pairs() if splits else chosen
 
     def shape(self, param: Any) -> tuple[int, ...]:
-        """Its own, for a parameter or one device's share of it."""
+        """The statistic's shape for a parameter, or for one device's share of it."""
         return (*jnp.shape(param), 2) if self.splits(param) else jnp.shape(param)
 
 
 def init_like(params: Any, fill: Any) -> Any:
-    """A tree shaped, sharded and placed like `params`, of one number, in float32 or wider."""
+    """A tree filled with one number, in float32 or wider, shaped and placed like `params`."""
     return Statistic('parameters').init(params, fill)
 
 
@@ -100,35 +107,36 @@ def map_leaves(
     params: Any = None,
     specs: Any = None,
 ) -> tuple[Any, ...]:
-    """Applies `step` to each leaf of `updates` with its statistics; returns a tree of each result.
+    """Applies `step` to each leaf of `updates` and its statistics; returns a tree for each result.
 
     Args:
-      step: Maps a gradient and the same leaf of each statistic, decoded and all in one precision,
-        to a tuple: the new update, which is cast to the gradient's dtype, and the new leaf of each
-        statistic, which is encoded. Its last argument is the `Arithmetic` of the first format.
+      step: Takes a gradient, the same leaf of each statistic, and the `Arithmetic` of the first
+        format. The leaves are decoded and all in one precision. Returns a tuple: the new update,
+        which is then cast to the gradient's dtype, and the new leaf of each statistic, which is
+        then encoded.
       updates: The tree of gradients.
       moments: The statistics and their trees.
-      count: Steps taken so far, of which rounding makes its random bits.
-      units: What rounded magnitudes are multiples of before and after this step.
-      params: The parameters, where the caller has them: a complex gradient of a real one is
-        refused.
-      specs: Under `jax.shard_map`, how the parameters are partitioned: a tree of `PartitionSpec`s,
+      count: Steps taken so far. The random bits of rounding depend on it.
+      units: The units of rounded magnitudes before and after this step.
+      params: The parameters, if the caller has them. They serve to refuse complex gradients of real
+        parameters.
+      specs: The partition of the parameters under `jax.shard_map`: a tree of `PartitionSpec`s,
         which may have more leaves than `updates`.
 
     Raises:
-      ValueError: If a statistic's structure, or the shape or format of one of its leaves, is not
-        what the gradients and its storage ask for.
-      TypeError: If a gradient is not floating or complex, or is complex where its statistic or
+      ValueError: If a statistic does not match the gradients in structure, or if one of its leaves
+        does not match its gradient in shape or its storage in format.
+      TypeError: If a gradient is not floating or complex, or is complex but its statistic or
         parameter is not.
     """
     leaves, treedef = tree_flatten_with_path(updates)
     statistics = [statistic for statistic, _ in moments]
     columns = [matched(treedef, updates, tree) for _, tree in moments]
-    # Means and velocities are signed sums, which do not decay alike.
+    # Means and velocities are signed sums, which do not decay as the unit does.
     before, after = ([unit if x.real else None for x in statistics] for unit in units)
-    # Wrappers may pass any tree as params, so a different one is no error.
+    # Wrappers may pass any tree as params, so another structure is not an error.
     known = params is not None and jax.tree.structure(params) == treedef
-    kinds = jax.tree.leaves(params) if known else [None] * len(leaves)
+    param_leaves = jax.tree.leaves(params) if known else [None] * len(leaves)
     leaf_step = functools.partial(_leaf_step, step, (before, after), count)
     if _is_staged():
         # Leaves of one shape, dtype and format are then traced and lowered once. Outside of jit
@@ -136,16 +144,14 @@ def map_leaves(
         leaf_step = jax.jit(leaf_step, static_argnums=(0, 1, 2))
     partition = by_path(specs)
     results = []
-    for (path, g), kind, *stored in zip(leaves, kinds, *columns, strict=True):
+    for (path, g), kind, *stored in zip(leaves, param_leaves, *columns, strict=True):
         own = canonical(path)
         name, spec = f'updates{keystr(path)}', partition.get(own)
         check_kind(name, g, [] if kind is None else [kind])
         shape = whole_shape(jnp.shape(g), spec)
-        formats = [x.format(own, shape, g) for x in statistics]
+        formats = [x.format(own, shape, g, spec) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
             _check_stored(name, g, statistic, kept, leaf, spec)
-            if spec is not None:
-                _check_shard(name, g, kept, spec)
         keys = [
             kept.key(f'{statistic.name}{keystr(own)}')
             for kept, statistic in zip(formats, statistics, strict=True)
@@ -187,7 +193,7 @@ def _leaf_step(
 
 
 def _as_pairs(x: Any) -> Any:
-    """A complex array as a real one with a further axis of two, its last."""
+    """A complex array as a real one with a further, last axis of two."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(shape=(*x.shape, 2), dtype=real_dtype(x.dtype))
     return jnp.stack([jnp.real(x), jnp.imag(x)], -1)
@@ -196,7 +202,7 @@ def _as_pairs(x: Any) -> Any:
 def _is_staged() -> bool:
     """Whether operations are recorded for a compiler: under jit, but not under vmap or grad alone.
 
-    Those two leave an operation on a constant alone.
+    These two do not trace an operation on a constant.
     """
     return isinstance(jnp.zeros(()), Tracer)
 
@@ -206,9 +212,10 @@ def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
 
 
 def widen(tree: Any) -> Any:
-    """Casts floating and complex leaves to their accumulation dtype, and leaves others alone.
+    """Casts floating and complex leaves to their accumulation dtype; other leaves are unchanged.
 
-    Those may be anything, such as the functions in an Equinox model: who reads them checks them.
+    Other leaves may be anything, such as the functions in an Equinox model. The code that uses them
+    checks them.
     """
 
     def leaf(x: Any) -> Any:
@@ -231,20 +238,14 @@ def _check_stored(
     fault = kept.fault(stored, shape)
     if fault is not None:
         message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
-        # A statistic of the right shape is of another format.
+        # If the shape is right, the format is wrong.
         if stored_shape(stored) == shape:
             message += ' If the storage has changed, use storage.convert.'
             if spec is None and len(possible_shapes(g)) > 1:
                 message += (
-                    ' Under jax.shard_map a format is chosen by the shape of the whole array: give '
+                    ' Under jax.shard_map, formats depend on the shape of the whole array: give '
                     'update the argument partition_specs.'
                 )
         raise ValueError(message)
     if not (statistic.real or statistic.splits(g)):
         check_kind(name, g, [stored])
-
-
-def _check_shard(name: str, g: Any, kept: Format, spec: PartitionSpec | None) -> None:
-    fault = kept.shard_fault(spec, jnp.ndim(g))
-    if fault is not None:
-        raise ValueError(f'{name}: {fault}')

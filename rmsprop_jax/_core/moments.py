@@ -29,30 +29,30 @@ def magnitude(x: jax.Array) -> jax.Array:
 
 
 def root_or_zero(x: jax.Array, order: float = 2) -> jax.Array:
-    """`x^(1 / order)`, differentiable at zero; its argument is not negative."""
+    """`x^(1 / order)` of a non-negative `x`, differentiable at zero."""
     vanishes = x == 0
     positive = jnp.where(vanishes, 1, x)
     return jnp.where(vanishes, 0, jnp.sqrt(positive) if order == 2 else positive ** (1 / order))
 
 
 def kept_apart(root: jax.Array) -> jax.Array:
-    """A positive root that XLA does not make one operation with the quotient by it.
+    """A positive root that XLA does not merge with the division by it.
 
-    Multiplying with a reciprocal root rounds differently from the same step without jit. The
-    maximum never acts.
+    Merged, they become a multiplication by a reciprocal root, which rounds differently from the
+    same step without jit. The maximum here never changes the root.
     """
     return jnp.maximum(root, _smallest_normal(root))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """What the way in which a moment is kept asks of the step, whose formulas it does not change.
+    """How a step computes for the format of its moment. The formulas stay the same.
 
     Attributes:
-      largest: The largest number that it can be kept as, where larger ones are kept as that.
-      from_old_mean: Whether a variance is measured from the mean before the step or from the one
-        after it. A CPU would have to copy the old one, which the new one replaces.
-      keep: What keeps a root and the quotient by it two operations.
+      largest: The largest number of the format; larger moments are clamped to it.
+      from_old_mean: Whether a variance is measured from the mean before the step, not after it.
+        Reading the old mean forces a copy on a CPU when the new mean takes its buffer.
+      keep: Makes a root and the division by it stay two operations.
     """
 
     largest: float = math.inf
@@ -61,14 +61,14 @@ class Arithmetic:
 
 
 class Scalars(NamedTuple):
-    """The numbers of one step, of the dtype of the arithmetic.
+    """The numbers of one step, in the dtype of the arithmetic.
 
     Attributes:
-      decay: Of the averages.
+      decay: The decay of the averages.
       complement: `1 - decay`.
       eps: Epsilon.
       weights: The sum of the weights of an average before and after the step; None means one.
-      unit: What a moment is a multiple of where it is kept in fewer digits; else 1.
+      unit: The unit of a moment that is stored with fewer digits; else 1.
     """
 
     decay: Scalar
@@ -110,8 +110,8 @@ def centered_step(
         var = variance(var, g, new_mu, after, by.decay, share)
     moment = var if after is None else var / after
     if way.largest < float(jnp.finfo(var.dtype).max) / 2:
-        # The true variance is larger, nobody knows by how much: with the squared mean added the
-        # step is bounded as that of the plain form is.
+        # The true variance is larger, but unknown. With the squared mean added, the step has the
+        # bound of the plain form.
         centre = new_mu if after is None else componentwise(operator.truediv, new_mu, after)
         moment += jnp.where(saturated, squared_magnitude(centre), 0)
     step = direction(g, moment, by.eps, eps_in_sqrt, is_positive=is_positive, keep=way.keep)
@@ -146,12 +146,12 @@ def variance(
     """
     centre = mu
     if weight is not None:
-        # Before the first step there is no mean: the share is zero, and the division must not make
-        # a NaN of it.
+        # Before the first step there is no mean. The share is zero, and the division must not turn
+        # that into NaN.
         centre = componentwise(operator.truediv, mu, jnp.where(weight == 0, 1, weight))
-    # The deviation may be twice the largest |g| whose square is representable, and what the share
-    # makes of it is at most half of that: multiplied in this order nothing overflows. (XLA merges
-    # factors that stand on both sides, so scaling the deviation before squaring it would not help.)
+    # The deviation may be twice the largest |g| whose square is representable. Times the share, it
+    # is at most half of that |g|, so in this order nothing overflows. (XLA merges factors that are
+    # on both sides, so scaling the deviation before squaring it would not help.)
     deviation = g - centre
     return decay * var + _real_product(componentwise(operator.mul, deviation, share), deviation)
 
@@ -176,10 +176,10 @@ def direction(
     """`g / sqrt(moment + eps)`, or `g / (sqrt(moment) + eps)`; zero where the root underflows to
     zero.
 
-    Subnormal numbers count as zero, as accelerators have it, and both square root and quotient are
-    selected twice so that derivatives through a zero stay finite. Comparisons are written so that
-    NaN passes through. `is_positive` says that epsilon is a positive normal number, so that the
-    root cannot vanish, and `keep` is what keeps root and quotient two operations.
+    Subnormal numbers count as zero, as on accelerators. Square root and quotient each use two
+    selects, so that derivatives through a zero stay finite. Comparisons are written so that NaN
+    passes through. `is_positive` says that epsilon is a positive normal number, so that the root
+    cannot vanish. `keep` makes root and quotient stay two operations.
     """
     if is_positive:
         root = keep(jnp.sqrt(moment + eps)) if eps_in_sqrt else _sqrt(moment) + eps
@@ -193,10 +193,10 @@ def direction(
 def componentwise(
     op: Callable[[jax.Array, Scalar], jax.Array], x: jax.Array, real: Scalar
 ) -> jax.Array:
-    """`op(x, real)`, on real and imaginary parts apart where `x` is complex.
+    """`op(x, real)`, applied separately to the real and imaginary parts of a complex `x`.
 
     A complex product or quotient would do three times the work, and strict dtype promotion forbids
-    to mix the two.
+    mixing complex and real arrays.
     """
     if jnp.iscomplexobj(x):
         return lax.complex(op(x.real, real), op(x.imag, real))

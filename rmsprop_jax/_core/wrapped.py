@@ -1,4 +1,4 @@
-"""Our states inside those of wrappers and chains: found, mapped, and matched with parameters."""
+"""Finding and mapping our states inside wrappers and chains, and matching them with parameters."""
 
 import sys
 from collections.abc import Callable
@@ -14,15 +14,14 @@ from rmsprop_jax.storage._choice import Storage
 
 
 def map_with_moments(function: Callable[..., Any], tree: Any, moments: Any, *others: Any) -> Any:
-    """`moments` with `function` of each leaf of `tree`, of what is kept in its place, and of the
-    same leaf of others.
+    """Applies `function` to each leaf of `tree` and to what is stored for it in `moments`.
 
-    Where a mask has left out a branch, all of it is one `optax.MaskedNode`, which stays.
+    A branch that a mask has left out is a single `optax.MaskedNode`, which stays.
 
     Args:
-      function: Maps a leaf, the part of `moments` in its place, and leaves of `others`.
+      function: Takes a leaf, the part of `moments` in its place, and the same leaf of `others`.
       tree: A tree like the parameters.
-      moments: A tree of which those are a prefix, but for what has been masked out.
+      moments: A tree of which `tree` is a prefix, except for branches that are masked out.
       others: Trees like `tree`.
     """
 
@@ -45,9 +44,9 @@ def map_with_moments(function: Callable[..., Any], tree: Any, moments: Any, *oth
     )
 
 
-def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
-    """A tree like `state`: the leaf of `tree` at each parameter for all that `state` keeps in that
-    parameter's place, and `elsewhere` for the rest."""
+def like_state(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: Any) -> Any:
+    """Broadcasts a tree shaped like the parameters over `state`; every other leaf gets
+    `elsewhere`."""
 
     def moments_of(x: Any, part: Any) -> Any:
         return jax.tree.map(lambda _: x, part)
@@ -58,28 +57,31 @@ def placed(tx: optax.GradientTransformation, state: Any, tree: Any, elsewhere: A
         state,
         tree,
         transform_non_params=lambda _: elsewhere,
-        # Whole trees are handed over, so that what wrappers have masked out can be skipped.
+        # Pass whole trees, so that branches masked out by wrappers can be skipped.
         is_leaf=lambda _: True,
     )
 
 
 def select(mark: Any, new: Any, old: Any) -> Any:
-    """`new` where `mark` is true, else `old`: a bool, or a boolean array of shape () or that of the
-    parameter whose statistic the other two are.
+    """`new` where `mark` is true, else `old`.
+
+    Args:
+      mark: A bool, or a boolean array of shape () or of the parameter's shape.
+      new: A statistic of the parameter.
+      old: The same statistic with other values.
 
     Raises:
-      ValueError: If a mark of the parameter's shape does not tell which entries of the statistic
-        are meant.
+      ValueError: If a mark of the parameter's shape does not determine entries of the statistic.
     """
     if isinstance(mark, bool):
         return new if mark else old
     if jnp.ndim(mark) and jnp.shape(mark) != jnp.shape(new):
-        # Statistics of complex numbers as pairs of reals have one more axis, of two.
+        # Complex numbers as pairs of reals have statistics with one more axis, of two.
         if jnp.shape(new) != (*jnp.shape(mark), 2):
             raise ValueError(
-                f'a statistic of shape {jnp.shape(new)} has no entry for each of a parameter of '
-                f'shape {jnp.shape(mark)}, as factored ones have none: it can be selected as a '
-                'whole only.'
+                f'a statistic of shape {jnp.shape(new)} does not have one entry for each entry of '
+                f'its parameter of shape {jnp.shape(mark)}: like factored statistics, it can only '
+                'be selected as a whole.'
             )
         mark = jnp.expand_dims(mark, -1)
     return jnp.where(mark, new, old)
@@ -101,8 +103,8 @@ def rms_states(state: Any) -> list[RmsState]:
 
 
 def map_rms_states(function: Callable[..., Any], state: Any, *others: Any) -> Any:
-    """`state` with `function` of each of its `RmsState`s, and of the same ones of `others`, in its
-    place."""
+    """Replaces each `RmsState` in `state` by `function` of it and of its counterparts in
+    `others`."""
     nodes = zip(*map(rms_states, (state, *others)), strict=True)
     return jax.tree.map(
         lambda node: function(*next(nodes)) if _is_rms_state(node) else node,
@@ -112,11 +114,10 @@ def map_rms_states(function: Callable[..., Any], state: Any, *others: Any) -> An
 
 
 def check_storage_is_given(state: Any, storage: Storage | None) -> None:
-    """Refuses a state with units where it is not known what is kept in them."""
+    """Raises if a state has units but the storage is not given."""
     if storage is None and any(node.unit is not None for node in rms_states(state)):
         raise ValueError(
-            'give the storage that the transformation was given: the state is kept in compact '
-            'formats.'
+            'give the storage of the transformation: its state is kept in compact formats.'
         )
 
 

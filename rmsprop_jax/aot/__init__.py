@@ -1,8 +1,8 @@
-"""What compilers make of a step: compiled from shapes alone, for hardware that need not be there.
+"""Compiles steps ahead of time, from shapes alone, for hardware that need not be present.
 
-`compile_update` compiles an optimizer's update and its application to the parameters,
-`compile_step` any function; both return a `Report`. Compiled is not executed: a report says what
-the program does to memory, not what numbers come out. See docs/backends.md.
+`compile_update` compiles an optimizer's update and its application to the parameters;
+`compile_step` compiles any function. Both return a `Report`. Nothing is executed: a report says
+what the program does to memory, not which numbers it computes. See docs/backends.md.
 """
 
 from rmsprop_jax.aot._compile import Report as Report

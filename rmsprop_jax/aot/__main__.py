@@ -1,4 +1,4 @@
-"""`python -m rmsprop_jax.aot`: what compilers make of an optimizer's step."""
+"""`python -m rmsprop_jax.aot`: compiles an optimizer's step and reports on the program."""
 
 import ast
 import functools
@@ -31,11 +31,11 @@ _WORDS = {'true': True, 'false': False, 'none': None}
 def _parser() -> OneLineParser:
     made = OneLineParser(
         prog='python -m rmsprop_jax.aot',
-        description='Compile one step of an optimizer, its update and its application to the '
-        'parameters, from shapes alone, and print what the program does to memory: kernels per '
-        'leaf, copies, bytes moved per parameter beside the fewest possible, temporary memory, '
+        description='Compile one step of an optimizer (its update and its application to the '
+        'parameters) from shapes alone, and print what the program does to memory: kernels per '
+        'leaf, copies, bytes moved per parameter and the fewest possible, temporary memory, '
         "memory of the arguments, the compiler's own estimate of the time, and communication. "
-        'Amounts are those of one device. Nothing is run, and no accelerator is needed.',
+        'All amounts are per device. Nothing is executed, and no accelerator is needed.',
         epilog='example: python -m rmsprop_jax.aot torch momentum=0.9 centered=true '
         '--model transformer-12 --target tpu-v5e --target cuda-h100',
         allow_abbrev=False,
@@ -55,16 +55,18 @@ def _parser() -> OneLineParser:
     made.add_argument(
         '--storage',
         metavar='NAME',
-        help=f'how moments are kept: {_either(_FORMATS)}, of rmsprop_jax.storage',
+        help=f'the storage format: {_either(_FORMATS)}, from rmsprop_jax.storage',
     )
     made.add_argument(
         '--model',
         action='append',
         metavar='NAME',
-        help='resnet50, transformer-12 (or another number of layers), or the shape of one leaf, '
-        '4096x4096 (the default); may be repeated',
+        help='resnet50, transformer-12 (or another number of layers), or the shape of one leaf '
+        '(default: 4096x4096); may be repeated',
     )
-    made.add_argument('--dtype', default='float32', help='of the parameters (default: float32)')
+    made.add_argument(
+        '--dtype', default='float32', help='dtype of the parameters (default: float32)'
+    )
     made.add_argument(
         '--target',
         action='append',
@@ -74,17 +76,17 @@ def _parser() -> OneLineParser:
     made.add_argument(
         '--topology',
         help='several devices, over which parameters are replicated: TPU chips such as 4x4 (v5e, '
-        'v6e) or 4x4x4 (v4, v5p, 7x), a number of GPUs, or slices x hosts x GPUs, 1x2x8',
+        'v6e) or 4x4x4 (v4, v5p, 7x), a number of GPUs, or slices x hosts x GPUs such as 1x2x8',
     )
     made.add_argument('--hlo', action='store_true', help='print the programs too')
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`; exits with code 2 and one line where it cannot be done."""
+    """Runs the command line `argv`. On bad input it exits with code 2 and a one-line message."""
     command = _parser()
     given = command.parse_args(argv)
-    # Plug-ins would look for their hardware, and complain.
+    # Otherwise plug-ins look for their hardware, and complain.
     if 'JAX_PLATFORMS' not in os.environ:
         jax.config.update('jax_platforms', 'cpu')
     try:
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _targets(chosen: Sequence[str] | None) -> list[str]:
-    """The targets asked for; where none is, those whose compiler is installed."""
+    """The requested targets, or by default those whose compiler is installed."""
     if chosen:
         return list(aot.targets()) if 'all' in chosen else list(chosen)
     found = []
@@ -124,7 +126,7 @@ def _targets(chosen: Sequence[str] | None) -> list[str]:
 
 
 def _optimizer(name: str, options: Sequence[str], storage: str | None) -> Any:
-    """The optimizer of that name, with what it needs and the options leave out."""
+    """The optimizer of that name, with a default learning rate if the options have none."""
     if '=' in name:
         name, options = 'rmsprop', [name, *options]
     make = _factory(name)

@@ -1,4 +1,4 @@
-"""Compiles a step for a target and reports what became of it."""
+"""Compiles a step for a target and reports on the program."""
 
 import dataclasses
 import math
@@ -18,28 +18,28 @@ from rmsprop_jax.aot._targets import devices
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiler made of a step. All amounts are those of one device.
+    """A compiled step. All amounts are per device.
 
     Attributes:
-      target: What it was compiled for.
-      devices: How many devices the program runs on.
-      leaves: Parameter arrays, where the caller said which arguments those are.
-      parameters: Their elements on one device.
-      kernels: Instructions that run by themselves, those on scalars alone left out.
-      copies: Those of them that only copy.
-      bytes_moved: What kernels read and write: the sum of their operands and results.
-      bytes_minimum: The arguments used, read once, and the results, written once.
-      bytes_estimated: The compiler's own count, where it has one. On TPU it counts an array that is
-        brought to fast memory ahead of its use twice.
-      temporary_bytes: Memory needed beside arguments and results, at its peak.
-      argument_bytes: Memory of the arguments.
-      output_bytes: Memory of the results, the donated included.
-      donated_bytes: What results take over from arguments.
-      seconds: The compiler's own estimate of the time of a step, where it has one.
-      collectives: Communication, by kind.
-      custom_calls: Functions outside of the program that it calls.
-      host_transfers: How it talks to the host while running.
-      dtypes: Those that occur in it, as XLA writes them.
+      target: The target that it was compiled for.
+      devices: The number of devices that the program runs on.
+      leaves: The number of parameter arrays; None if `params` was not given.
+      parameters: The number of parameters on one device; None if `params` was not given.
+      kernels: The number of instructions that run by themselves, except those on scalars alone.
+      copies: The number of kernels that only copy.
+      bytes_moved: The bytes that kernels read and write: the sum of their operands and results.
+      bytes_minimum: The bytes needed to read the used arguments once and write the results once.
+      bytes_estimated: The compiler's own count, if it has one. On TPU it counts an array twice if
+        the array is prefetched into fast memory.
+      temporary_bytes: The peak memory in addition to arguments and results.
+      argument_bytes: The memory of the arguments.
+      output_bytes: The memory of the results, including donated memory.
+      donated_bytes: The memory that results take over from arguments.
+      seconds: The compiler's own estimate of the time of a step, if it has one.
+      collectives: The communication, by kind.
+      custom_calls: The external functions that the program calls.
+      host_transfers: The ways in which the program talks to the host while it runs.
+      dtypes: The dtypes in the program, as XLA writes them.
     """
 
     target: str
@@ -64,17 +64,17 @@ class Report:
 
     @property
     def kernels_per_leaf(self) -> float | None:
-        """Kernels for each array of parameters."""
+        """Kernels per parameter array."""
         return self.kernels / self.leaves if self.leaves else None
 
     @property
     def bytes_per_parameter(self) -> float | None:
-        """Bytes moved for each parameter."""
+        """Bytes moved per parameter."""
         return self.bytes_moved / self.parameters if self.parameters else None
 
     @property
     def minimum_per_parameter(self) -> float | None:
-        """The fewest bytes that a step can move for each parameter."""
+        """The fewest bytes per parameter that a step can move."""
         return self.bytes_minimum / self.parameters if self.parameters else None
 
     def text(self) -> str:
@@ -96,23 +96,23 @@ def compile_step(
     """Compiles `fn(*args)` for `target`, from shapes alone, and reports on the program.
 
     Args:
-      fn: The step. A function that is jitted already keeps its own settings, and `donate` is then
-        not looked at.
-      *args: Its arguments: trees of arrays or `jax.ShapeDtypeStruct`s, whose values are not used.
-        A `NamedSharding` over a mesh of `devices(target, topology)` is kept. Leaves without one are
-        replicated over the mesh of the others, over all devices of `topology` where that is given,
-        or else put on one device.
+      fn: The step. If the function is already jitted, it keeps its own settings and `donate` is
+        ignored.
+      *args: The arguments of `fn`: trees of arrays or `jax.ShapeDtypeStruct`s. Values are not used.
+        A `NamedSharding` over a mesh of `devices(target, topology)` is kept. Leaves without a
+        `NamedSharding` are replicated over the mesh of the other leaves. If no leaf has one, they
+        are replicated over all devices of `topology`, or put on one device if that is None.
       target: One of `targets()`.
-      topology: How many devices and how they are connected, as for `devices`.
-      donate: Positions of arguments whose memory results may take. JAX hands it over in the order
-        of arguments and results: have both begin with the parameters and go on with the state, or
-        a GPU program copies what lies in the wrong place.
-      params: The parameters among `args`, or a tree like them, to count leaves and elements by.
+      topology: The number of devices and their connection, as for `devices`.
+      donate: Positions of the arguments whose memory the results may reuse. JAX assigns this memory
+        in the order of arguments and results, so both should begin with the parameters and continue
+        with the state. Otherwise a GPU program copies arrays that are in the wrong place.
+      params: The parameters in `args`, or a tree like them, for counting leaves and elements.
 
     Raises:
-      ValueError: For an unknown target, a topology that it cannot have, or a position to donate
-        that is none.
-      TypeError: For an `fn` that is no function, or a leaf that is no array.
+      ValueError: If the target is unknown, it cannot have this topology, or `donate` holds
+        anything but positions of arguments.
+      TypeError: If `fn` is not a function, or a leaf is not an array.
       MissingPluginError: If the compiler for the target is not installed.
 
     Example:
@@ -144,19 +144,21 @@ def compile_update(
     target: str = 'cpu',
     topology: str | int | None = None,
 ) -> Report:
-    """Compiles one step of an optimizer: its update, added to the parameters, both donated.
+    """Compiles one step of an optimizer: the update and its addition to the parameters.
+
+    Parameters and state are donated.
 
     Args:
       tx: Any gradient transformation.
       params: A tree of arrays or `jax.ShapeDtypeStruct`s, with or without shardings.
-      gradients: The same for the gradients, if they are not like the parameters.
-      state: The same for the state. Where parameters have shardings and this is not given, those
-        of the state are what the compiled `tx.init` gives it.
+      gradients: A tree of the same kind for the gradients, if they differ from the parameters.
+      state: A tree of the same kind for the state. By default, if the parameters have shardings,
+        the state has the shardings that the compiled `tx.init` gives it.
       target: One of `targets()`.
       topology: As for `compile_step`.
 
     Raises:
-      ValueError: For an unknown target or a topology that it cannot have.
+      ValueError: If the target is unknown or cannot have this topology.
       MissingPluginError: If the compiler for the target is not installed.
 
     Example:
@@ -186,7 +188,7 @@ def compile_update(
 
 
 def update_and_apply(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], Any]:
-    """The function `(params, state, gradients) -> (params, state)` that a training step ends in."""
+    """The last part of a training step, `(params, state, gradients) -> (params, state)`."""
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
@@ -196,11 +198,11 @@ def update_and_apply(tx: optax.GradientTransformation) -> Callable[[Any, Any, An
 
 
 def table(reports: Iterable[Report], names: Iterable[str] | None = None) -> str:
-    """Reports as lines of text under a heading, one each; `names` say what each one is.
+    """A text table of reports, with one line per report; `names` label the lines.
 
     Raises:
-      TypeError: For what is no report, or no name.
-      ValueError: If there are not as many names as reports.
+      TypeError: If an entry of `reports` is not a `Report`, or an entry of `names` is not a string.
+      ValueError: If the numbers of names and reports differ.
     """
     found = _listed('reports', reports, Report)
     labels = [''] * len(found) if names is None else _listed('names', names, str)
@@ -267,7 +269,7 @@ def _megabytes(amount: int) -> str:
 
 
 def _place(tree: Any, target: str, topology: str | int | None) -> Any:
-    """Makes leaves abstract, and gives those without a sharding one over the target's devices."""
+    """Makes leaves abstract, and shards leaves without a sharding over the target's devices."""
     given = [x.sharding for x in jax.tree.leaves(tree) if _is_placed(x)]
     if given:
         mesh = given[0].mesh
@@ -329,7 +331,7 @@ def _report(compiled: Any, target: str, params: Any) -> Report:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         donated_bytes=memory.alias_size_in_bytes,
-        # Some programs get a negative one.
+        # Some programs get a negative estimate.
         seconds=seconds if seconds and seconds > 0 else None,
         collectives=program.collectives(),
         custom_calls=program.custom_calls(),

@@ -1,4 +1,4 @@
-"""Shapes of parameters to compile an optimizer for: one leaf, and two networks."""
+"""Shapes of parameters to compile an optimizer for: a single leaf, and two networks."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ _LEAF = re.compile(r'\d+(x\d+)*')
 
 
 def shapes(model: str, dtype: DTypeLike = jnp.float32) -> Any:
-    """Abstract parameters of 'resnet50', 'transformer-LAYERS', or of one leaf, '4096x4096'.
+    """Abstract parameters of 'resnet50', of 'transformer-LAYERS', or of one leaf like '4096x4096'.
 
     Raises:
       ValueError: For any other name.
@@ -54,12 +54,12 @@ def _resnet50() -> dict[str, Any]:
 
 
 def _convolution(size: int, inputs: int, outputs: int) -> dict[str, Any]:
-    """A convolution and the scale and bias of its batch normalization."""
+    """A convolution, and the scale and bias of its batch normalization."""
     return {'kernel': (size, size, inputs, outputs), 'scale': (outputs,), 'bias': (outputs,)}
 
 
 def _transformer(layers: int, width: int = 768, vocabulary: int = 50257) -> dict[str, Any]:
-    """The shapes of GPT-2, whose smallest has 12 layers: 148 leaves, 124 million parameters."""
+    """The shapes of GPT-2. The smallest model has 12 layers: 148 leaves, 124 million parameters."""
     tree: dict[str, Any] = {
         'tokens': (vocabulary, width),
         'positions': (1024, width),

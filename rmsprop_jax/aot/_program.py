@@ -1,7 +1,7 @@
 """Reads a compiled program: its kernels, the bytes they move, its collectives.
 
-The text that XLA prints after optimization is the only account that all backends give. A kernel is
-an instruction that runs by itself; it reads its operands and writes its results, once each.
+The text that XLA prints after optimization is the only description that all backends give. A kernel
+is an instruction that runs by itself. It reads its operands and writes its results, once each.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _NAME = re.compile(r'%([\w.\-]+)')
 _SPACE = re.compile(r'S\((\d+)\)')
 
-# Views of memory, and the ends of what another instruction has begun.
+# Views of memory, and other instructions that move nothing.
 _FREE = frozenset(
     {
         'add-dependency',
@@ -44,23 +44,23 @@ _COLLECTIVES = frozenset(
     }
 )
 _REDUCE_SCATTER = 'all-reduce-scatter'
-# Kernels in which a collective may be written several times.
+# Kernels in which the same collective may appear several times.
 _PARTS = ('async_collective_fusion', 'fused_computation')
 _CHANNEL = re.compile(r'channel_id=\d+')
-# Their results begin with their operands.
+# The results of these instructions begin with their operands.
 _STARTS_WITH_OPERANDS = frozenset(
     {'all-gather-start', 'collective-permute-start', 'reduce-scatter-start', 'slice-start'}
 )
 _SLICES = frozenset({'dynamic-slice', 'slice', 'slice-start'})
 _COPIES = frozenset({'copy', 'copy-start', *_SLICES})
-# Slices that were brought to fast memory apart, taken for one array from there on.
+# Joins slices that were prefetched into fast memory separately.
 _FREE_CALL = 'custom_call_target="ConcatBitcast"'
 _HOST_TRANSFERS = frozenset({'infeed', 'outfeed', 'recv', 'send'})
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The type of an array in a program: its dtype as XLA writes it, shape and memory space."""
+    """The type of an array in a program: its dtype (as XLA writes it), shape and memory space."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """The bytes it takes, without padding."""
+        """The size in bytes, without padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             bits = int(re.findall(r'\d+', self.dtype)[0])
@@ -92,7 +92,7 @@ class Instruction:
     is_root: bool
 
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs."""
+        """The computations that the instruction runs."""
         pattern = r'(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)'
         found = re.findall(pattern, self.attributes)
         return tuple(name for group in found for name in _NAME.findall(group))
@@ -104,8 +104,8 @@ class Collective:
 
     Attributes:
       kind: 'all-reduce', 'all-gather', 'reduce-scatter', and so on.
-      count: How many instructions.
-      bytes: What goes in or comes out of a device, whichever is larger, over all of them.
+      count: The number of instructions.
+      bytes: The bytes that enter or leave a device, whichever are more, in all these instructions.
     """
 
     kind: str
@@ -118,10 +118,10 @@ class Traffic:
     """What a computation does to memory.
 
     Attributes:
-      kernels: Instructions that run by themselves; those on scalars alone are not counted.
-      copies: Kernels among them that only copy.
-      bytes: What they read and write. Fast memory on the chip is not counted, so that an array
-        brought there ahead of its use is read once.
+      kernels: The number of instructions that run by themselves, except those on scalars alone.
+      copies: The number of kernels that only copy.
+      bytes: The bytes that kernels read and write. Fast memory on the chip is not counted, so an
+        array that is prefetched there is read once.
     """
 
     kernels: int = 0
@@ -144,13 +144,13 @@ class Program:
     def traffic(self) -> Traffic:
         """Kernels and bytes of one run.
 
-        A loop's body counts once, and of a conditional the branch that moves most. Kernels that
-        read or write parts of an array are charged with all of it.
+        The body of a loop counts once, and a conditional counts as the branch that moves most. A
+        kernel that reads or writes a part of an array counts as if it moved the whole array.
         """
         return self._traffic(self.entry)
 
     def minimum(self) -> int:
-        """Bytes of the arguments used, each read once, and of the results, each written once."""
+        """The bytes needed to read each used argument once and write each result once."""
         entry = self.computations[self.entry]
         used = {name for instruction in entry.values() for name in instruction.operands}
         read = [i for i in entry.values() if i.opcode == 'parameter' and i.name in used]
@@ -158,10 +158,10 @@ class Program:
         return sum(_bytes(i.arrays) for i in (*read, root))
 
     def collectives(self) -> tuple[Collective, ...]:
-        """All communication, also that which is part of a kernel, by kind.
+        """All communication by kind, including communication inside kernels.
 
-        A TPU's compiler writes a reduce-scatter as a kernel of an all-reduce and a slice, and one
-        all-gather into each of the kernels that it runs beside.
+        The TPU compiler writes a reduce-scatter as a kernel with an all-reduce and a slice. It
+        writes an all-gather into each kernel that runs at the same time.
         """
         found: dict[str, dict[str, int]] = {}
         for name, computation in self.computations.items():
@@ -180,15 +180,15 @@ class Program:
         return tuple(Collective(k, len(v), sum(v.values())) for k, v in sorted(found.items()))
 
     def dtypes(self) -> frozenset[str]:
-        """The dtypes that occur, as XLA writes them."""
+        """The dtypes in the program, as XLA writes them."""
         return frozenset(array.dtype for _, i in self._all() for array in i.arrays)
 
     def custom_calls(self) -> frozenset[str]:
-        """The functions outside of the program that it calls."""
+        """The external functions that the program calls."""
         return frozenset(re.findall(r'custom_call_target="([^"]*)"', self.text))
 
     def host_transfers(self) -> frozenset[str]:
-        """How it talks to the host while running, if at all."""
+        """The ways in which the program talks to the host while it runs."""
         calls = {name for name in self.custom_calls() if 'callback' in name.lower()}
         opcodes = {i.opcode for _, i in self._all()}
         return frozenset(calls | (opcodes & _HOST_TRANSFERS))
@@ -216,7 +216,7 @@ class Program:
         if i.opcode in _STARTS_WITH_OPERANDS:
             written = written[len(read) :]
         if i.opcode in _SLICES:
-            # It reads no more than it writes, from where its operand is.
+            # A slice reads as many bytes as it writes, from the memory space of its operand.
             read = tuple(dataclasses.replace(written[0], space=array.space) for array in read[:1])
         touched = [array for array in (*read, *written) if array.size > 1]
         copies = i.opcode in _COPIES
@@ -247,7 +247,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         elif found := _INSTRUCTION.match(line):
             current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
     if not entry:
-        raise ValueError('text has no ENTRY computation: it is no compiled program.')
+        raise ValueError('text has no ENTRY computation, so it is not a compiled program.')
     return computations, entry
 
 
@@ -267,7 +267,7 @@ def _instruction(name: str, definition: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += {'(': 1, ')': -1}.get(text[position], 0)

@@ -1,7 +1,7 @@
-"""The hardware to compile for, as data, and the devices that stand for it.
+"""The hardware to compile for, as data, and the abstract devices that represent it.
 
-A TPU is described by the compiler library itself. A GPU is described to the compiler by us, with
-figures from NVIDIA's public data sheets and architecture white papers.
+The TPU compiler knows its TPUs. For GPUs, this module gives the compiler a description with figures
+from NVIDIA's public data sheets and architecture white papers.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class MissingPluginError(ImportError):
     """The compiler for a target is not installed.
 
     Attributes:
-      extra: The extra of this package that brings it, which the message names too.
+      extra: The extra of this package that installs it; the message names it too.
     """
 
     def __init__(self, target: str, extra: str) -> None:
@@ -34,7 +34,7 @@ class Target:
 
     Attributes:
       platform: 'cpu', 'tpu' or 'cuda'.
-      topology: The devices compiled for where the caller does not say.
+      topology: The default devices to compile for.
     """
 
     platform: str = 'cpu'
@@ -43,10 +43,10 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Target):
-    """One TPU generation; a host has 2 x 2 chips, and no smaller slice can be compiled for.
+    """One TPU generation. A host has 2 x 2 chips, which is the smallest slice to compile for.
 
     Attributes:
-      name: What the compiler calls it.
+      name: The compiler's name for it.
     """
 
     platform: str = 'tpu'
@@ -56,18 +56,18 @@ class Tpu(Target):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Target):
-    """One NVIDIA GPU, in bytes, bytes a second and hertz.
+    """One NVIDIA GPU, in bytes, bytes per second and hertz.
 
     Attributes:
-      name: What the driver calls it.
-      capability: CUDA compute capability, major and minor.
-      cores: Streaming multiprocessors.
-      lanes: float32 units of each.
-      shared: Shared memory of each multiprocessor; a block may have all but a kilobyte of it.
-      cache: Level 2 cache.
-      memory: Device memory.
-      bandwidth: Of the device memory.
-      clock: Boost clock.
+      name: The driver's name for it.
+      capability: The CUDA compute capability, major and minor.
+      cores: The number of streaming multiprocessors.
+      lanes: The number of float32 units per multiprocessor.
+      shared: The shared memory per multiprocessor; a block can use all of it but one kilobyte.
+      cache: The size of the level 2 cache.
+      memory: The size of the device memory.
+      bandwidth: The bandwidth of the device memory.
+      clock: The boost clock.
     """
 
     platform: str = 'cuda'
@@ -82,7 +82,7 @@ class Gpu(Target):
     clock: float = 0.0
 
     def text(self) -> str:
-        """The description in the compiler's format, a GpuTargetConfigProto."""
+        """The GPU's description in the compiler's format, a GpuTargetConfigProto."""
         major, minor = self.capability
         return f"""\
 gpu_device_info {{
@@ -160,7 +160,7 @@ _PLUGINS = {'tpu': ('libtpu', 'aot-tpu'), 'cuda': ('jax_plugins.xla_cuda12', 'ao
 
 
 def targets() -> tuple[str, ...]:
-    """The names of the hardware that can be compiled for.
+    """The names of the supported targets.
 
     Example:
       >>> from rmsprop_jax import aot
@@ -182,21 +182,22 @@ def find(name: str) -> Target:
 
 
 def devices(target: str, topology: str | int | None = None) -> Sequence[Any]:
-    """Devices to compile for: make a mesh of them, and shardings for abstract arguments.
+    """Devices to compile for, to build meshes and the shardings of abstract arguments.
 
-    Those of a TPU or GPU cannot hold arrays. Programs on machines without one should set
-    `JAX_PLATFORMS=cpu` before they import JAX, or the plug-ins will look for theirs.
+    TPU and GPU devices from this function cannot hold arrays. On a machine without such hardware,
+    set `JAX_PLATFORMS=cpu` before importing JAX, or the plug-ins will look for it.
 
     Args:
       target: One of `targets()`.
-      topology: TPU chips along each axis, such as '4x4' for v5e and v6e or '4x4x4' for v4, v5p and
-        7x (v4 and 7x have two devices a chip unless the compiler fuses them): multiples of 2 x 2.
-        For GPUs their number in one host, or 'slices x hosts x GPUs', such as '1x2x8'. None means
-        one TPU host, or one GPU. The CPU has what this process has.
+      topology: For TPUs, the chips along each axis, in multiples of 2 x 2, such as '4x4' for v5e
+        and v6e or '4x4x4' for v4, v5p and 7x (v4 and 7x have two devices per chip unless the
+        compiler fuses them). For GPUs, the number in one host, or 'slices x hosts x GPUs', such as
+        '1x2x8'. For the CPU, a number of devices of this process. None means one TPU host, one GPU
+        or one CPU device.
 
     Raises:
-      ValueError: For an unknown target, or a topology that it cannot have.
-      MissingPluginError: If its compiler is not installed.
+      ValueError: If the target is unknown or cannot have this topology.
+      MissingPluginError: If the compiler for the target is not installed.
 
     Example:
       >>> from rmsprop_jax import aot
@@ -209,13 +210,13 @@ def devices(target: str, topology: str | int | None = None) -> Sequence[Any]:
         return _local(shape)
     _require(target, *_PLUGINS[kind.platform])
     if kind.platform == 'tpu' and 'TPU_SKIP_MDS_QUERY' in os.environ:
-        # JAX has found no TPU here. The library would ask a server for the slice that it is on, and
-        # allow but one process at a time.
+        # JAX has found no TPU here. Without these settings the library would ask a server which
+        # slice it is on, and would allow only one process at a time.
         os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
         os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
         os.environ.setdefault('TPU_WORKER_ID', '0')
         os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    # The CUDA plug-in would look for a driver and for libraries that only running needs.
+    # Otherwise the CUDA plug-in looks for a driver and libraries that are needed only for running.
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     try:
         if isinstance(kind, Gpu):

@@ -1,20 +1,20 @@
 """RMSProp as each framework computes it: its argument names, order and defaults.
 
-Every function here is a short chain of this package's transformations and Optax's. Frameworks that
-compute one of these under another name are listed by `table()`, with the call that reproduces them.
-What they return prints as the call that made it:
+Every function here is a short chain of this package's transformations and Optax's. `table()` lists
+the frameworks that compute one of these under another name, each with the call that reproduces it.
+An optimizer prints as the call that made it:
 
     >>> from rmsprop_jax import dialects
     >>> dialects.hinton(1e-3)
     rmsprop_jax.dialects.hinton(learning_rate=0.001, decay=0.9)
 
-Three things apply to all. Where a framework subtracts `mu^2` from `nu` and turns NaN on gradients
-that hardly change, we carry the variance itself and stay finite. Accumulators are float32 for
-narrower parameters. And a Python zero for momentum or weight decay means, as in the frameworks,
-that there is none and `update` needs no parameters for it; an array is always taken at its word.
+Three things apply to all dialects. Where a framework subtracts `mu^2` from `nu` and turns NaN on
+gradients that hardly change, we carry the variance itself and stay finite. Accumulators are float32
+for narrower parameters. As in the frameworks, a Python zero turns momentum or weight decay off, and
+`update` then needs no parameters for it; an array keeps it on, whatever its value.
 """
 
-# In the order in which tables and messages name them. Importing a module registers its dialect.
+# Tables and messages follow this order. Importing a module registers its dialect.
 # isort: off
 from rmsprop_jax.dialects._torch import torch as torch
 from rmsprop_jax.dialects._torch import torch_clip_grad_norm as torch_clip_grad_norm

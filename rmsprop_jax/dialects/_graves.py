@@ -24,7 +24,7 @@ def graves(
         m <- decay m + (1 - decay) g
         b <- momentum b - learning_rate g / sqrt(n - m^2 + eps);  p <- p + b
 
-    The paper gives no start values; ours, as everywhere, are 0.
+    The paper gives no start values; here they are 0.
 
     Source: Graves, Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850, equations
     38 to 45.

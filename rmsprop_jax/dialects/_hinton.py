@@ -9,7 +9,7 @@ from rmsprop_jax.storage._choice import Storage
 
 @dialect(
     Dialect(
-        # An epsilon that is not there leaves no trace: `identify_dialect` never names this one.
+        # A missing epsilon leaves no trace, so `identify_dialect` never names this dialect.
         rules=(Rule(epsilon=(), centered=('no',), momentum=('none',)),),
         recorded=False,
     )
@@ -22,7 +22,7 @@ def hinton(
 ) -> Optimizer:
     """Hinton 2012: `nu <- 0.9 nu + 0.1 g^2` and `p <- p - learning_rate g / sqrt(nu)`, no epsilon.
 
-    A zero second moment, which the slides leave open, gives a zero update.
+    A zero second moment gives a zero update; the slides leave this case open.
 
     Source: Hinton, Srivastava and Swersky, Neural Networks for Machine Learning, lecture 6e.
     """

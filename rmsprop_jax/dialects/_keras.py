@@ -10,7 +10,7 @@ from rmsprop_jax._checks import checked_flag, checked_steps
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import accumulate, average_parameters, unscale
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
 from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping_unless_zero, dialect
 from rmsprop_jax.storage._choice import Storage
@@ -62,37 +62,38 @@ def keras(
         a  <- ema_momentum a + (1 - ema_momentum) p                         first: a <- p
         p  <- a                                       every ema_overwrite_frequency
 
-    As in Keras, a schedule sees the number of calls, not of accumulated steps; the average moves at
-    every call, also between accumulated steps, and copies `p` during the whole first window. The
-    average is in the state: `optax.tree.get(state, 'ema')`. With `use_ema` this must be the last
-    transformation of a chain, and needs `params`.
+    As in Keras, schedules count calls, not accumulated steps. The average also moves at every call,
+    and copies `p` during the whole first window. Read it with `optax.tree.get(state, 'ema')`. With
+    `use_ema` this must be the last transformation of a chain, and `update` needs `params`.
 
-    Embeddings: on TensorFlow too, rows that were not looked up decay, and momentum moves them. But
-    where ids repeat within a step, Keras on TensorFlow squares and clips the gradient of each
-    lookup apart. (It adds them first with `gradient_accumulation_steps`, and after taking the norm
-    with `global_clipnorm`.) A dense gradient holds their sum only: this cannot be reproduced here.
+    Embeddings: as in Keras, also on TensorFlow, rows that were not looked up still change. Their
+    statistics decay, and momentum moves them. But where ids repeat within a step, Keras on
+    TensorFlow squares and clips the gradient of each lookup separately. (It adds these gradients
+    first with `gradient_accumulation_steps`, and after taking the norm with `global_clipnorm`.) A
+    dense gradient holds only their sum, so this cannot be reproduced here.
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
       rho: Weight of the past in the running averages, in [0, 1].
-      momentum: In [0, 1]; a Python zero means none.
+      momentum: Decay of the velocity, in [0, 1]; a Python zero means no velocity.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
       weight_decay: Decoupled decay per step, times the learning rate.
-      clipnorm: Largest norm of each gradient array. Here and in the next two a Python zero means
-        none, as in Keras.
-      clipvalue: Largest magnitude of each entry.
-      global_clipnorm: Largest norm of all gradients together. At most one of the three is given.
+      clipnorm: Maximum norm of each gradient array. Give at most one of `clipnorm`, `clipvalue` and
+        `global_clipnorm`; for each, a Python zero means no clipping, as in Keras.
+      clipvalue: Maximum magnitude of each entry.
+      global_clipnorm: Maximum norm of all gradients together.
       use_ema: Whether to average the parameters.
       ema_momentum: Weight of the past in that average.
-      ema_overwrite_frequency: After how many steps the average replaces the parameters.
-      loss_scale_factor: What gradients are divided by.
-      gradient_accumulation_steps: How many calls make a step, at least 2.
-      mask: What is decayed, in the place of Keras's `exclude_from_weight_decay`.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      ema_overwrite_frequency: Number of steps between two replacements of the parameters by the
+        average; None for never.
+      loss_scale_factor: Factor by which the gradients are divided.
+      gradient_accumulation_steps: Number of calls per step, at least 2.
+      mask: Which parameters decay. It replaces Keras's `exclude_from_weight_decay`.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Raises:
-      ValueError: For more than one kind of clipping, or fewer than 2 accumulation steps.
+      ValueError: If more than one kind of clipping is given, or fewer than 2 accumulation steps.
 
     Source: Keras 3.15, keras/src/optimizers/base_optimizer.py and rmsprop.py.
     """
@@ -101,7 +102,7 @@ def keras(
         every = checked_steps('gradient_accumulation_steps', gradient_accumulation_steps, least=2)
     rate = learning_rate
     if callable(learning_rate):
-        # The k-th step is taken at the last call of its window.
+        # Step k happens at the last call of its window.
         rate = functools.partial(_at_last_call, learning_rate, every)
     step = precise_chain(
         clipping_unless_zero(
@@ -112,7 +113,7 @@ def keras(
             rho,
             epsilon,
             centered=centered,
-            momentum=None if is_absent(momentum) else momentum,
+            momentum=None if is_none_or_zero(momentum) else momentum,
             weight_decay=weight_decay,
             mask=mask,
             storage=storage,
@@ -128,6 +129,6 @@ def keras(
 
 
 def _at_last_call(schedule: Any, every: int, count: ArrayLike) -> ArrayLike:
-    # Calls saturate where steps do not yet.
+    # The number of calls saturates before the number of steps does.
     last = (jnp.iinfo(jnp.int32).max - (every - 1)) // every
     return schedule(jnp.minimum(count, last) * every + (every - 1))

@@ -39,21 +39,21 @@ def mindspore(
         nu <- decay nu + (1 - decay) g^2                                    from 1
         b  <- momentum b + learning_rate g / sqrt(nu + epsilon);  p <- p - b
 
-    Unless parameters are in groups, MindSpore does not decay those whose name contains 'beta' or
-    'gamma': give a `mask`. When not centered, its kernel for CPUs adds epsilon outside the root to
-    every block of eight entries, and inside to the entries that are left over. We follow its
-    documentation, which puts epsilon inside.
+    MindSpore does not decay parameters whose name contains 'beta' or 'gamma', unless parameters are
+    in groups: give a `mask` that does the same. Without centering, its CPU kernel adds epsilon
+    outside the root in every full block of eight entries, and inside in the remaining entries. We
+    follow its documentation, which puts epsilon inside.
 
     Args:
       learning_rate: Step size, in the unit of the parameter.
       decay: Weight of the past in the running averages, in [0, 1].
-      momentum: In [0, 1]; a Python zero means none.
+      momentum: Decay of the velocity, in [0, 1]; a Python zero means no velocity.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
-      loss_scale: What gradients are divided by. It leaves the penalty alone.
+      loss_scale: Factor by which the gradients are divided, but not the penalty.
       weight_decay: L2 penalty, added to the gradient.
-      mask: What decays.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      mask: Which parameters decay.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -8,7 +8,7 @@ from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_parameters, rescale
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Epsilon, Rule
 from rmsprop_jax.dialects._shared import (
     XLA,
@@ -25,10 +25,10 @@ _REFUSED = {
     'multi_precision': 'accumulators are float32 for narrow parameters: leave it out',
     'lr_scheduler': 'pass the schedule as learning_rate, shifted by one: MXNet counts from 1',
     'param_idx2name': 'trees have names: leave it out',
-    'param_dict': 'use optax.partition for rates by parameter',
+    'param_dict': 'use optax.partition for per-parameter rates',
     'begin_num_update': 'shift the schedule instead',
     'aggregate_num': XLA,
-    'sym': 'it reads rates by parameter out of a graph: use optax.partition',
+    'sym': 'it reads per-parameter rates from a graph: use optax.partition',
 }
 _GRAVES = Rule(centered=('yes',), weight_decay=('coupled',), when='centered')
 
@@ -71,17 +71,17 @@ def mxnet(
     Args:
       learning_rate: Step size, in the unit of the parameter.
       rho: Weight of the past in the running averages, in [0, 1].
-      momentum: In [0, 1]; used only when centered, as in MXNet.
-      epsilon: In the unit of the gradient, or in its square when centered.
+      momentum: Decay of the velocity, in [0, 1]; used only when centered, as in MXNet.
+      epsilon: In the unit of the gradient; when centered, in its squared unit.
       centered: Whether to divide by the standard deviation.
-      clip_weights: Largest magnitude of a parameter after the step; then `params` are needed and
-        nothing may follow in a chain. Here and in `clip_gradient` a Python zero means none, as in
-        MXNet.
+      clip_weights: Maximum magnitude of a parameter after the step. With it, `update` needs
+        `params`, and this must be the last transformation of a chain. For `clip_weights` and
+        `clip_gradient`, a Python zero means no clipping, as in MXNet.
       wd: L2 penalty, added to the clipped gradient.
-      rescale_grad: What gradients are multiplied by.
-      clip_gradient: Largest magnitude of a gradient's entry.
-      mask: What decays.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      rescale_grad: Factor by which the gradients are multiplied.
+      clip_gradient: Maximum magnitude of a gradient's entry.
+      mask: Which parameters decay.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Source: MXNet 2.0.0b1, python/mxnet/optimizer/rmsprop.py and src/operator/optimizer_op-inl.h.
     """
@@ -117,14 +117,15 @@ def mxnet1(
     mask: Any = None,
     storage: Storage | None = None,
 ) -> Optimizer:
-    """`mxnet.optimizer.RMSProp` of MXNet 1: as `mxnet`, but for two lines.
+    """`mxnet.optimizer.RMSProp` of MXNet 1: `mxnet` with two lines changed.
 
     ::
 
         g <- clip(rescale_grad g + wd p, clip_gradient)
         p <- p - learning_rate g / sqrt(nu + epsilon)                 epsilon inside, always
 
-    Arguments are those of `mxnet`; `rho` is called `gamma1` and `momentum` is called `gamma2`.
+    The arguments are the same as for `mxnet`; here `rho` is called `gamma1`, and `momentum` is
+    called `gamma2`.
 
     Source: MXNet 1.9.1, python/mxnet/optimizer/optimizer.py and src/operator/optimizer_op-inl.h.
     """
@@ -157,7 +158,7 @@ def _mxnet(
     prepare: tuple[Step | None, ...],
     storage: Storage | None,
 ) -> Optimizer:
-    """Both, from where epsilon is and what is done to the gradient first."""
+    """Both versions, given the place of epsilon and the steps that prepare the gradient."""
     step = rmsprop(
         learning_rate,
         decay,
@@ -168,6 +169,6 @@ def _mxnet(
         storage=storage,
     )
     chained = precise_chain(*prepare, step)
-    if clip_weights is None or is_absent(clip_weights):
+    if clip_weights is None or is_none_or_zero(clip_weights):
         return chained
     return chain(chained, clip_parameters('clip_weights', clip_weights))

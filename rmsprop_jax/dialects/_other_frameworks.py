@@ -10,10 +10,10 @@ class Equivalent:
     """A framework's RMSProp, and what to write for it here.
 
     Attributes:
-      framework: What it is called there, with the version looked at.
+      framework: The framework's name for it, with the version that was read.
       theirs: Its signature, with its defaults.
-      ours: A function of the learning rate, as an expression in `rmsprop_jax`'s names, that gives
-        the same updates with the same defaults.
+      ours: The call that gives the same updates with the same defaults, as an expression in
+        `rmsprop_jax`'s names and the learning rate `lr`.
       quirks: What to know before relying on it.
     """
 
@@ -36,7 +36,7 @@ EQUIVALENTS = (
         'Sonnet 2 `snt.optimizers.RMSProp`',
         'learning_rate, decay=0.9, momentum=0.0, epsilon=1e-10, centered=False',
         'rmsprop(lr, eps=1e-10, momentum=0.0)',
-        'The epsilon of TensorFlow 1, but a start at zero. Sparse gradients touch their rows only: '
+        'Epsilon as in TensorFlow 1, but starts at zero. Sparse gradients touch only their rows: '
         'dialects.keras_legacy(lr, momentum=jnp.array(0.0), epsilon=1e-10, sparse=True).',
     ),
     Equivalent(
@@ -61,7 +61,7 @@ EQUIVALENTS = (
         'Caffe2 `RmsProp`',
         'decay=0.9, momentum=0.0, epsilon=1e-5; learning rate and accumulators are inputs',
         'rmsprop(lr, eps=1e-5, momentum=0.0)',
-        'The caller supplies the accumulators: initial_scale is what it puts there.',
+        'The caller supplies the accumulators: set initial_scale to their first value.',
     ),
     Equivalent(
         'MLX `mlx.optimizers.RMSprop`',

@@ -1,7 +1,7 @@
-"""The facts about each framework's RMSProp: a record beside each function, and the table of all.
+"""Facts about each framework's RMSProp: a record for each dialect, and a table of them all.
 
-A record is registered when the module of its framework is imported. The package imports them in the
-order in which tables and messages name them.
+Importing a framework's module registers its record. Tables and messages follow the order in which
+the package imports these modules.
 """
 
 import dataclasses
@@ -18,27 +18,27 @@ RatePlace = Literal['before momentum', 'after momentum', 'no momentum']
 WeightDecay = Literal['none', 'coupled', 'decoupled']
 YesNo = Literal['no', 'yes']
 
-# What frameworks call the numbers of the table.
+# The frameworks' names for the numbers in the table.
 _DECAY, _EPSILON = ('alpha', 'rho', 'decay', 'gamma1'), ('eps', 'epsilon')
 _RATE = ('lr', 'learning_rate')
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The update rule of a framework, by the answers that its options leave open.
+    """The update rule of a framework: to each question, the answers that its options allow.
 
-    The first answer is the default one. `identify_dialect` asks the same questions of a recorded
+    The first answer is the default. `identify_dialect` asks the same questions about a recorded
     run.
 
     Attributes:
-      epsilon: Where epsilon is added; empty where there is none.
+      epsilon: Where epsilon is added; empty if there is none.
       start: The second moment before the first step.
       bias_correction: Whether averages are divided by the sum of their weights.
-      centered: Whether the variance takes the place of the second moment.
-      momentum: Its kinds.
-      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
-      weight_decay: Its kinds.
-      when: The options that lead to this rule, as the table names them; empty for all.
+      centered: Whether the variance replaces the second moment.
+      momentum: The kinds of momentum.
+      learning_rate: Whether the rate multiplies the input of the momentum buffer or its output.
+      weight_decay: The kinds of weight decay.
+      when: The options that lead to this rule, in the table's words; empty if all do.
     """
 
     epsilon: tuple[Epsilon, ...] = ('inside the root',)
@@ -51,15 +51,15 @@ class Rule:
     when: str = ''
 
     def allows(self, answers: Mapping[str, str]) -> bool:
-        """Whether some options give these answers, by the names of the fields above."""
+        """Whether some options give these answers. The keys are the field names above."""
         return all(
             answer in (*getattr(self, question), *_WITHOUT.get(question, ()))
             for question, answer in answers.items()
         )
 
 
-# The answers where there is no momentum to be before or after, and no weights decay: any rule
-# gives them with a number of zero.
+# The answers without momentum and without weight decay. Every rule allows them: set the number to
+# zero.
 _WITHOUT = {'learning_rate': ('no momentum',), 'weight_decay': ('none',)}
 
 
@@ -67,15 +67,15 @@ _WITHOUT = {'learning_rate': ('no momentum',), 'weight_decay': ('none',)}
 class Dialect:
     """The facts about one function of `rmsprop_jax.dialects`.
 
-    Names, order and defaults of the arguments are in the function's signature, and the files and
-    versions that were read are at the end of its docstring.
+    The function's signature has the names, order and defaults of the arguments. The end of its
+    docstring has the files and versions that were read.
 
     Attributes:
-      rules: The update rule; several where an option leads to another one.
-      title: The framework, where the function's name does not tell.
+      rules: The update rule, or several if an option chooses between them.
+      title: The framework, if the function's name does not say it.
       refused: The framework's arguments that the function does not take, with what to do instead.
-      twin: A dialect with the same rule; the two differ in what they average afterwards.
-      recorded: Whether the framework itself was run and recorded, rather than its source read.
+      twin: A dialect with the same rule, which differs only in how it averages the parameters.
+      recorded: Whether the framework itself was run and recorded. If not, its source was read.
       function: The function; None for `rmsprop_jax.rmsprop`, which is not a dialect.
     """
 
@@ -96,7 +96,7 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 
 def differences() -> str:
-    """What the dialects differ in, as a Markdown table.
+    """The differences between the dialects, as a Markdown table.
 
     Example:
       >>> from rmsprop_jax import dialects

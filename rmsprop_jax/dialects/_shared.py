@@ -1,4 +1,4 @@
-"""What several dialects share: the checks of their arguments, and steps of their chains."""
+"""Argument checks and chain steps that several dialects share."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from rmsprop_jax._core.edge import public
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_each_norm, clip_global_norm, clip_value
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_absent
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_none_or_zero
 from rmsprop_jax.dialects._record import RECORDS, Dialect
 from rmsprop_jax.storage._choice import Storage
 
@@ -22,13 +22,13 @@ Step = optax.GradientTransformation
 P = ParamSpec('P')
 
 # Advice about arguments that many frameworks have.
-XLA = 'it chooses how the framework runs the update; under jax.jit, XLA does: leave it out'
+XLA = 'it chooses how the framework runs the update, which XLA decides under jax.jit: leave it out'
 NAME = 'it names operations in a graph: leave it out'
 
-# Numbers that frameworks call otherwise than `rmsprop` does.
+# Hyperparameters that `rmsprop` has under other names.
 _NUMBERS = {
     **dict.fromkeys(('alpha', 'rho', 'gamma1', 'gamma2'), decay_rate),
-    # PyTorch and those who follow it refuse a negative rate.
+    # PyTorch and its followers refuse a negative rate.
     **dict.fromkeys(('lr', 'epsilon', 'wd'), Hyperparameter),
 }
 
@@ -47,12 +47,11 @@ def dialect(facts: Dialect) -> Callable[[Callable[P, Optimizer]], Callable[P, Op
 def checked(
     refused: Mapping[str, str],
 ) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
-    """Validates hyperparameters under the framework's own names, and explains unsupported
-    arguments."""
+    """Checks numbers under the framework's names for them, and explains unsupported arguments."""
 
     def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
         positions = list(inspect.signature(function).parameters)
-        # Users import it from the package.
+        # Users import the function from the package.
         function.__module__ = 'rmsprop_jax.dialects'
 
         def number(name: str, value: Any) -> Any:
@@ -66,7 +65,7 @@ def checked(
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
             for name in kwargs.keys() & refused.keys():
                 raise TypeError(f'{function.__name__} has no argument {name!r}: {refused[name]}.')
-            # Too many are left to the function to refuse.
+            # Surplus positional arguments are passed on: the function itself refuses them.
             head = map(number, positions, args)
             named = {name: number(name, value) for name, value in kwargs.items()}
             return function(*head, *args[len(positions) :], **named)  # pyright: ignore[reportCallIssue]
@@ -79,7 +78,7 @@ def checked(
 def momentum_step(
     momentum: ScalarOrSchedule, storage: Storage | None, of_pairs: bool = False
 ) -> Step | None:
-    if is_absent(momentum):
+    if is_none_or_zero(momentum):
         return None
     decay = decay_rate('momentum', momentum).value
     return trace_step(decay, storage=storage, of_pairs=of_pairs)
@@ -88,19 +87,19 @@ def momentum_step(
 def coupled_decay(
     weight_decay: ScalarOrSchedule, mask: Any, name: str = 'weight_decay'
 ) -> Step | None:
-    if is_absent(weight_decay):
+    if is_none_or_zero(weight_decay):
         return None
     return add_decayed_weights(weight_decay, mask, name)
 
 
 def clipping_unless_zero(**limits: ArrayLike | None) -> Step | None:
-    """`clipping`, where the framework takes a limit of zero for none."""
+    """`clipping`, for frameworks in which a limit of zero means no clipping."""
     kind = clipping(**limits)
-    return None if all(is_absent(value) for value in limits.values()) else kind
+    return None if all(is_none_or_zero(value) for value in limits.values()) else kind
 
 
 def clipping(**limits: ArrayLike | None) -> Step | None:
-    """The one kind of clipping that is asked for, if any."""
+    """The clipping step for the one limit that is given, if any."""
     given = {name: value for name, value in limits.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f'give at most one of {", ".join(limits)}; got {", ".join(given)}.')

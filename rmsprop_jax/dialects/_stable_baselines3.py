@@ -35,8 +35,8 @@ def stable_baselines3(
         nu <- alpha nu + (1 - alpha) g^2          from 1
         b  <- momentum b + g / sqrt(nu + eps);  p <- p - lr b
 
-    Arguments are those of `torch`, but for `eps`, which is inside the root and thus in the squared
-    unit of the gradient.
+    The arguments are the same as for `torch`, except that `eps` is inside the root and thus in the
+    squared unit of the gradient.
 
     Source: Stable-Baselines3 2.9, stable_baselines3/common/sb2_compat/rmsprop_tf_like.py.
     """

@@ -37,16 +37,16 @@ def tensorflow(
     Args:
       learning_rate: Step size, in the unit of the parameter.
       decay: Weight of the past in the running averages, in [0, 1].
-      momentum: In [0, 1]. The buffer exists even at zero, as in TensorFlow.
+      momentum: Decay of the velocity, in [0, 1]. As in TensorFlow, the velocity exists even at 0.
       epsilon: Added inside the root, in the squared unit of the gradient.
       centered: Whether to divide by the standard deviation.
-      sparse: Which gradients TensorFlow would get as `IndexedSlices`, such as those of embedding
-        tables: a tree of booleans like the parameters, a function from them to one, or True for
-        all. Rows (along the first axis) whose gradient is exactly zero keep their parameters and
-        all their statistics. A row that was looked up and whose gradient happens to be zero looks
-        the same, and is skipped too, where TensorFlow would let it decay. Needs `nu` and `var` in
-        float32.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      sparse: Which gradients TensorFlow would receive as `IndexedSlices`, such as those of
+        embedding tables: a tree of booleans like the parameters, a function that returns such a
+        tree for the parameters, or True for all. In these gradients, rows (along the first axis)
+        that are exactly zero keep their parameters and statistics. This includes rows that were
+        looked up but happen to have a zero gradient, which TensorFlow would let decay. Requires
+        `nu` and `var` in float32.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and
     tensorflow/core/kernels/training_ops.cc.

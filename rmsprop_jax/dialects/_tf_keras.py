@@ -8,7 +8,7 @@ from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._core.chains import chain
 from rmsprop_jax._optimizer import precise_chain
 from rmsprop_jax._transforms import average_parameters
-from rmsprop_jax._types import ScalarOrSchedule, is_absent
+from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._keras import RULE, keras
 from rmsprop_jax.dialects._record import Dialect
 from rmsprop_jax.dialects._shared import NAME, XLA, Optimizer, clipping_unless_zero, dialect
@@ -47,27 +47,27 @@ def tf_keras(
 ) -> Optimizer:
     """`tf.keras.optimizers.RMSprop` of TensorFlow 2.11 to 2.15, now `tf_keras.optimizers.RMSprop`.
 
-    The rule is that of `keras`. The average of the weights is not: it starts at the parameters::
+    The rule is the same as in `keras`, but the average of the weights starts at the parameters::
 
         a  <- ema_momentum a + (1 - ema_momentum) p     in the first step from p before that step
         p  <- a                                       every ema_overwrite_frequency, 100 by default
 
-    `fit` puts the average in the place of the parameters once more at its end
-    (`finalize_variable_values`): take `optax.tree.get(state, 'ema')` for them. With `use_ema` this
-    must be the last transformation of a chain, and needs `params`.
+    At its end, `fit` replaces the parameters by the average once more (`finalize_variable_values`).
+    Here, take `optax.tree.get(state, 'ema')` as the final parameters. With `use_ema` this must be
+    the last transformation of a chain, and `update` needs `params`.
 
-    Sparse gradients of embeddings move all rows in tf_keras, as dense ones do. Clipping differs
-    where an index is repeated, since tf_keras clips before it adds up.
+    In tf_keras, sparse gradients of embeddings move all rows, as dense ones do. Where an index is
+    repeated, clipping differs, since tf_keras clips the gradients before it adds them up.
 
-    Arguments are those of `keras`, but for these; there is no loss scale and no accumulation.
+    The other arguments are the same as for `keras`, without a loss scale and accumulation.
 
     Args:
-      clipnorm: Not with `global_clipnorm`.
-      clipvalue: Ignored, as in tf_keras, where `clipnorm` or `global_clipnorm` clips.
+      clipnorm: Not allowed with `global_clipnorm`.
+      clipvalue: Ignored if `clipnorm` or `global_clipnorm` clips, as in tf_keras.
       ema_overwrite_frequency: None or a Python zero for never.
 
     Raises:
-      ValueError: For both `clipnorm` and `global_clipnorm`.
+      ValueError: If both `clipnorm` and `global_clipnorm` are given.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,6 +103,6 @@ def tf_keras(
     )
     if not checked_flag('use_ema', use_ema):
         return step
-    never = ema_overwrite_frequency is None or is_absent(ema_overwrite_frequency)
+    never = ema_overwrite_frequency is None or is_none_or_zero(ema_overwrite_frequency)
     frequency = None if never else ema_overwrite_frequency
     return chain(step, average_parameters(ema_momentum, frequency, from_start=True))

@@ -14,7 +14,7 @@ from rmsprop_jax._optimizer import (
 )
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import cautious
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_absent
+from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
 from rmsprop_jax.dialects._shared import (
     XLA,
@@ -65,26 +65,28 @@ def timm(
         nu <- alpha nu + (1 - alpha) g^2          from 1
         b  <- momentum b + lr g / sqrt(nu + eps);  p <- p - b      lr outside b without
                                                                    lr_in_momentum
+
     Args:
       lr: Learning rate, in the unit of the parameter.
       alpha: Weight of the past in the running averages, in [0, 1].
       eps: Added inside the root, in the squared unit of the gradient.
-      weight_decay: L2 penalty added to the gradient, or with `decoupled_decay` a share of the
-        parameter, times the learning rate.
-      momentum: In [0, 1]; a Python zero means none.
+      weight_decay: L2 penalty added to the gradient. With `decoupled_decay`, the share of the
+        parameter that is subtracted per step, times the learning rate.
+      momentum: Decay of the velocity, in [0, 1]; a Python zero means no velocity.
       centered: Whether to divide by the standard deviation.
-      decoupled_decay: Whether weights decay apart from the gradient.
-      corrected_weight_decay: Whether decoupled decay is scaled by `lr / max_lr` once more.
+      decoupled_decay: Whether weights decay separately from the gradient.
+      corrected_weight_decay: Whether decoupled decay is also scaled by `lr / max_lr`.
       lr_in_momentum: Whether the learning rate enters the momentum buffer, as in TensorFlow.
-      caution: Whether entries of the buffer whose sign differs from the gradient's are held back,
-        and the others enlarged by the share that is left (at most 1000 times). No effect without
-        momentum. The buffer itself is not changed.
-      max_lr: The rate the optimizer was made with in timm; `lr` itself where that is a number.
-      mask: What decays.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      caution: Whether to drop the entries of the update where buffer and gradient differ in sign.
+        The others are divided by the share of entries that is left, and thus grow at most 1000
+        times. No effect without momentum; the buffer itself is not changed.
+      max_lr: The learning rate with which timm's optimizer was created. Defaults to `lr` if that is
+        a number.
+      mask: Which parameters decay.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Raises:
-      ValueError: For `corrected_weight_decay` with a schedule and no `max_lr`.
+      ValueError: If `corrected_weight_decay` is used with a schedule but without `max_lr`.
 
     Source: timm 1.0.31, timm/optim/rmsprop_tf.py; caution: arXiv:2411.16085.
     """
@@ -106,14 +108,14 @@ def _decoupled_decay(
     lr: ScalarOrSchedule, weight_decay: ScalarOrSchedule, peak: Any, mask: Any
 ) -> Step | None:
     """`p <- p - lr weight_decay p`, times `lr / peak` where a peak is given."""
-    if is_absent(weight_decay):
+    if is_none_or_zero(weight_decay):
         return None
     if callable(peak):
         raise ValueError('corrected_weight_decay with a schedule needs max_lr, its peak.')
     if peak is None:
         return subtract_decayed_weights(lr, weight_decay, mask)
     top = constant('max_lr', peak)
-    if is_absent(top):
+    if is_none_or_zero(top):
         raise ValueError('max_lr must not be zero.')
     rate = Hyperparameter('lr', lr, lower=-math.inf)
     decay = Hyperparameter('weight_decay', weight_decay)

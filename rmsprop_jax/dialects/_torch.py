@@ -66,18 +66,18 @@ def torch(
         b  <- momentum b + g / (sqrt(nu) + eps)
         p  <- p - lr b
 
-    Complex parameters are pairs of reals, each with its own second moment.
+    Complex parameters are treated as pairs of reals, each with its own second moment.
 
     Args:
       lr: Learning rate, in the unit of the parameter.
       alpha: Weight of the past in the running averages, in [0, 1].
       eps: Added to the root, in the unit of the gradient.
       weight_decay: L2 penalty, added to the gradient after `maximize` has flipped it.
-      momentum: In [0, 1]; a Python zero means none.
+      momentum: Decay of the velocity, in [0, 1]; a Python zero means no velocity.
       centered: Whether to divide by the standard deviation.
-      maximize: Whether to climb.
-      mask: What `weight_decay` applies to, as for `optax.add_decayed_weights`.
-      storage: How the statistics are kept in memory, as for `rmsprop`.
+      maximize: Whether to maximize the objective.
+      mask: Which parameters decay, as in `optax.add_decayed_weights`.
+      storage: How the statistics are kept in memory, as in `rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,20 +98,20 @@ def torch(
     )
 
 
-@checked({'foreach': XLA, 'error_if_nonfinite': 'chain optax.apply_if_finite around the optimizer'})
+@checked({'foreach': XLA, 'error_if_nonfinite': 'wrap the optimizer in optax.apply_if_finite'})
 def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimizer:
     """`torch.nn.utils.clip_grad_norm_`: `g <- g min(1, max_norm / (norm + 1e-6))`.
 
-    Optax's `clip_by_global_norm` divides by the norm alone, so that a PyTorch run with clipping is
-    not reproduced exactly by it.
+    Optax's `clip_by_global_norm` divides by the norm alone, so it does not reproduce a clipped
+    PyTorch run exactly.
 
     Args:
-      max_norm: The largest norm, in the unit of the gradient.
-      norm_type: The order of the norm over all gradients, positive; `math.inf` takes the largest
-        magnitude.
+      max_norm: The maximum norm of all gradients together, in the unit of the gradient.
+      norm_type: The order of the norm, positive; `math.inf` takes the largest magnitude.
 
     Raises:
-      ValueError: For an order that is not positive, which PyTorch accepts but which is no norm.
+      ValueError: If the order is not positive. PyTorch accepts such an order, but it does not
+        define a norm.
 
     Source: PyTorch 2.13 to 2.15, torch/nn/utils/clip_grad.py.
     """
@@ -136,6 +136,6 @@ def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimiz
 
 
 def _power(x: jax.Array, order: float) -> jax.Array:
-    """`x^order`, differentiable at zero for orders below one too."""
+    """`x^order`, differentiable at zero also for orders below one."""
     vanishes = x == 0
     return jnp.where(vanishes, 0, jnp.where(vanishes, 1, x) ** order)

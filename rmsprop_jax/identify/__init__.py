@@ -1,4 +1,4 @@
-"""Which RMSProp a recorded run was made with, and how sure that is.
+"""Identifies the RMSProp that made a recorded run, and says how certain that is.
 
 On the command line: `python -m rmsprop_jax.identify trace.npz`.
 """

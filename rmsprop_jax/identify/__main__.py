@@ -15,35 +15,34 @@ EXIT_CODES: dict[Outcome, int] = {'settled': 0, 'several': 1, 'unexplained': 3, 
 def _parser() -> OneLineParser:
     made = OneLineParser(
         prog='python -m rmsprop_jax.identify',
-        description='Find out which RMSProp made a recorded run. What is not given is taken from '
-        'the file, and what is not there is fitted.',
+        description='Find out which RMSProp made a recorded run. Hyperparameters that you do not '
+        'give are read from the file, or else fitted.',
         epilog='Exit codes: 0, one dialect remains or all facts are settled; 1, several '
-        'combinations remain; 2, the trace or an option cannot be read; 3, nothing that is tried '
-        'explains the run; 4, the run is explained, but does not show an RMSProp (SGD explains it '
-        'too, say). It takes some ten seconds, more where weight decay is fitted.',
+        'combinations remain; 2, the trace or an option cannot be read; 3, no candidate explains '
+        'the run; 4, the run is explained, but need not be RMSProp (for example, SGD explains it '
+        'too). This takes about ten seconds, or longer if weight decay is fitted.',
         allow_abbrev=False,
     )
     made.add_argument(
         'trace',
         type=Path,
         help='.npz file with the arrays params/NAME of shape (steps + 1, ...), gradients/NAME of '
-        'shape (steps, ...), learning_rate of shape (steps,) or (), and, where known, the scalars '
+        'shape (steps, ...), learning_rate of shape (steps,) or (), and, if known, the scalars '
         'decay, eps, momentum, weight_decay. It must begin with the first step of the optimizer.',
     )
     helps = {
         'learning-rate': 'one learning rate for all steps',
         'decay': 'weight of the past in the running averages (alpha, rho), in [0, 1)',
-        'eps': 'epsilon, as the framework was given it',
-        'momentum': 'momentum, in [0, 1); 0 means that there is none',
-        'tolerance': 'relative error of the recorded gradients, where that is above rounding',
+        'eps': 'epsilon, as passed to the framework',
+        'momentum': 'momentum, in [0, 1); 0 means none',
+        'tolerance': 'relative error of the recorded gradients, if it is larger than rounding',
     }
     for name, text in helps.items():
         made.add_argument(f'--{name}', type=float, metavar='X', help=text)
     made.add_argument(
         '--weight-decay',
         metavar='X|fit',
-        help='weight decay, or "fit" to look for one; without this and in the absence of one in '
-        'the file, none',
+        help='weight decay, or "fit" to fit it (default: the value in the file, or else none)',
     )
     made.add_argument('--json', action='store_true', help='print everything as JSON')
     return made
@@ -52,7 +51,7 @@ def _parser() -> OneLineParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` and returns the exit code of its outcome.
 
-    Exits with code 2 and one line where it cannot be done.
+    On bad input it exits with code 2 and a one-line message.
     """
     command = _parser()
     options = vars(command.parse_args(argv))

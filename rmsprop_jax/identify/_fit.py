@@ -23,13 +23,13 @@ from rmsprop_jax.identify._replay import (
 )
 
 HYPERPARAMETERS = ('decay', 'eps', 'momentum', 'weight_decay')
-# Fitted values stay in these ranges. The lower ends of momentum and weight decay are where they
-# count as present: so 'none' and 'some' are different statements, and both may be left standing.
+# Fitted values stay in these ranges. Momentum and weight decay count as present from the lower ends
+# on, so 'none' and 'some' are different statements. A trace may leave both possible.
 RANGES = {'decay': (1e-6, 1 - 1e-6), 'momentum': (0.01, 0.9999), 'weight_decay': (1e-5, 10.0)}
-# What a plain rule may divide the recorded learning rate by.
+# The range of divisors of the recorded learning rate that a plain rule may use.
 PLAIN_SCALE = (1e-6, 1e6)
-# Errors are in units of what rounding can do at most. The gap between the two limits is there for
-# what the estimate leaves out: a candidate in it neither explains a run nor is ruled out.
+# Errors are in units of the largest error that rounding can cause. That estimate is not exact, so
+# a candidate between the two limits neither explains a run nor is ruled out.
 EXPLAINED, RULED_OUT = 2.0, 10.0
 _POINTS, _GUESSES, _STARTS, _ITERATIONS, _TOGETHER = 128, 6, 2, 15, 16
 
@@ -41,8 +41,8 @@ class Fit(NamedTuple):
     """How well one candidate can explain a trace.
 
     Attributes:
-      error: The largest deviation of a step, in units of what rounding can explain.
-      values: The hyperparameters by name at which it is reached.
+      error: The largest deviation of a step, in units of the error that rounding can explain.
+      values: The best hyperparameters, by name.
     """
 
     error: float
@@ -50,14 +50,14 @@ class Fit(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Where a candidate's coordinates may be; see `natural`. Each field has shape (4,).
+    """The range of a candidate's coordinates; see `natural`. Each field has shape (4,).
 
     Attributes:
-      low: Smallest values.
-      high: Largest values.
-      first_low: Smallest first guess.
-      first_high: Largest first guess.
-      pull: How strongly a coordinate is held at the middle: none for an unknown one.
+      low: The smallest values.
+      high: The largest values.
+      first_low: The smallest first guesses.
+      first_high: The largest first guesses.
+      pull: How strongly a coordinate is pulled to the middle; zero for an unknown one.
     """
 
     low: Any
@@ -69,11 +69,11 @@ class Box(NamedTuple):
 
 @jax.jit
 def _best_of(problem: Problem, form: Any, switches: Switches, _: Box, points: Any) -> jax.Array:
-    """Of points of shape (candidates, n, 4), the best few of each candidate, best first."""
+    """The best few points of each candidate, best first. `points` has shape (candidates, n, 4)."""
 
     def one(switches: Switches, points: jax.Array) -> jax.Array:
         def mismatch(x: jax.Array) -> jax.Array:
-            # Bounded per number, since a first guess is far off somewhere.
+            # Each term is bounded, because a first guess is always far off somewhere.
             seen = problem.after - problem.before
             steps, floor = replay(problem, form, switches, x)
             share = (seen - steps) ** 2 / (seen**2 + steps**2 + floor**2 + ZERO)
@@ -107,9 +107,9 @@ def _fit_from(
 
 
 def _least_squares(residuals: Any, x: jax.Array, box: Box) -> tuple[jax.Array, jax.Array]:
-    """Levenberg-Marquardt inside a box; known coordinates are held near its middle.
+    """Levenberg-Marquardt inside a box; known coordinates stay near its middle.
 
-    Returns the largest residual at the end, and the end.
+    Returns the largest residual at the final point, and the final point.
     """
     middle, size = (box.low + box.high) / 2, x.size
 
@@ -134,7 +134,7 @@ def _least_squares(residuals: Any, x: jax.Array, box: Box) -> tuple[jax.Array, j
         damping = jnp.clip(jnp.where(better, damping / 5, damping * 4), 1e-12, 1e6)
         _, _, x, slope, normal = kept
         damped = normal + jnp.diag(jnp.diag(normal) * damping + 1e-9)
-        # Where epsilon is too small to matter, slopes are flat and whole steps meaningless.
+        # If epsilon is too small to matter, slopes are flat and full steps are meaningless.
         move = jnp.clip(jnp.linalg.solve(damped, slope), -2.0, 2.0)
         return jnp.clip(x - move, box.low, box.high), damping, kept
 
@@ -155,10 +155,10 @@ def fit(
 
     Args:
       steps: The recorded run.
-      known: The hyperparameters that are known, by name.
-      facts: The candidates, all of one kind, since the best one helps the others.
-      tolerance: The relative error of the recorded gradients, where that is above rounding.
-      judged: How many of the steps count, from the first; all if None.
+      known: The known hyperparameters, by name.
+      facts: The candidates, all of the same kind, because the best one helps to fit the others.
+      tolerance: The relative error of the recorded gradients, if it is larger than rounding.
+      judged: How many steps count, from the first; all if None.
     """
     steps = steps.reduced()
     same = facts
@@ -179,11 +179,11 @@ _Ends = dict[_Rule, tuple[float, np.ndarray]]
 
 
 def _search(problem: Problem, batches: Sequence['_Batch']) -> _Ends:
-    """Where the least squares of each candidate end, with the error there.
+    """The final point of each candidate's least squares, with its error.
 
-    A candidate must not be ruled out because of a poor first guess. So each goes on from where it
-    ended and from the best of a sweep over epsilon, twice; and all over again from other guesses
-    while none explains the run.
+    A poor first guess must not rule out a candidate. So each candidate is improved twice, from its
+    final point and from the best point of a sweep over epsilon. While no candidate explains the
+    run, all of this is repeated from other guesses.
     """
     guesses = [np.asarray(_best_of(problem, *b.given, _spread_over(b))) for b in batches]
     ends: _Ends = {}
@@ -206,7 +206,7 @@ def _search(problem: Problem, batches: Sequence['_Batch']) -> _Ends:
 def _improve(
     ends: _Ends, problem: Problem, batches: Sequence['_Batch'], starts: Sequence[np.ndarray]
 ) -> None:
-    """Enters into `ends` what is better from these starts, of shape (candidates, _STARTS, 4)."""
+    """Updates `ends` where `starts`, of shape (candidates, _STARTS, 4), lead to a better fit."""
     for batch, start in zip(batches, starts, strict=True):
         errors, where = map(np.asarray, _fit_from(problem, *batch.given, start))
         for f, error, end in zip(batch.facts, errors, where, strict=False):
@@ -215,12 +215,12 @@ def _improve(
 
 
 class _Batch(NamedTuple):
-    """Candidates of one form, in a number that does not change, so that programs are shared.
+    """Candidates of one form, padded to a fixed number, so that batches share compiled programs.
 
     Attributes:
       facts: The candidates.
-      filled: The first of them again and again behind them.
-      given: The arguments that the programs have of `filled`: form, switches, boxes.
+      filled: The candidates, padded with copies of the first.
+      given: The arguments that the programs take for `filled`: form, switches, boxes.
     """
 
     facts: list[_Rule]
@@ -249,9 +249,9 @@ def _spread_over(batch: _Batch) -> np.ndarray:
 
 
 def _sweep(batch: _Batch, own: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Every epsilon with the other coordinates of each candidate's end, and of the best one's.
+    """A sweep over epsilon, with each candidate's own other coordinates and with those of the best.
 
-    In epsilon alone there are flats and several valleys that least squares cannot leave.
+    Along epsilon the error has flat parts and several valleys, which least squares cannot leave.
     """
     box = batch.given[2]
     points = np.stack([own, np.broadcast_to(best, own.shape)], axis=1)
@@ -289,10 +289,10 @@ def _coordinate(name: str, value: float) -> float:
 
 
 def _box(facts: _Rule, known: Mapping[str, float], steps: Steps) -> Box:
-    """Where the hyperparameters of a candidate may be, and where to look first."""
+    """The ranges of a candidate's hyperparameters, and of their first guesses."""
     fixed = dict(known)
     if isinstance(facts, PlainRule):
-        fixed['decay'] = 0.5  # which it does not have
+        fixed['decay'] = 0.5  # Unused: a plain rule has no decay.
         fixed.pop('eps', None)
         eps, first_eps = PLAIN_SCALE, PLAIN_SCALE
     else:
@@ -324,7 +324,7 @@ _Range = tuple[float, float]
 
 
 def _epsilons(facts: Facts, steps: Steps) -> tuple[_Range, _Range]:
-    """Where epsilon may be, and where to look first."""
+    """The range of epsilon, and of its first guesses."""
     size = np.abs(steps.gradients)[steps.gradients != 0]
     small, large = (size.min(), size.max()) if size.size else (1.0, 1.0)
     # Second moments lie between the squares of the smallest and the largest gradient, or near 1.
@@ -337,16 +337,16 @@ def _epsilons(facts: Facts, steps: Steps) -> tuple[_Range, _Range]:
 
 
 def _slack(name: str, value: float) -> float:
-    """How far from its coordinate a known hyperparameter may be.
+    """How far a known hyperparameter may be from its coordinate.
 
-    It is known to rounding: frameworks hold it in float32, and `1 - decay` as well.
+    It is known only to rounding: frameworks store it, and also `1 - decay`, in float32.
     """
     relative = 2 * FLOAT32_ROUNDING
     return relative / (1 - value) if name in ('decay', 'momentum') else relative
 
 
 def _padded(steps: Steps, tolerance: float, judged: int | None) -> Problem:
-    """Arrays of one of a few shapes, so that traces of similar size share a compiled program."""
+    """Pads arrays to one of a few shapes, so that traces of similar size share a program."""
     length, width = steps.gradients.shape
     shape = (_rounded_up(2 * length) // 2, _rounded_up(width))
 
@@ -372,12 +372,12 @@ def _rounded_up(size: int) -> int:
 
 @functools.cache
 def _spread() -> np.ndarray:
-    """First guesses in the unit cube: a Halton sequence, the same at every call."""
+    """First guesses in the unit cube: a Halton sequence, the same in every call."""
     return np.array([[_mirrored(n, base) for base in (2, 3, 5, 7)] for n in range(1, _POINTS + 1)])
 
 
 def _mirrored(number: int, base: int) -> float:
-    """The digits of `number` behind the point, in reverse order."""
+    """The radical inverse of `number`: its digits in reverse order, after the point."""
     result, unit = 0.0, 1.0
     while number:
         unit /= base

@@ -1,4 +1,4 @@
-"""Recorded runs: reading them, checking them, and laying them out as plain float64 arrays."""
+"""Reads and checks recorded runs, and lays them out as plain float64 arrays."""
 
 import dataclasses
 import math
@@ -24,13 +24,14 @@ class Trace:
 
     Attributes:
       params: A tree of arrays of shape (steps + 1, ...): the parameters before the first step and
-        after each one.
-      gradients: A tree like it of arrays of shape (steps, ...), as the optimizer was given them.
-      learning_rate: Of shape (steps,), or one number.
-      decay: Weight of the past in the running averages, where known.
-      eps: Epsilon, where known.
-      momentum: Momentum, where known; zero means there is none.
-      weight_decay: Weight decay, where known.
+        after each step.
+      gradients: A tree of the same structure, with arrays of shape (steps, ...): the gradients
+        that the optimizer got.
+      learning_rate: An array of shape (steps,), or one number.
+      decay: The weight of the past in the running averages, if known.
+      eps: Epsilon, if known.
+      momentum: The momentum, if known; zero means none.
+      weight_decay: The weight decay, if known.
     """
 
     params: Any
@@ -47,11 +48,11 @@ class Steps:
     """A run as float64 arrays of shape (steps, elements), from all leaves together.
 
     Attributes:
-      before: Parameters before each step.
-      after: Parameters after it.
-      gradients: What the optimizer was given.
-      learning_rate: Of shape (steps,).
-      rounding: Unit roundoff of each element's parameter, of shape (elements,).
+      before: The parameters before each step.
+      after: The parameters after each step.
+      gradients: The gradients that the optimizer got.
+      learning_rate: The learning rate of each step, of shape (steps,).
+      rounding: The unit roundoff of each element's parameter, of shape (elements,).
     """
 
     before: np.ndarray
@@ -63,7 +64,7 @@ class Steps:
     def reduced(self) -> 'Steps':
         """At most a few hundred elements, evenly spread over the sizes of their gradients.
 
-        Elements do not influence each other, so that a part of them tells as much about the rule.
+        Elements do not influence each other, so a part of them shows the rule as well as all do.
         """
         size = np.abs(self.gradients).max(axis=0)
         order = np.argsort(size, kind='stable')
@@ -81,23 +82,23 @@ class Steps:
 
 
 def read_trace(source: Trace | Mapping[str, Any] | str | Path) -> Trace:
-    """Makes a `Trace` of what `identify_dialect` accepts; nothing is ever unpickled."""
+    """Makes a `Trace` from any input of `identify_dialect`; it never unpickles anything."""
     if isinstance(source, Trace):
         return source
     if isinstance(source, Mapping):
         return _from_mapping(source)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f'trace must be a Trace, a mapping or a path, got {source!r}.')
-    # Opened here, since numpy leaves the file open where the archive is broken.
+    # Opened here, because numpy does not close the file of a broken archive.
     with open(source, 'rb') as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError(f'{source} is no .npz file.')
+            raise ValueError(f'{source} is not an .npz file.')
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        # Of what a stranger's file may hold, numpy, zipfile and the decompressors complain with
-        # errors of ten kinds, among them MemoryError for a header that promises too much.
+        # For a bad file, numpy, zipfile and the decompressors raise about ten kinds of errors,
+        # among them MemoryError if a header promises too much.
         except Exception as error:
             raise ValueError(
                 f'{source} is damaged, or holds more than plain arrays: {error!r}.'
@@ -106,7 +107,7 @@ def read_trace(source: Trace | Mapping[str, Any] | str | Path) -> Trace:
 
 
 def _from_mapping(arrays: Mapping[str, Any]) -> Trace:
-    """Takes `params/<name>` apart, and leaves trees under `params` as they are."""
+    """Makes trees from entries `params/<name>`; trees under `params` stay as they are."""
     fields: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     names = [field.name for field in dataclasses.fields(Trace)]
@@ -119,7 +120,7 @@ def _from_mapping(arrays: Mapping[str, Any]) -> Trace:
         else:
             fields[name] = value
     for name in fields.keys() & parts.keys():
-        raise ValueError(f'the trace has {name} twice, as a whole and in parts.')
+        raise ValueError(f'the trace has {name} twice, as one tree and as {name}/<name> entries.')
     fields |= parts
     for name in ('params', 'gradients'):
         if name not in fields:
@@ -128,7 +129,7 @@ def _from_mapping(arrays: Mapping[str, Any]) -> Trace:
 
 
 def lay_out(trace: Trace, learning_rate: Any) -> tuple[Steps, str]:
-    """Checks a trace; returns its arrays, and the dtype whose rounding its parameters show."""
+    """Checks a trace, and returns its arrays and the dtype to which its parameters are rounded."""
     params, gradients = _leaves('params', trace.params), _leaves('gradients', trace.gradients)
     if params.keys() != gradients.keys():
         odd = ', '.join(sorted(params.keys() ^ gradients.keys()))
@@ -188,17 +189,17 @@ def _real(name: str, leaf: Any) -> np.ndarray:
     broken = ~np.isfinite(_as_rows(array)).all(axis=1)
     if broken.any():
         row = int(np.argmax(broken))
-        raise ValueError(f'{name} holds NaN or infinity at row {row}; keep the steps before.')
+        raise ValueError(f'{name} holds NaN or infinity at row {row}; keep only the steps before.')
     return array
 
 
 def _as_rows(array: np.ndarray) -> np.ndarray:
-    """As float64 of shape (steps, elements)."""
+    """The array as float64 of shape (steps, elements)."""
     return np.asarray(array, float).reshape(len(array), math.prod(array.shape[1:]))
 
 
 def _precision(params: np.ndarray) -> str:
-    """The coarsest dtype that holds all parameters: a float32 run may be stored as float64."""
+    """The coarsest dtype that holds all parameters; a float32 run may be stored as float64."""
     with np.errstate(over='ignore'):
         return next(
             dtype

@@ -1,7 +1,7 @@
-"""Candidates, and the steps each of them takes on a recorded run.
+"""Candidates, and the steps that each of them takes on a recorded run.
 
-A candidate is a combination of facts. Its replay is a chain of this package's transformations in
-float64, so that one program serves all candidates and all hyperparameters, and has derivatives.
+A candidate is a combination of facts. It is replayed in float64 by a chain of this package's
+transformations. One differentiable program covers all candidates and all hyperparameters.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from rmsprop_jax.dialects._record import (
 
 # TensorFlow and Keras round hyperparameters to float32 whatever the dtype of the parameters.
 FLOAT32_ROUNDING = 2.0**-24
-# In the place of an exact zero, whose logarithm or quotient is not finite.
+# Replaces an exact zero, whose logarithm or reciprocal is not finite.
 ZERO = 1e-300
 IN, OUT = 'inside the root', 'outside the root'
-# What needs a branch of its own in the program; the other facts are numbers. A plain rule, which
-# has no second moment, is the branch after these.
+# Each of these facts needs its own branch in the program; the other facts are numbers. The branch
+# after these replays the plain rules, which have no second moment.
 FORMS = tuple(itertools.product((IN, OUT), ('no', 'yes')))
 
 
@@ -42,10 +42,11 @@ class Facts:
       epsilon: Where epsilon is added.
       start: The second moment before the first step.
       bias_correction: Whether averages are divided by the sum of their weights.
-      centered: Whether the variance takes the place of the second moment.
-      momentum: Its kind.
-      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
-      weight_decay: Whether it is added to the gradient (coupled) or subtracted from the parameter.
+      centered: Whether the variance replaces the second moment.
+      momentum: The kind of momentum.
+      learning_rate: Whether the learning rate multiplies the input or the output of the momentum.
+      weight_decay: Whether weight decay is added to the gradient (coupled) or subtracted from the
+        parameter (decoupled).
     """
 
     epsilon: Epsilon
@@ -59,16 +60,17 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class PlainRule:
-    """An optimizer without a second moment, of which RMSProp is a copy in a limit.
+    """An optimizer without a second moment, to which RMSProp converges in a limit.
 
     RMSProp turns into SGD as its decay goes to 1 or epsilon becomes large, and into signSGD as its
     decay and epsilon go to 0.
 
     Attributes:
-      rule: What takes the place of the direction: the gradient, or its sign.
-      momentum: Its kind.
-      learning_rate: Whether it multiplies what enters the momentum buffer, or what leaves it.
-      weight_decay: Whether it is added to the gradient (coupled) or subtracted from the parameter.
+      rule: Whether the direction is the gradient (SGD) or its sign (signSGD).
+      momentum: The kind of momentum.
+      learning_rate: Whether the learning rate multiplies the input or the output of the momentum.
+      weight_decay: Whether weight decay is added to the gradient (coupled) or subtracted from the
+        parameter (decoupled).
     """
 
     rule: Literal['SGD', 'signSGD']
@@ -129,7 +131,7 @@ def plain_rules(momentum: float | None, weight_decay: float | None) -> tuple[Pla
 
 
 class Problem(NamedTuple):
-    """What the compiled program knows of a trace; padded, with `counts` False in the padding."""
+    """The trace as the compiled program gets it: padded, with `counts` False in the padding."""
 
     before: Any
     after: Any
@@ -141,7 +143,7 @@ class Problem(NamedTuple):
 
 
 class Switches(NamedTuple):
-    """A candidate as numbers, 0 or 1, but for its `FORMS`."""
+    """A candidate's facts as numbers, 0 or 1, except those in `FORMS`."""
 
     sign: Any
     start: Any
@@ -162,15 +164,16 @@ def replay(
 ) -> tuple[jax.Array, jax.Array]:
     """The steps a candidate takes on the recorded gradients and parameters, and their rounding.
 
-    A plain rule has no epsilon; it divides by that coordinate, which so scales the learning rate.
+    A plain rule has no epsilon. It divides by that coordinate instead, which scales the learning
+    rate.
 
-    Rounding is followed to first order. At step t (from 1) the direction is uncertain by `4 + t`
-    roundings, more where a difference cancels; momentum and learning rate carry that on as they
-    carry the direction; and storing the parameter rounds once, or twice where it decays first.
+    Rounding is estimated to first order. At step t (from 1) the direction has an error of `4 + t`
+    roundings, or more if a difference cancels. Momentum and learning rate act on this error as they
+    act on the direction. Storing the parameter rounds once, or twice if the parameter decays first.
     """
     decay, eps, momentum, weight_decay = natural(x)
     rates = problem.learning_rate
-    # What multiplies before the momentum and after it.
+    # The factors before and after the momentum.
     first = jnp.where(switches.rate_first == 1, rates, 1.0)
     last = jnp.where(switches.rate_first == 1, 1.0, rates)
     preconditions = _preconditions(switches, decay, eps)
@@ -210,7 +213,7 @@ def replay(
     _, (steps, errors) = lax.scan(step, carry, recorded)
     stored = jnp.maximum(jnp.abs(problem.before), jnp.abs(problem.after))
     rounding = problem.rounding * (1.0 + switches.decoupled) * stored
-    # A direction that is a thousand times too large must not excuse itself by its own uncertainty.
+    # A direction that is a thousand times too large must not be excused by its own rounding error.
     most = jnp.max(jnp.abs(problem.after - problem.before), axis=0)
     relative = jnp.minimum(problem.relative * errors, most)
     return steps, lax.stop_gradient(rounding + relative)
@@ -220,8 +223,8 @@ def _preconditions(switches: Switches, decay: jax.Array, eps: jax.Array) -> list
     """The transformation of each form."""
 
     def decay_at(count: Any) -> jax.Array:
-        # A bias-corrected average is a plain one whose decay grows: rho (1 - rho^(t-1)) / (1 -
-        # rho^t). As a number it needs no program of its own.
+        # A bias-corrected average is a plain one with a growing decay, rho (1 - rho^(t-1)) / (1 -
+        # rho^t). Since that is only a number, it needs no separate program.
         before = count.astype(decay.dtype) * jnp.log(decay)
         growing = decay * jnp.expm1(before) / jnp.expm1(before + jnp.log(decay))
         return jnp.where(switches.corrected == 1, growing, decay)
@@ -233,13 +236,13 @@ def _preconditions(switches: Switches, decay: jax.Array, eps: jax.Array) -> list
 
 
 def _cancellation(whole: jax.Array, g: jax.Array) -> jax.Array:
-    """By how much adding weight decay to a gradient magnifies a relative error."""
+    """The factor by which adding weight decay to a gradient magnifies a relative error."""
     added = jnp.abs(whole - g) + jnp.abs(g)
     return added / jnp.maximum(jnp.abs(whole), 1e-3 * added + ZERO)
 
 
 def _condition(whole: jax.Array, g: jax.Array, moments: Any, offset: jax.Array) -> jax.Array:
-    """By how much cancellation magnifies the relative rounding error of a direction.
+    """The factor by which cancellation magnifies the relative rounding error of a direction.
 
     Frameworks subtract mu^2 from nu; adding weight decay to a gradient may cancel too.
     """

@@ -1,4 +1,4 @@
-"""`identify_dialect`, and what it says of each fact."""
+"""`identify_dialect`, and what it says about each fact."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from rmsprop_jax.identify._replay import Facts, PlainRule, candidates, plain_rul
 Outcome = Literal['settled', 'several', 'unexplained', 'degenerate']
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Facts))
-# A decay counts as run to the end of its range within this factor of it.
+# A fitted decay within this factor of the end of its range counts as being at the end.
 _MARGIN = 10.0
 
 
@@ -25,11 +25,11 @@ class Fact:
     """What a trace says about one property of the optimizer.
 
     Attributes:
-      value: The answer, or None where it is not determined.
+      value: The answer, or None if it is not determined.
       possible: All answers that are not ruled out.
-      status: Whether the trace shows it, or the caller said so, or neither.
-      reason: Why it is not determined, or how surely it is.
-      margin: The error of the best candidate with another answer; None where there is no other.
+      status: Whether the trace determines the answer, the caller gave it, or neither.
+      reason: Why the answer is not determined, or how certain it is.
+      margin: The error of the best candidate with another answer; None if there is no other answer.
     """
 
     value: str | None
@@ -45,12 +45,13 @@ class Candidate:
 
     Attributes:
       facts: The combination.
-      error: The largest deviation of a step, in units of what rounding can do at most.
-      decay: The value given or fitted; likewise the next three.
-      eps: Inside the root in the squared unit of the gradient, outside it in the gradient's.
-      momentum: Zero where there is none.
-      weight_decay: Zero where there is none.
-      dialects: The names in `rmsprop_jax.dialects`, and `optax`, that compute it.
+      error: The largest deviation of a step, in units of the largest error that rounding can cause.
+      decay: The given or fitted value, as in the next three attributes.
+      eps: In the squared unit of the gradient inside the root, in the gradient's unit outside it.
+      momentum: Zero if there is none.
+      weight_decay: Zero if there is none.
+      dialects: The dialects that compute this combination: names in `rmsprop_jax.dialects`, and
+        `optax`.
     """
 
     facts: Facts
@@ -77,11 +78,11 @@ class Rival:
     """One optimizer that is not RMSProp, and how well it explains a trace.
 
     Attributes:
-      facts: What it is.
-      error: The largest deviation of a step, in units of what rounding can do at most.
-      rate: What it multiplies the recorded learning rate by, fitted; 1 for SGD as recorded.
-      momentum: Zero where there is none.
-      weight_decay: Zero where there is none.
+      facts: The optimizer.
+      error: The largest deviation of a step, in units of the largest error that rounding can cause.
+      rate: The fitted factor on the recorded learning rate; 1 for SGD with the recorded rate.
+      momentum: Zero if there is none.
+      weight_decay: Zero if there is none.
     """
 
     facts: PlainRule
@@ -101,15 +102,15 @@ class Rival:
 
 @dataclasses.dataclass(frozen=True)
 class Identification:
-    """What `identify_dialect` found out; `str` of it is a table and a verdict in words.
+    """The result of `identify_dialect`; its `str` is a table and a verdict in words.
 
     Attributes:
       candidates: All candidates, best first.
       rivals: SGD and signSGD in all their forms, best first.
       facts: What the trace says about each property, by the names of `Facts`.
-      problem: Why the trace tells nothing, or empty where some candidate explains it.
-      precision: The dtype whose rounding the parameters show.
-      tolerance: The relative error of the gradients that was allowed for; 0 if none.
+      problem: Why the trace determines nothing; empty if some candidate explains it.
+      precision: The dtype to which the parameters are rounded.
+      tolerance: The allowed relative error of the gradients; 0 if none was given.
     """
 
     candidates: tuple[Candidate, ...]
@@ -123,11 +124,11 @@ class Identification:
     def outcome(self) -> Outcome:
         """The conclusion in one word.
 
-        `'settled'`: one dialect remains (`keras` and `tf_keras`, whose rule is the same, count as
-        one), or each fact is determined, given or without a meaning.
+        `'settled'`: one dialect remains (`keras` and `tf_keras`, which have the same rule, count as
+        one), or each fact is determined, given or meaningless.
         `'several'`: several combinations remain.
         `'unexplained'`: neither RMSProp nor SGD nor signSGD explains the run.
-        `'degenerate'`: the run is explained, but does not show that it is RMSProp.
+        `'degenerate'`: the run is explained, but need not be RMSProp.
         """
         if self.problem:
             best = min(self.candidates[0].error, self.rivals[0].error)
@@ -138,7 +139,7 @@ class Identification:
 
     @property
     def survivors(self) -> tuple[Candidate, ...]:
-        """The candidates that are not ruled out; none where the trace has a problem."""
+        """The candidates that are not ruled out; none if the trace has a problem."""
         return () if self.problem else tuple(c for c in self.candidates if c.error <= RULED_OUT)
 
     @property
@@ -172,7 +173,7 @@ class Identification:
         return '\n'.join([*lines, f'Dialects that do this: {names}.'])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON, which has no infinity: None stands for it."""
+        """Everything as plain values for JSON; None stands for infinity, which JSON lacks."""
 
         def plain(c: Candidate | Rival) -> dict[str, Any]:
             return {**dataclasses.asdict(c), 'error': c.error if math.isfinite(c.error) else None}
@@ -195,8 +196,8 @@ class Identification:
         allowed += f' with a tolerance of {self.tolerance:g}' if self.tolerance else ''
         return '\n'.join(
             [
-                f'Errors of {len(self.candidates)} candidates, best first; up to {EXPLAINED:g} '
-                f'{allowed} explains them, from {RULED_OUT:g} it cannot:',
+                f'Errors of {len(self.candidates)} candidates, best first. Up to {EXPLAINED:g}, '
+                f'{allowed} explains them; above {RULED_OUT:g}, it does not:',
                 'error     decay     eps       momentum  weight_decay',
                 *map(str, shown),
                 f'{self.rivals[0].error:<9.2g} not RMSProp: {self.rivals[0]}',
@@ -218,33 +219,34 @@ def identify_dialect(
 ) -> Identification:
     """Finds out which RMSProp made a recorded run.
 
-    Every combination of facts (where epsilon is, what the accumulator starts at, where the learning
-    rate enters, and so on) is replayed on the recorded gradients, with the hyperparameters you give
-    and the best ones for those you do not. A fact counts as determined only if all combinations
-    that explain the run to rounding agree on it. The trace must begin with the optimizer's first
-    step.
+    Every combination of facts (the place of epsilon, the start of the accumulator, the place of the
+    learning rate, and so on) is replayed on the recorded gradients, with the hyperparameters that
+    you give and fitted values for the others. A fact is determined only if all combinations that
+    rounding does not rule out agree on it. The trace must begin with the optimizer's first step.
 
     Args:
       trace: A `Trace`, a mapping with its fields, or the path of an .npz file with the arrays
         `params/<name>` of shape (steps + 1, ...), `gradients/<name>` of shape (steps, ...),
-        `learning_rate`, and scalars for the hyperparameters that are known. Pickles are not loaded.
-      learning_rate: In the place of the trace's: a number or one per step.
-      decay: In the place of the trace's, like the following; None leaves it to the trace, and what
-        that does not have either is fitted.
-      eps: Epsilon, in the unit that the framework gives it.
-      momentum: Zero means that there is none.
-      weight_decay: A positive number, of which coupled and decoupled decay are tried, or 'fit',
-        which also finds the number. Unlike the others it is taken to be zero if nobody says it.
-      tolerance: The relative error of the recorded gradients, in [0, 1), where that is above
-        rounding: `2**-9` for gradients recorded in bfloat16, say. None judges to rounding.
+        `learning_rate`, and scalars for the known hyperparameters. Pickles are not loaded.
+      learning_rate: One number, or one per step. This and the next four arguments override the
+        trace.
+      decay: The weight of the past in the running averages. None takes the value from the trace; if
+        the trace has none, the value is fitted. The same holds for `eps` and `momentum`.
+      eps: Epsilon, in the framework's unit.
+      momentum: Zero means none.
+      weight_decay: A positive number, tried as coupled and as decoupled decay, or 'fit', which also
+        fits the number. Without a value here or in the trace, it is assumed to be zero.
+      tolerance: The relative error of the recorded gradients, in [0, 1), if it is larger than
+        rounding: for example, `2**-9` for gradients recorded in bfloat16. None allows rounding
+        only.
 
     Returns:
-      An `Identification`: print it. Nothing is determined where plain SGD or signSGD, at any fixed
+      An `Identification`: print it. Nothing is determined if plain SGD or signSGD, at any fixed
       multiple of the recorded rate, explains the run as well.
 
     Raises:
-      ValueError: For arrays that do not fit together, are not real and finite, or are no trace.
-      OSError: For a file that cannot be read.
+      ValueError: If arrays do not fit together, are not real and finite, or do not form a trace.
+      OSError: If the file cannot be read.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -326,32 +328,32 @@ def _dialects(facts: Facts) -> tuple[str, ...]:
 
 
 def _silence(steps: Steps, known: Mapping[str, float]) -> str:
-    """Why the trace is too poor to say anything, if so."""
+    """Why the trace has too little information, or empty if it has enough."""
     if not steps.gradients.any():
         return 'all gradients are zero'
     if not steps.learning_rate.any():
         return 'the learning rate is zero'
     if np.count_nonzero(steps.gradients.any(axis=1) & (steps.learning_rate != 0)) == 1:
-        return 'there is only one step, and the first step of Adam or AdaGrad is one of RMSProp too'
+        return 'there is only one step, and the first step of Adam or AdaGrad fits RMSProp too'
     unknown = len(HYPERPARAMETERS) - len(known)
     if np.count_nonzero(steps.gradients) < unknown + 3:
-        return f'so few numbers can be explained in many ways with {unknown} unknown ones'
+        return f'so few numbers can be explained in many ways with {unknown} unknown values'
     return ''
 
 
 def _degenerate(ranked: Sequence[Candidate], rival: Rival, known: Mapping[str, float]) -> str:
-    """Why what explains the trace does not show an RMSProp, if so."""
+    """Why the run is explained but need not be RMSProp, or empty."""
     explained = [c for c in ranked if c.error <= EXPLAINED]
     if rival.error <= (RULED_OUT if explained else EXPLAINED):
         return (
-            f'the run is {rival}, or cannot be told from it. That misses by {rival.error:.2g} '
-            'times the rounding, so that nothing of an RMSProp shows'
+            f'the run is {rival}, or cannot be told from it. This rule misses by '
+            f'{rival.error:.2g} times the rounding, so the run shows nothing about RMSProp'
         )
     low, high = RANGES['decay'][0] * _MARGIN, 1 - (1 - RANGES['decay'][1]) * _MARGIN
     if 'decay' not in known and explained and not any(low < c.decay < high for c in explained):
         return (
             f'the run is explained only with a decay of {explained[0].decay:.7g}, the end of the '
-            'range that is searched, where the running average is no longer one'
+            'range that is searched, where the accumulator is no longer a running average'
         )
     return ''
 
@@ -359,20 +361,20 @@ def _degenerate(ranked: Sequence[Candidate], rival: Rival, known: Mapping[str, f
 def _unexplained(
     steps: Steps, known: Mapping[str, float], noise: float, ranked: Sequence[Candidate]
 ) -> str:
-    """Why no candidate explains the trace, if so."""
+    """Why no candidate explains the trace, or empty if one does."""
     if ranked[0].error <= EXPLAINED:
         return ''
     facts = [c.facts for c in ranked]
     if min(found.error for found in fit(steps, known, facts, noise, judged=1)) > RULED_OUT:
         return (
-            'no candidate explains the first step. The run did not begin there with fresh '
-            'accumulators, a hyperparameter is not what was said, weights decay (give '
-            'weight_decay), or gradients were clipped or scaled after they were recorded'
+            'no candidate explains the first step. The trace does not begin with fresh '
+            'accumulators, a given hyperparameter is wrong, weights decay (give weight_decay), '
+            'or gradients were clipped or scaled after they were recorded'
         )
     return (
         'no candidate explains all steps, though some explain the first. A hyperparameter '
-        'changed or is not what was said, weights decay (give weight_decay), leaves are treated '
-        'differently (identify them one by one), or something else acts on the parameters'
+        'changed or was given wrongly, weights decay (give weight_decay), leaves are treated '
+        'differently (identify them one by one), or something else changes the parameters'
     )
 
 
@@ -406,9 +408,12 @@ def _why(name: str, steps: Steps, known: Mapping[str, float]) -> str:
     if name == 'learning_rate' and not np.ptp(rates):
         return 'the learning rate is constant'
     if name == 'learning_rate' and 'momentum' not in known and _geometric(rates):
-        return 'a learning rate that changes by one factor looks like another momentum; give that'
+        return (
+            'a learning rate that changes by the same factor at every step looks like another '
+            'momentum; give the momentum'
+        )
     if name == 'epsilon':
-        return 'epsilon is too small next to the gradients, or there are too few steps'
+        return 'epsilon is too small compared with the gradients, or there are too few steps'
     return 'several answers explain the trace'
 
 

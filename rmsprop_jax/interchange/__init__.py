@@ -40,7 +40,7 @@ from rmsprop_jax.interchange._mapping import Pair as Pair
 from rmsprop_jax.interchange._mapping import flattened as flattened
 from rmsprop_jax.interchange._mapping import parameters_from as parameters_from
 from rmsprop_jax.interchange._mapping import parameters_to as parameters_to
-from rmsprop_jax.interchange._write import LossyConversionWarning as LossyConversionWarning
+from rmsprop_jax.interchange._state import LossyConversionWarning as LossyConversionWarning
 from rmsprop_jax.interchange.keras import from_keras as from_keras
 from rmsprop_jax.interchange.keras import to_keras as to_keras
 from rmsprop_jax.interchange.optax import from_optax as from_optax

@@ -1,9 +1,10 @@
 """Which of their arrays is which of ours, and how the axes of each lie."""
 
+import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -28,23 +29,8 @@ class InterchangeError(ValueError):
         super().__init__('\n  '.join([f'{task}:', *self.problems]))
 
 
-class Problems:
-    """Gathers what is wrong, so that one error can name it all."""
-
-    def __init__(self, task: str):
-        self._task = task
-        # A dictionary as an ordered set: two moments of one array often share their fault.
-        self._lines: dict[str, None] = {}
-
-    def add(self, line: str) -> None:
-        self._lines[line] = None
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def raise_if_any(self) -> None:
-        if self._lines:
-            raise InterchangeError(self._task, list(self._lines))
+class EntryError(ValueError):
+    """What is wrong with one entry: a line of the `InterchangeError`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +157,16 @@ class Pair:
 def layer(
     theirs: str,
     ours: str | tuple[Any, ...],
-    names: tuple[str, str],
-    bias_names: tuple[str, str],
+    weights: tuple[str, str],
+    biases: tuple[str, str],
     bias: bool,
     layout: Layout = AS_IS,
 ) -> tuple[Pair, ...]:
     """The pairs of a layer: of its weights and, where it has one, of its bias."""
     if not isinstance(theirs, str):
         raise TypeError(f'theirs must be a name, got {theirs!r}.')
-    path = joined(ours)
-    weights = Pair(theirs + names[0], f'{path}/{names[1]}', layout)
-    if not checked_flag('bias', bias):
-        return (weights,)
-    return weights, Pair(theirs + bias_names[0], f'{path}/{bias_names[1]}')
+    names = [(*weights, layout), (*biases, AS_IS)][: 1 + checked_flag('bias', bias)]
+    return tuple(Pair(theirs + name, f'{joined(ours)}/{key}', lay) for name, key, lay in names)
 
 
 def joined(path: str | Sequence[Any]) -> str:
@@ -203,29 +186,74 @@ def path_name(path: tuple[Any, ...]) -> str:
     return keystr(canonical(path), simple=True, separator='/')
 
 
-def paired(
-    mapping: Iterable[Pair], params: Any, problems: Problems
-) -> tuple[dict[str, Pair], dict[str, Any]]:
-    """The pairs by their `ours`, and the parameters by path, with the mapping's faults noted."""
-    pairs, leaves = _checked_pairs(mapping), named_leaves(params)
-    for name, values in (
-        ('theirs', [p.theirs for p in pairs]),
-        ('ours', [str(p.ours) for p in pairs]),
-    ):
-        for value in {value for value in values if values.count(value) > 1}:
-            problems.add(f'{value!r} is the `{name}` of more than one pair')
-    for pair in pairs:
-        if pair.ours not in leaves:
-            problems.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
-    return {str(pair.ours): pair for pair in pairs}, leaves
+class Conversion:
+    """Knows the pairs of a conversion and gathers what is wrong, so that one error names it all.
+
+    Attributes:
+      params: Our parameters.
+      leaves: Those by path.
+      by_path: The pairs by our path.
+      by_name: The pairs by their name.
+    """
+
+    def __init__(self, task: str, params: Any, mapping: Iterable[Pair] = ()):
+        self._task = task
+        # A dictionary as an ordered set: two moments of one array often share their fault.
+        self._lines: dict[str, None] = {}
+        self.params, self.leaves = params, named_leaves(params)
+        pairs = list(mapping) if isinstance(mapping, Iterable) else [mapping]
+        for pair in pairs:
+            if not isinstance(pair, Pair):
+                raise TypeError(f'mapping must hold pairs (interchange.Pair), got {pair!r}.')
+        self.by_path = {str(pair.ours): pair for pair in pairs}
+        self.by_name = {pair.theirs: pair for pair in self.by_path.values()}
+        for side in ('theirs', 'ours'):
+            names = [getattr(pair, side) for pair in pairs]
+            for name in {name for name in names if names.count(name) > 1}:
+                self.add(f'{name!r} is the `{side}` of more than one pair')
+        for pair in pairs:
+            if pair.ours not in self.leaves:
+                self.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
+
+    def add(self, line: str) -> None:
+        """Notes that something is wrong."""
+        self._lines[line] = None
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Adds the `EntryError` that is raised within, after which the caller goes on."""
+        try:
+            yield
+        except EntryError as error:
+            self.add(str(error))
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raises at the end if a line was added within: what follows could not go on."""
+        before = len(self._lines)
+        yield
+        if len(self._lines) > before:
+            self.raise_if_any()
+
+    def has_problems(self) -> bool:
+        """Whether something is wrong."""
+        return bool(self._lines)
+
+    def raise_if_any(self) -> None:
+        """Raises an `InterchangeError` if something is wrong."""
+        if self._lines:
+            raise InterchangeError(self._task, list(self._lines))
 
 
-def _checked_pairs(mapping: Any) -> list[Pair]:
-    pairs = list(mapping) if isinstance(mapping, Iterable) else [mapping]
-    for pair in pairs:
-        if not isinstance(pair, Pair):
-            raise TypeError(f'mapping must hold pairs (interchange.Pair), got {pair!r}.')
-    return pairs
+def pair_of(key: str, pairs: Mapping[str, Pair], said: str = '') -> Pair:
+    """The pair of a name or of a path.
+
+    Raises:
+      EntryError: If there is none. The line gives what the caller has `said` of the key.
+    """
+    if key not in pairs:
+        raise EntryError(f'{key!r}{said} is in no pair')
+    return pairs[key]
 
 
 def checked_names(name: str, value: Any) -> Mapping[str, Any]:
@@ -262,48 +290,74 @@ def as_number(value: Any) -> float | None:
     return None if number is None else float(number)
 
 
-def as_count(value: Any, kinds: str = 'iu') -> int | None:
+def as_count(value: Any, dtype_kinds: str = 'iu') -> int | None:
     """A number of steps that a checkpoint gives, or None if it is none."""
-    number = _as_scalar(value, kinds)
+    number = _as_scalar(value, dtype_kinds)
     if number is None or not 0 <= number < np.inf or number % 1:
         return None
     return int(number)
 
 
-def _as_scalar(value: Any, kinds: str) -> np.ndarray | None:
+def _as_scalar(value: Any, dtype_kinds: str) -> np.ndarray | None:
     try:
         number = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return None if number.shape or number.dtype.kind not in kinds else number
+    return None if number.shape or number.dtype.kind not in dtype_kinds else number
 
 
-def as_array(name: str, value: Any, problems: Problems) -> np.ndarray | None:
-    """`value` as a finite array of floating or complex numbers, or None with its fault noted."""
+def as_array(label: str, value: Any) -> np.ndarray:
+    """`value` as a finite array of floating or complex numbers.
+
+    Raises:
+      EntryError: If it is none.
+    """
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         # Of PyTorch, for dtypes that NumPy does not have, such as bfloat16.
         unknown = 'unsupported ScalarType' in str(error)
         advice = '. Pass tensor.float(), which loses nothing' if unknown else ''
-        problems.add(f'{name} cannot be read as an array: {error}{advice}')
-        return None
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        problems.add(f'{name} has dtype {array.dtype}, not a floating or complex one')
-        return None
-    if not np.isfinite(array).all():
-        problems.add(f'{name} is not finite')
-        return None
+        raise EntryError(f'{label} cannot be read as an array: {error}{advice}') from None
+    if not np.isfinite(as_inexact(label, array)).all():
+        raise EntryError(f'{label} is not finite')
     return array
 
 
-def laid_out(name: str, turn: Any, array: np.ndarray, problems: Problems) -> np.ndarray | None:
-    """`array` with its axes turned by a method of a layout, or None with the fault noted."""
+def as_inexact(label: str, array: np.ndarray) -> np.ndarray:
+    """Returns `array`.
+
+    Raises:
+      EntryError: If its numbers are not floating or complex.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise EntryError(f'{label} has dtype {array.dtype}, not a floating or complex one')
+    return array
+
+
+def in_our_axes(label: str, pair: Pair, value: Any) -> np.ndarray:
+    """Their array with our axes.
+
+    Raises:
+      EntryError: If it is not an array of finite numbers with the axes that the pair speaks of.
+    """
+    return _laid_out(label, pair.layout.to_ours, as_array(label, value))
+
+
+def in_their_axes(label: str, pair: Pair, array: np.ndarray) -> np.ndarray:
+    """A copy of our array with their axes.
+
+    Raises:
+      EntryError: If it has not the axes that the pair speaks of.
+    """
+    return np.array(_laid_out(label, pair.layout.to_theirs, array), order='C')
+
+
+def _laid_out(label: str, turn: Callable[[Any], np.ndarray], array: np.ndarray) -> np.ndarray:
     try:
         return turn(array)
     except ValueError as error:
-        problems.add(f'{name}: {error}')
-        return None
+        raise EntryError(f'{label}: {error}') from None
 
 
 def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair]) -> Any:
@@ -328,27 +382,19 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
       >>> interchange.parameters_from(theirs, like, pairs)['fc']['kernel'].shape
       (2, 3)
     """
-    problems = Problems('parameters cannot be converted')
-    checked_names('theirs', theirs)
-    pairs, leaves = paired(mapping, like, problems)
-    for name in sorted(theirs.keys() - {pair.theirs for pair in pairs.values()}):
-        problems.add(f'{name!r} is in no pair')
-
-    def leaf(path: str, ours: Any) -> Any:
-        if path not in pairs:
-            problems.add(f'{path!r} is in no pair')
-            return None
-        name = pairs[path].theirs
-        if name not in theirs:
-            problems.add(f'{name!r}, paired with {path!r}, is missing')
-            return None
-        array = as_array(repr(name), theirs[name], problems)
-        if array is not None:
-            array = laid_out(repr(name), pairs[path].layout.to_ours, array, problems)
-        return None if array is None else placed(repr(name), array, ours, problems)
-
-    converted = [leaf(path, ours) for path, ours in leaves.items()]
-    problems.raise_if_any()
+    conversion = Conversion('parameters cannot be converted', like, mapping)
+    for name in sorted(checked_names('theirs', theirs)):
+        with conversion.noted():
+            pair_of(name, conversion.by_name)
+    converted: list[Any] = []
+    for path, ours in conversion.leaves.items():
+        with conversion.noted():
+            pair = pair_of(path, conversion.by_path)
+            if pair.theirs not in theirs:
+                raise EntryError(f'{pair.theirs!r}, paired with {path!r}, is missing')
+            array = in_our_axes(repr(pair.theirs), pair, theirs[pair.theirs])
+            converted.append(as_leaf_like(ours, repr(pair.theirs), array))
+    conversion.raise_if_any()
     return jax.tree.unflatten(jax.tree.structure(like), converted)
 
 
@@ -360,38 +406,32 @@ def parameters_to(params: Any, mapping: Iterable[Pair]) -> dict[str, np.ndarray]
     Raises:
       InterchangeError: As `parameters_from`.
     """
-    problems = Problems('parameters cannot be converted')
-    pairs, leaves = paired(mapping, params, problems)
+    conversion = Conversion('parameters cannot be converted', params, mapping)
     converted: dict[str, np.ndarray] = {}
-    for path, leaf in leaves.items():
-        if path not in pairs:
-            problems.add(f'{path!r} is in no pair')
-            continue
-        array = as_array(repr(path), leaf, problems)
-        if array is not None:
-            array = laid_out(repr(path), pairs[path].layout.to_theirs, array, problems)
-        if array is not None:
-            converted[pairs[path].theirs] = np.array(array, order='C')
-    problems.raise_if_any()
-    return {pair.theirs: converted[pair.theirs] for pair in pairs.values()}
+    for path, leaf in conversion.leaves.items():
+        with conversion.noted():
+            pair = pair_of(path, conversion.by_path)
+            converted[pair.theirs] = in_their_axes(repr(path), pair, as_array(repr(path), leaf))
+    conversion.raise_if_any()
+    return {name: converted[name] for name in conversion.by_name}
 
 
-def placed(name: str, array: np.ndarray, like: Any, problems: Problems) -> Any:
-    """`array` with the dtype, sharding and memory of `like`, or None with the fault noted."""
+def as_leaf_like(like: Any, label: str, array: np.ndarray) -> Any:
+    """`array` with the dtype, sharding and memory of `like`.
+
+    Raises:
+      EntryError: If it cannot stand in the place of `like`.
+    """
     if not (hasattr(like, 'shape') and hasattr(like, 'dtype')):
-        problems.add(f'{name} has no place: ours is a {type(like).__name__}, not an array')
-        return None
+        raise EntryError(f'{label} has no place: ours is a {type(like).__name__}, not an array')
     if array.shape != like.shape:
-        problems.add(f'{name} has shape {array.shape} where ours is {like.shape}')
-        return None
+        raise EntryError(f'{label} has shape {array.shape} where ours is {like.shape}')
     if np.iscomplexobj(array) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
-        problems.add(f'{name} has dtype {array.dtype} where ours is {like.dtype}')
-        return None
+        raise EntryError(f'{label} has dtype {array.dtype} where ours is {like.dtype}')
     with np.errstate(over='ignore'):
         narrow = array.astype(like.dtype)
     if not np.isfinite(narrow).all():
-        problems.add(f'{name} does not fit into {like.dtype}')
-        return None
+        raise EntryError(f'{label} does not fit into {like.dtype}')
     return jax.device_put(narrow, sharding_of(like))
 
 

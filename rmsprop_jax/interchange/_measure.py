@@ -23,13 +23,17 @@ from jax.tree_util import tree_map_with_path
 from rmsprop_jax._types import RmsState, by_path, wide_dtype
 from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
 from rmsprop_jax.interchange._state import (
+    accumulates,
     is_average,
+    is_centered,
     is_compact,
     is_corrected,
     is_named,
-    is_node,
+    leaves_named,
+    map_nodes,
+    nodes_of,
+    with_counts,
 )
-from rmsprop_jax.interchange._write import with_counts
 
 _GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
 # How many steps after today's a learning rate is looked at.
@@ -74,31 +78,41 @@ class Action:
     steady_gain: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """One update, by path: what it is, the new velocity, and what the root was taken of."""
+class _Step(NamedTuple):
+    """What one update does to one parameter, where all entries are the same number.
 
-    update: Mapping[str, float]
-    velocity: Mapping[str, float]
-    moment: Mapping[str, float]
-    mean: Mapping[str, float]
-    weight: Mapping[str, float]
+    Attributes:
+      update: The update.
+      moment: The second moment after it.
+      weight: What that is divided by.
+      mean: The mean gradient after it; None where there is none.
+      velocity: The velocity after it; None where there is none.
+    """
 
-    def root(self, path: str) -> float:
-        return math.sqrt(self.moment[path] / self.weight[path])
+    update: float
+    moment: float
+    weight: float
+    mean: float | None
+    velocity: float | None
+
+    @property
+    def root(self) -> float:
+        """The root of the second moment, without epsilon."""
+        return math.sqrt(self.moment / self.weight)
 
 
 class Trial:
     """A transformation at a state, to be tried out.
 
     Attributes:
+      start: The state.
       calls: How many calls make a step.
       fault: Why it could not be tried; None where it could.
     """
 
     def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
         self._update = optax.with_extra_args_support(tx).update
-        self.calls, self.fault = 1, None
+        self.start, self.calls, self.fault = state, 1, None
         self._decays: dict[str, float] = {}
         try:
             # Accumulators are wide whatever the parameters are, and so are then the updates.
@@ -111,11 +125,11 @@ class Trial:
             # That of an nnx.Optimizer has the same leaves within variables of its own.
             state = jax.tree.unflatten(jax.tree.structure(start), jax.tree.leaves(state))
             self._state = _with_scalars_of(state, start)
-            nodes = jax.tree.leaves(self._state, is_leaf=is_node)
-            if any(is_node(node) and is_compact(node) for node in nodes):
+            if any(map(is_compact, nodes_of(self._state))):
                 self.fault = 'its statistics are rounded'
                 return
-            if _has_branches(state):
+            # With `lax.cond` in it, a step outside of jit would be compiled at each call.
+            if leaves_named(state, 'mini_step', 'notfinite_count'):
                 self._update = jax.jit(self._update)
             self.calls = self._found_calls()
         except Exception as error:  # Whatever a foreign transformation raises.
@@ -134,36 +148,34 @@ class Trial:
 
     def _measured(self, count: int) -> dict[str, Action]:
         at = functools.partial(self._at, count)
-        large, none, decayed = at(), at(moment=lambda path: 0.0), at(parameter=_PARAMETER)
-        felt = {
-            path: self._felt(path, large, none)
-            for path in large.moment.keys() & large.update.keys()
+        large, small, decayed = at(), at(moment=lambda path: 0.0), at(parameter=_PARAMETER)
+        felt = {path: self._felt(large[path], small[path]) for path in large}
+        found = {path: _plain(g, large[path], decayed[path]) for path, g in felt.items()}
+        roots = {
+            path: _ratio(-found[path].rate * g, small[path].update) for path, g in felt.items()
         }
-        found = {path: _plain(path, g, large, decayed) for path, g in felt.items()}
-        roots = {p: _ratio(-found[p].rate * g, none.update[p]) for p, g in felt.items()}
-        placed = at(moment=lambda path: _or_zero(roots.get(path, 0.0)) ** 2)
+        at_root = at(moment=lambda path: _or_zero(roots.get(path, 0.0)) ** 2)
         for path, root in roots.items():
-            found[path] = _with_epsilon(found[path], root, none, placed, path)
+            found[path] = _with_epsilon(found[path], root, small[path], at_root[path])
         responses = _responses(large, felt)
         if responses:
             # What is held back by caution has the gradient's sign, that is, moves uphill.
-            uphill = {path: -1.0 if x.response < 0 else 1.0 for path, x in responses.items()}
-            pushed = at(velocity=lambda path: _VELOCITY * uphill.get(path, 1.0))
+            uphill = {p: -_VELOCITY if x.response < 0 else _VELOCITY for p, x in responses.items()}
+            pushed = at(velocity=lambda path: uphill.get(path, _VELOCITY))
             for path, now in responses.items():
-                before = _VELOCITY * uphill[path]
-                found[path] = _with_velocity(found[path], now, before, pushed, path)
+                found[path] = _with_velocity(found[path], now, uphill[path], pushed[path])
             self._follow(found, felt, count)
         return found
 
-    def _felt(self, path: str, large: _Seen, none: _Seen) -> float:
+    def _felt(self, large: _Step, small: _Step) -> float:
         """The gradient that reaches the second moment, which may have been scaled before."""
-        complement = 1 - large.moment[path] / _MOMENT
+        complement = 1 - large.moment / _MOMENT
         if not complement > 0:
             return math.nan
-        if path in none.mean:
-            felt = abs(none.mean[path]) / complement
+        if small.mean is None:
+            felt = math.sqrt(small.moment / complement)
         else:
-            felt = math.sqrt(none.moment[path] / complement)
+            felt = abs(small.mean) / complement
         for usual in (_GRADIENT, _GRADIENT / self.calls):
             if abs(felt - usual) < 1e-3 * usual:
                 return usual
@@ -172,15 +184,15 @@ class Trial:
     def _follow(self, found: dict[str, Action], felt: Mapping[str, float], count: int) -> None:
         """Notes in the actions whether they stay on their side of the learning rate."""
         for later in _LATER:
-            seen = self._at(min(count + later, _LAST))
-            for path, then in _responses(seen, felt).items():
+            steps = self._at(min(count + later, _LAST))
+            for path, then in _responses(steps, felt).items():
                 action, response = found[path], then.response
                 # Where momentum is not what it was, that looks like another response.
                 response /= 1 + action.momentum * action.nesterov
                 found[path] = dataclasses.replace(
                     action,
                     response=response if math.isnan(action.response) else action.response,
-                    steady=action.steady and (_near_or_nan(response, action.response)),
+                    steady=action.steady and _near_or_nan(response, action.response),
                     steady_gain=action.steady_gain and near(then.gain, action.gain or 0.0),
                 )
 
@@ -190,8 +202,8 @@ class Trial:
         moment: Callable[[str], float] | None = None,
         velocity: Callable[[str], float] = lambda path: 0.0,
         parameter: float = 0.0,
-    ) -> _Seen:
-        """One update at these values of everything."""
+    ) -> dict[str, _Step]:
+        """One update of each parameter with a second moment, at these values of everything."""
         # Before its first call an average copies, so that it cannot be seen in the update.
         state = _with_mini_step(with_counts(self._state, count, -1), self.calls - 1)
 
@@ -206,30 +218,31 @@ class Trial:
                 }
             )
 
-        state = jax.tree.map(lambda x: fill(x) if is_node(x) else x, state, is_leaf=is_node)
         gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
         params = jax.tree.map(lambda p: _full(p, parameter), self._params)
-        return self._read(*self._update(gradient, state, params), shows_decay=moment is None)
+        updates, after = self._update(gradient, map_nodes(fill, state), params)
+        return self._steps(updates, after, shows_decay=moment is None)
 
-    def _read(self, updates: Any, state: Any, shows_decay: bool) -> _Seen:
+    def _steps(self, updates: Any, state: Any, shows_decay: bool) -> dict[str, _Step]:
         columns: dict[str, dict[str, float]] = {'nu': {}, 'mu': {}, 'trace': {}}
         weights: dict[str, float] = {}
-        for node in filter(is_node, jax.tree.leaves(state, is_leaf=is_node)):
+        for node in nodes_of(state):
             if is_average(node):
                 continue
             for name, values in columns.items():
-                tree = getattr(node, name, None)
-                if name == 'nu' and tree is None:
-                    tree = getattr(node, 'var', None)
-                found = self._values(tree)
+                is_var = name == 'nu' and is_centered(node)
+                found = self._values(node.var if is_var else getattr(node, name, None))
                 # Two of a kind cannot be told apart.
                 values.update({k: math.nan if k in values else v for k, v in found.items()})
                 if name == 'nu':
                     if shows_decay:
                         self._decays |= {path: value / _MOMENT for path, value in found.items()}
                     weights |= {p: _weight(node, self._decays[p]) for p in found}
-        updated = self._values(updates)
-        return _Seen(updated, columns['trace'], columns['nu'], columns['mu'], weights)
+        updated, (moments, means, velocities) = self._values(updates), columns.values()
+        return {
+            p: _Step(updated[p], moments[p], weights[p], means.get(p), velocities.get(p))
+            for p in moments.keys() & updated.keys()
+        }
 
     def _values(self, tree: Any) -> dict[str, float]:
         leaves = named_leaves(tree)
@@ -241,10 +254,10 @@ class Trial:
         def waits(mini_step: int) -> bool:
             state = _with_mini_step(with_counts(self._state, 0, 0), mini_step)
             _, after = self._update(self._params, state, self._params)
-            steps = {int(x) for x in _mini_steps(after)}
+            steps = {int(x) for x in leaves_named(after, 'mini_step')}
             return steps == {mini_step + 1}
 
-        if not _mini_steps(self._state):
+        if not accumulates(self._state):
             return 1
         most = 1
         while waits(most - 1):
@@ -270,22 +283,6 @@ def _full(like: Any, value: float, dtype: Any = None) -> jax.Array:
 def _with_scalars_of(state: Any, like: Any) -> Any:
     """`like` with the counts, learning rates and other scalars of `state`."""
     return jax.tree.map(lambda x, y: y if jnp.ndim(y) else x, state, like)
-
-
-def accumulates(state: Any) -> bool:
-    """Whether some wrapper gathers the gradients of several calls."""
-    return bool(_mini_steps(state))
-
-
-def _has_branches(state: Any) -> bool:
-    """Whether a wrapper uses `lax.cond`, which is compiled at each call outside of jit."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    return any(is_named(path, 'mini_step', 'notfinite_count') for path in paths)
-
-
-def _mini_steps(state: Any) -> list[Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return [leaf for path, leaf in leaves if is_named(path, 'mini_step')]
 
 
 def _with_mini_step(state: Any, value: int) -> Any:
@@ -329,37 +326,34 @@ class _Response(NamedTuple):
     gain: float
 
 
-def _responses(seen: _Seen, felt: Mapping[str, float]) -> dict[str, _Response]:
+def _responses(steps: Mapping[str, _Step], felt: Mapping[str, float]) -> dict[str, _Response]:
     return {
         path: _Response(
-            _ratio(seen.update[path], seen.velocity[path]),
-            _ratio(seen.velocity[path] * seen.root(path), felt[path]),
+            _ratio(step.update, step.velocity), _ratio(step.velocity * step.root, felt[path])
         )
-        for path in felt.keys() & seen.velocity.keys()
+        for path, step in steps.items()
+        if step.velocity is not None
     }
 
 
-def _plain(path: str, felt: float, large: _Seen, decayed: _Seen) -> Action:
+def _plain(felt: float, large: _Step, decayed: _Step) -> Action:
     """What is done without a velocity, but for epsilon."""
-    update = large.update[path]
     # Zero is what rounding leaves where an update is made of a parameter and taken apart again.
-    more = decayed.update[path] - update if decayed.update[path] else math.nan
+    more = decayed.update - large.update if decayed.update else math.nan
     return Action(
-        rate=_ratio(-update * large.root(path), felt),
-        decay=large.moment[path] / _MOMENT,
-        coupled=_ratio(more, update) * felt / _PARAMETER,
+        rate=_ratio(-large.update * large.root, felt),
+        decay=large.moment / _MOMENT,
+        coupled=_ratio(more, large.update) * felt / _PARAMETER,
         decoupled=-more / _PARAMETER,
     )
 
 
-def _with_velocity(
-    action: Action, now: _Response, before: float, pushed: _Seen, path: str
-) -> Action:
+def _with_velocity(action: Action, now: _Response, before: float, pushed: _Step) -> Action:
     """The action with what is seen from a velocity that was `before` the step."""
-    momentum = pushed.velocity[path] / before
-    momentum = 0.0 if abs(momentum) < 1e-6 else momentum
+    after = math.nan if pushed.velocity is None else pushed.velocity
+    momentum = 0.0 if abs(after / before) < 1e-6 else after / before
     # By the stored velocity: with Nesterov less, by the momentum, than by the gradient's share.
-    stored = _ratio(pushed.update[path], pushed.velocity[path]) if momentum else math.nan
+    stored = _ratio(pushed.update, after) if momentum else math.nan
     cautious = bool(now.response) and stored == 0
     nesterov = bool(now.response) and bool(stored) and not _near_or_nan(stored, now.response)
     ahead = 1 + momentum * nesterov
@@ -374,14 +368,14 @@ def _with_velocity(
     )
 
 
-def _with_epsilon(action: Action, root: float, none: _Seen, placed: _Seen, path: str) -> Action:
+def _with_epsilon(action: Action, root: float, small: _Step, at_root: _Step) -> Action:
     """The action with epsilon, which with a second moment of its square is twice itself outside the
     root, and a square root of two times inside."""
-    own = none.root(path)
+    own = small.root
     if not root > 4 * own:
         return action if math.isnan(root) else dataclasses.replace(action, eps=0.0)
-    change = _ratio(none.update[path], placed.update[path])
-    held = placed.root(path) / root
+    change = _ratio(small.update, at_root.update)
+    held = at_root.root / root
     inside = abs(change - math.hypot(1, held)) < abs(change - (1 + held))
     eps = root**2 - own**2 if inside else root - own
     return dataclasses.replace(action, eps=eps, eps_in_sqrt=inside)

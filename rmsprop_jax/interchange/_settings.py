@@ -1,42 +1,72 @@
 """What a PyTorch parameter group says: whose optimizer it belongs to, its rate and its settings."""
 
+import dataclasses
 import itertools
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
 
 from rmsprop_jax import dialects
+from rmsprop_jax._checks import checked_flag
 from rmsprop_jax._types import Hyperparameter
-from rmsprop_jax.interchange._mapping import Problems, as_number
+from rmsprop_jax.interchange._counterpart import Counterpart
+from rmsprop_jax.interchange._groups import SLOTS, Group, Member
+from rmsprop_jax.interchange._mapping import Conversion, EntryError, as_number
 
-Group = Mapping[str, Any]
-Factory = Callable[..., optax.GradientTransformation]
 
-_NUMBERS = frozenset({'lr', 'alpha', 'eps', 'weight_decay', 'momentum'})
-_TIMM_FLAGS = frozenset({'decoupled_decay', 'corrected_weight_decay', 'lr_in_momentum', 'caution'})
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """An optimizer with parameter groups like PyTorch's.
+
+    Attributes:
+      dialect: Our function.
+      optimizer: Its name.
+      counterpart: What it does unless its groups say otherwise.
+      flags: Its settings that are flags.
+      marks: The keys of groups that only it writes.
+    """
+
+    dialect: Callable[..., optax.GradientTransformation]
+    optimizer: str
+    counterpart: Counterpart
+    flags: frozenset[str]
+    marks: frozenset[str] = frozenset()
+
+
 _PEAK = 'max_lr_snapshot'
-# PyTorch has written foreach since 1.12, and the others since later releases; Stable-Baselines3
-# writes none of them. New releases of timm write foreach too.
-_TORCH_MARKS = frozenset({'foreach', 'maximize', 'differentiable', 'capturable'})
-_TIMM_MARKS = _TIMM_FLAGS | {_PEAK}
-NAMES = {
-    dialects.torch: 'torch.optim.RMSprop',
-    dialects.timm: "timm's RMSpropTF",
-    dialects.stable_baselines3: "Stable-Baselines3's RMSpropTFLike",
-}
-_FLAGS = {
-    dialects.torch: frozenset({'centered', 'maximize'}),
-    dialects.timm: frozenset({'centered'}) | _TIMM_FLAGS,
-    dialects.stable_baselines3: frozenset({'centered'}),
-}
-UNTOLD = (
-    'the groups do not tell whose they are: PyTorch before 1.12 and '
-    f'{NAMES[dialects.stable_baselines3]}, whose second moment starts at one and whose epsilon is '
-    'inside the root, write the same settings. Pass dialect=dialects.torch or '
-    'dialect=dialects.stable_baselines3'
+_TIMM_FLAGS = frozenset({'decoupled_decay', 'corrected_weight_decay', 'lr_in_momentum', 'caution'})
+_PYTORCH = Library(
+    dialects.torch,
+    'torch.optim.RMSprop',
+    Counterpart('PyTorch', inside=False, eps_in_sqrt=False),
+    frozenset({'centered', 'maximize'}),
+    # PyTorch has written foreach since 1.12, and the others since later releases.
+    frozenset({'foreach', 'maximize', 'differentiable', 'capturable'}),
 )
+_TIMM = Library(
+    dialects.timm,
+    "timm's RMSpropTF",
+    dataclasses.replace(_PYTORCH.counterpart, framework='timm', eps_in_sqrt=True),
+    frozenset({'centered'}) | _TIMM_FLAGS,
+    _TIMM_FLAGS | {_PEAK},
+)
+_STABLE_BASELINES3 = Library(
+    dialects.stable_baselines3,
+    "Stable-Baselines3's RMSpropTFLike",
+    dataclasses.replace(_PYTORCH.counterpart, framework='Stable-Baselines3', eps_in_sqrt=True),
+    frozenset({'centered'}),
+)
+# PyTorch before 1.12 and Stable-Baselines3 write the same groups.
+_UNTOLD = dataclasses.replace(
+    _PYTORCH,
+    counterpart=dataclasses.replace(_PYTORCH.counterpart, eps_in_sqrt=None),
+    marks=frozenset(),
+)
+# New releases of timm write foreach too, so that its own marks come first.
+_LIBRARIES = (_TIMM, _PYTORCH, _STABLE_BASELINES3)
+_NUMBERS = frozenset({'lr', 'alpha', 'eps', 'weight_decay', 'momentum'})
 # What the first releases of an optimizer did not write, and what it then is.
 _LATER = frozenset({'maximize', 'corrected_weight_decay', 'caution'})
 # Names, how the framework runs the update, and what schedulers remember.
@@ -49,51 +79,136 @@ _IMMATERIAL = frozenset(
 )
 
 
-def source(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory:
-    """The dialect of the optimizer that wrote the groups, which the caller may have to name.
+def _library_of(
+    groups: Sequence[Group], dialect: Any, needed: bool, conversion: Conversion
+) -> Library:
+    """The optimizer that wrote the groups, by their keys or as the caller names it.
+
+    Args:
+      groups: The parameter groups.
+      dialect: Whose optimizer it is, where the groups do not tell.
+      needed: Whether something depends on it.
+      conversion: Where contradictions go.
 
     Raises:
       TypeError: If `dialect` is not the dialect of an optimizer with such groups.
     """
-    found = recognised(groups, dialect, problems)
-    if found is None and groups:
-        problems.add(UNTOLD)
-    return found or dialects.torch
-
-
-def recognised(groups: Sequence[Group], dialect: Any, problems: Problems) -> Factory | None:
-    """The dialect that the keys of the groups tell or the caller names, or None.
-
-    Raises:
-      TypeError: If `dialect` is not the dialect of an optimizer with such groups.
-    """
-    if dialect is not None and not any(dialect is known for known in NAMES):
+    named = next((library for library in _LIBRARIES if library.dialect is dialect), None)
+    if dialect is not None and named is None:
         raise TypeError(
             'dialect must be dialects.torch, dialects.timm or dialects.stable_baselines3, got '
             f'{dialect!r}.'
         )
     keys = frozenset(itertools.chain(*groups))
-    timm, torch = keys & _TIMM_MARKS, keys & _TORCH_MARKS
-    found = dialects.timm if timm else dialects.torch if torch else None
-    if found is not None and dialect is not None and found is not dialect:
-        marks = ', '.join(map(repr, sorted(timm or torch)))
-        problems.add(
-            f'dialect is that of {NAMES[dialect]}, but the groups have {marks}, which it does not '
-            f'write and {NAMES[found]} does'
+    found = next((library for library in _LIBRARIES if library.marks & keys), named or _UNTOLD)
+    if named is not None and named is not found:
+        marks = ', '.join(map(repr, sorted(found.marks & keys)))
+        conversion.add(
+            f'dialect is that of {named.optimizer}, but the groups have {marks}, which it does not '
+            f'write and {found.optimizer} does'
         )
-    return found or dialect
+    if found is _UNTOLD and needed:
+        conversion.add(
+            'the groups do not tell whose they are: PyTorch before 1.12 and '
+            f'{_STABLE_BASELINES3.optimizer}, whose second moment starts at one and whose epsilon '
+            'is inside the root, write the same settings. Pass dialect=dialects.torch or '
+            'dialect=dialects.stable_baselines3'
+        )
+    return found
 
 
-def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) -> Sequence[Group]:
-    """The groups with the caller's learning rates, which scheduled runs must have.
+def counterparts_of(
+    groups: Sequence[Group],
+    members: Sequence[Member],
+    lr_in_momentum: bool | None,
+    dialect: Any,
+    conversion: Conversion,
+) -> dict[str, Counterpart]:
+    """What the groups say of the optimizer of each of our parameters.
+
+    Args:
+      groups: The parameter groups.
+      members: The parameters in them.
+      lr_in_momentum: What the caller says of that; None means what the groups say.
+      dialect: Whose optimizer it is, where the groups do not tell.
+      conversion: Where contradictions go.
 
     Raises:
-      TypeError: If the caller's rate is not a number, a schedule or a list of these.
+      TypeError: If `lr_in_momentum` is no flag or `dialect` not one of three functions.
     """
+    if lr_in_momentum is not None:
+        lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
+    # Whose a group is only matters where it has an epsilon.
+    needed = not lr_in_momentum and any('eps' in group for group in groups)
+    library = _library_of(groups, dialect, needed, conversion)
+    usual = (_TIMM if library is _UNTOLD and lr_in_momentum else library).counterpart
+    return {
+        member.path: _counterpart(member, groups[member.group], lr_in_momentum, usual, conversion)
+        for member in members
+    }
+
+
+def _counterpart(
+    member: Member,
+    group: Group,
+    lr_in_momentum: bool | None,
+    usual: Counterpart,
+    conversion: Conversion,
+) -> Counterpart:
+    label = f'group {member.group}'
+    numbers = {key: as_number(value) for key, value in group.items()}
+    written = numbers.get('lr_in_momentum')
+    if None not in (written, lr_in_momentum) and bool(written) != lr_in_momentum:
+        conversion.add(f'{label}: lr_in_momentum is {bool(written)} there, not {lr_in_momentum}')
+    rate, decay = numbers.get('lr'), numbers.get('weight_decay')
+    if rate is not None and numbers.get('maximize'):
+        rate = -rate
+    said = {
+        'decay': ('alpha', numbers.get('alpha')),
+        'eps': ('eps', numbers.get('eps')),
+        'momentum': ('momentum', numbers.get('momentum')),
+        'rate': ('lr', rate),
+    }
+    if not numbers.get('decoupled_decay'):
+        said['coupled'] = ('weight_decay', decay)
+    elif rate is not None and decay is not None and not numbers.get('corrected_weight_decay'):
+        said['decoupled'] = ('lr times weight_decay', rate * decay)
+    if 'caution' in group and numbers.get('momentum'):
+        said['cautious'] = ('caution', numbers['caution'])
+    return dataclasses.replace(
+        usual,
+        names={moment: (slot, member.name) for moment, slot in SLOTS.items()},
+        inside=bool(written) if lr_in_momentum is None else lr_in_momentum,
+        said=said,
+        climbs=bool(numbers.get('maximize')),
+        undo=f'change one of the two, or delete the entry from {label} to leave it uncompared',
+    )
+
+
+def transforms_of(
+    groups: Sequence[Group], learning_rate: Any, dialect: Any, conversion: Conversion
+) -> dict[str, optax.GradientTransformation]:
+    """The transformation that each group describes, by the name of the group.
+
+    Raises:
+      TypeError: If `dialect` is not the dialect of an optimizer with such groups, or
+        `learning_rate` not a number, a schedule or a list of these.
+    """
+    library = _library_of(groups, dialect, bool(groups), conversion)
+    return {
+        f'group {i}': _optimizer_of(f'group {i}', group, library, conversion)
+        for i, group in enumerate(_with_rates(groups, learning_rate, conversion))
+    }
+
+
+def _with_rates(
+    groups: Sequence[Group], learning_rate: Any, conversion: Conversion
+) -> Sequence[Group]:
+    """The groups with the caller's learning rates, which scheduled runs must have."""
     if learning_rate is None:
         for i, group in enumerate(groups):
             if 'initial_lr' in group and not callable(group.get('lr')):
-                problems.add(
+                conversion.add(
                     f'group {i}: initial_lr tells that a scheduler changes lr, which is '
                     f'{reprlib.repr(group.get("lr"))} now: pass learning_rate, a schedule of the '
                     'step count, or a number for a rate that stays'
@@ -108,12 +223,12 @@ def with_rates(groups: Sequence[Group], learning_rate: Any, problems: Problems) 
         rates = [learning_rate] * len(groups)
         theirs = {_rates_of(group) for group in groups}
         if len(theirs) > 1:
-            problems.add(
+            conversion.add(
                 'learning_rate is one for all groups, whose own differ: give a list with one for '
                 'each'
             )
     if len(rates) != len(groups):
-        problems.add(f'learning_rate has {len(rates)} entries for {len(groups)} groups')
+        conversion.add(f'learning_rate has {len(rates)} entries for {len(groups)} groups')
         return groups
     return [{**group, 'lr': rate} for group, rate in zip(groups, rates, strict=True)]
 
@@ -124,49 +239,43 @@ def _rates_of(group: Group) -> tuple[str, ...]:
     return tuple(repr(rate if callable(rate) else as_number(rate)) for rate in rates)
 
 
-def optimizer_of(
-    label: str, group: Group, factory: Factory, problems: Problems
+def _optimizer_of(
+    label: str, group: Group, library: Library, conversion: Conversion
 ) -> optax.GradientTransformation:
     """The transformation that a group describes."""
-    flags = _FLAGS[factory]
-    known = _NUMBERS | flags
-    for key in sorted(group.keys() - known - _IMMATERIAL, key=str):
-        problems.add(f'{label}: {key!r} is no setting of {NAMES[factory]}')
-    for key in sorted(known - group.keys() - _LATER):
-        problems.add(f'{label}: {key!r} is missing')
+    setting_names = _NUMBERS | library.flags
+    for key in sorted(group.keys() - setting_names - _IMMATERIAL, key=str):
+        conversion.add(f'{label}: {key!r} is no setting of {library.optimizer}')
+    for key in sorted(setting_names - group.keys() - _LATER):
+        conversion.add(f'{label}: {key!r} is missing')
     cycled = [key for key in _CYCLED if key in group]
     if cycled and not callable(group.get('momentum')):
-        problems.add(
+        conversion.add(
             f'{label}: {cycled[0]} tells that a scheduler changes momentum: put a schedule of the '
             "step count in the group's 'momentum'"
         )
-    settings = _settings(label, group, known, flags, problems)
+    settings: dict[str, Any] = {}
+    for key in sorted(group.keys() & setting_names):
+        with conversion.noted():
+            settings[key] = _setting(f'{label}: {key}', group[key], key in library.flags)
     if settings.get('decoupled_decay') and settings.get('corrected_weight_decay'):
-        peak = as_number(group.get(_PEAK))
-        if peak is None:
-            problems.add(
+        settings['max_lr'] = as_number(group.get(_PEAK))
+        if settings['max_lr'] is None:
+            conversion.add(
                 f'{label}: {_PEAK!r}, the rate that the optimizer was made with, is missing'
             )
-        settings['max_lr'] = peak
     try:
-        return factory(**settings)
+        return library.dialect(**settings)
     except (TypeError, ValueError) as error:
-        problems.add(f'{label}: {error}')
+        conversion.add(f'{label}: {error}')
         return optax.identity()
 
 
-def _settings(
-    label: str, group: Group, known: Collection[str], flags: Collection[str], problems: Problems
-) -> dict[str, Any]:
-    """The settings as Python numbers and flags; schedules as they are."""
-    settings: dict[str, Any] = {}
-    for key in sorted(group.keys() & known):
-        value = group[key]
-        number = None if callable(value) else as_number(value)
-        if number is None and not callable(value):
-            problems.add(f'{label}: {key} is {reprlib.repr(value)}, which is no number')
-        elif number is None:
-            settings[key] = value
-        else:
-            settings[key] = bool(number) if key in flags else number
-    return settings
+def _setting(label: str, value: Any, is_flag: bool) -> Any:
+    """A setting as a Python number or flag; a schedule as it is."""
+    if callable(value):
+        return value
+    number = as_number(value)
+    if number is None:
+        raise EntryError(f'{label} is {reprlib.repr(value)}, which is no number')
+    return bool(number) if is_flag else number

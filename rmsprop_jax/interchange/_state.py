@@ -1,6 +1,9 @@
 """Reads moments out of optimizer states and writes them in, wherever in a state they sit."""
 
 import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +22,12 @@ from rmsprop_jax._checks import checked_leaves
 from rmsprop_jax._transforms import AverageState
 from rmsprop_jax._types import RmsState, TraceState, canonical
 from rmsprop_jax.interchange._mapping import (
-    Pair,
-    Problems,
-    as_array,
-    laid_out,
+    Conversion,
+    EntryError,
+    as_inexact,
+    as_leaf_like,
     named_leaves,
+    path_name,
     sharding_of,
 )
 from rmsprop_jax.storage._formats import STATISTICS, Means
@@ -37,10 +41,10 @@ _OPTAX_RMS = frozenset(
         'ScaleByRStdDevWithCountState',
     }
 )
+MOMENTS = ('nu', 'mu', 'trace', 'ema')
 # How moments travel: by name and by path, nu always the raw second moment; None where one is there
 # but at fault, which has been noted.
-Columns = dict[str, dict[str, np.ndarray | None]]
-MOMENTS = ('nu', 'mu', 'trace', 'ema')
+Columns = dict[str, dict[str, Any]]
 COMPACT = (
     'the state is in compact storage: storage.read decodes it, and storage.convert brings a '
     'float32 state into other formats'
@@ -52,20 +56,33 @@ NO_STATISTICS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """What a state holds, by moment and by path.
+class LossyConversionWarning(UserWarning):
+    """A second moment is smaller than the square of its mean; its variance was taken as zero.
 
-    Attributes:
-      columns: Arrays, in the dtype they have in the state.
-      weights: For bias-corrected second moments: the step count and the sum of weights, where the
-        state has them.
-      counts: All step counts in the state.
+    The framework computes `nu - mu^2` and would have gone on to the root of a negative number, or
+    of noise. Nothing is wrong with the conversion; the digits were lost before it.
     """
 
-    columns: dict[str, dict[str, np.ndarray]]
-    weights: dict[str, tuple[int, float | None]]
-    counts: frozenset[int]
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What a state holds.
+
+    Attributes:
+      columns: Arrays by moment and path, in the dtype they have in the state.
+      counts: All step counts in the state.
+      corrected: The step counts of the bias-corrected second moments, by path.
+      weights: The sums of their averaging weights, where the state has them.
+    """
+
+    columns: Columns
+    counts: Collection[int]
+    corrected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return max(self.counts, default=0)
 
 
 def is_node(node: Any) -> bool:
@@ -75,6 +92,21 @@ def is_node(node: Any) -> bool:
         or isinstance(node, RmsState | TraceState | optax.TraceState)
         or (type(node).__name__ in _OPTAX_RMS and hasattr(node, 'nu'))
     )
+
+
+def described(moment: str, path: str) -> str:
+    """What messages call a moment of a parameter, where its framework has no better name."""
+    return f'{moment} of {path!r}'
+
+
+def nodes_of(state: Any) -> list[Any]:
+    """The parts of a state that hold moments."""
+    return [node for node in jax.tree.leaves(state, is_leaf=is_node) if is_node(node)]
+
+
+def map_nodes(change: Callable[[Any], Any], state: Any) -> Any:
+    """`state` with the parts changed that hold moments."""
+    return jax.tree.map(lambda x: change(x) if is_node(x) else x, state, is_leaf=is_node)
 
 
 def is_compact(node: Any) -> bool:
@@ -96,6 +128,11 @@ def is_named(path: tuple[Any, ...], *fields: str) -> bool:
     return bool(path) and canonical(path)[-1] in map(GetAttrKey, fields)
 
 
+def leaves_named(state: Any, *fields: str) -> list[Any]:
+    """The leaves of a state that are one of these fields."""
+    return [leaf for path, leaf in tree_flatten_with_path(state)[0] if is_named(path, *fields)]
+
+
 def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
     """Whether a leaf counts steps: those are integers, and parameters are none."""
     return is_named(path, 'count', 'gradient_step') and jnp.issubdtype(
@@ -103,12 +140,17 @@ def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
     )
 
 
+def is_centered(node: Any) -> bool:
+    """Whether a node holds a variance in the place of a raw second moment."""
+    return isinstance(node, RmsState) and node.var is not None
+
+
 def is_corrected(node: Any) -> bool:
     """Whether a node with a second moment divides it by the sum of its weights."""
     return node.weight is not None if isinstance(node, RmsState) else 'count' in node._fields
 
 
-def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
+def moments_in(state: Any, conversion: Conversion, name: str = 'state') -> Moments:
     """The moments in `state`.
 
     Raises:
@@ -116,54 +158,54 @@ def read(state: Any, problems: Problems, name: str = 'state') -> Moments:
       ValueError: For what is no tree.
     """
     checked_leaves(name, state)
-    columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in MOMENTS}
-    weights: dict[str, tuple[int, float | None]] = {}
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=is_node) if is_node(node)]
+    columns: Columns = {moment: {} for moment in MOMENTS}
+    corrected: dict[str, int] = {}
+    weights: dict[str, float] = {}
+    nodes = nodes_of(state)
     if not nodes:
-        problems.add(NO_STATISTICS)
+        conversion.add(NO_STATISTICS)
     for node in nodes:
         if is_compact(node):
-            problems.add(COMPACT)
+            conversion.add(COMPACT)
             continue
-        found = _node_columns(node, problems)
-        for name, leaves in found.items():
-            for path in leaves.keys() & columns[name].keys():
-                problems.add(f'{path!r} has more than one {name} in the state')
-            columns[name].update(leaves)
-        if 'nu' in found and is_corrected(node):
-            weight = float(node.weight) if isinstance(node, RmsState) else None  # pyright: ignore[reportArgumentType]
-            weights.update(dict.fromkeys(found['nu'], (int(np.asarray(node.count)), weight)))
+        for moment, leaves in _node_columns(node, conversion).items():
+            for path in leaves.keys() & columns[moment].keys():
+                conversion.add(f'{path!r} has more than one {moment} in the state')
+            columns[moment].update(leaves)
+            if moment == 'nu' and is_corrected(node):
+                corrected |= dict.fromkeys(leaves, int(np.asarray(node.count)))
+                if isinstance(node, RmsState):
+                    weights |= dict.fromkeys(leaves, float(node.weight))  # pyright: ignore[reportArgumentType]
+    return Moments(columns, _step_counts(state, conversion), corrected, weights)
+
+
+def _step_counts(state: Any, conversion: Conversion) -> Collection[int]:
     counts: set[int] = set()
     for path, leaf in tree_flatten_with_path(state, is_leaf=is_average)[0]:
         is_mini = is_named(path, 'mini_step')
         if is_average(leaf) or not (is_mini or is_count(path, leaf)):
             continue
         if jnp.shape(leaf):
-            problems.add(f'{keystr(path)} has shape {jnp.shape(leaf)}: it is no number of steps')
+            conversion.add(f'{keystr(path)} has shape {jnp.shape(leaf)}: it is no number of steps')
         elif not is_mini:
             counts.add(int(leaf))
         elif int(leaf) != 0:
-            problems.add(
+            conversion.add(
                 f'{keystr(path)} is {int(leaf)}: gradients are being accumulated, and have no '
                 'counterpart there. Convert when it is 0'
             )
-    return Moments(columns, weights, frozenset(counts))
+    return counts
 
 
-def _node_columns(node: Any, problems: Problems) -> dict[str, dict[str, np.ndarray]]:
+def _node_columns(node: Any, conversion: Conversion) -> Columns:
     """One node's moments, with the raw second moment in the place of a variance."""
-    columns: dict[str, dict[str, np.ndarray]] = {}
-    for name in MOMENTS:
-        if name in node._fields:
-            leaves = named_leaves(getattr(node, name))
-            columns[name] = {path: np.asarray(x) for path, x in leaves.items()}
-            for path, array in columns[name].items():
-                if not jnp.issubdtype(array.dtype, jnp.inexact):
-                    problems.add(
-                        f'{name} of {path!r} has dtype {array.dtype}, not a floating or complex one'
-                    )
-    problems.raise_if_any()
-    if isinstance(node, RmsState) and node.var is not None:
+    columns: Columns = {moment: {} for moment in MOMENTS if moment in node._fields}
+    with conversion.at_once():
+        for moment, column in columns.items():
+            for path, x in named_leaves(getattr(node, moment)).items():
+                with conversion.noted():
+                    column[path] = as_inexact(described(moment, path), np.asarray(x))
+    if is_centered(node):
         weight = 1.0 if node.weight is None else float(node.weight)
         columns['nu'] = {
             path: (wide(var) + square(columns['mu'][path], weight)).astype(var.dtype)
@@ -172,19 +214,118 @@ def _node_columns(node: Any, problems: Problems) -> dict[str, dict[str, np.ndarr
     return columns
 
 
-def collect(
-    columns: Columns,
-    moment: str,
-    pair: Pair,
-    label: str,
-    value: Any,
-    problems: Problems,
-) -> None:
-    """Puts one of their arrays into `columns`, with our axes, or notes its fault."""
-    array = as_array(label, value, problems)
-    if array is not None:
-        array = laid_out(label, pair.layout.to_ours, array, problems)
-    columns[moment][str(pair.ours)] = array
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writes moments into a state that a transformation's `init` has made.
+
+    Attributes:
+      moments: What is to be written.
+      describe: Names their entry for a moment and a path, for messages.
+      conversion: Where faults go.
+      fresh: Paths that keep their start values.
+      used: The moments and paths that have been written.
+      clamped: The paths whose variance would have been negative.
+    """
+
+    moments: Moments
+    describe: Callable[[str, str], str]
+    conversion: Conversion
+    fresh: Collection[str] = ()
+    used: set[tuple[str, str]] = dataclasses.field(default_factory=set, init=False)
+    clamped: list[str] = dataclasses.field(default_factory=list, init=False)
+
+    def write(self, state: Any, calls: int | None = None) -> Any:
+        """`state` with the moments and counts in it.
+
+        Args:
+          state: What `init` returned.
+          calls: The number of calls, where steps are accumulated over several.
+
+        Raises:
+          InterchangeError: For all that is missing, left over or misshapen, noted before or now.
+        """
+        written = map_nodes(self._node, state)
+        for moment, column in self.moments.columns.items():
+            for path in column:
+                if (moment, path) not in self.used:
+                    line = f'{self.describe(moment, path)} has no place: the state has no {moment}'
+                    self.conversion.add(f'{line} for {path!r}')
+        self.conversion.raise_if_any()
+        if self.clamped:
+            warnings.warn(
+                f'the second moment is smaller than the squared mean, so that the variance was '
+                f'taken as 0, somewhere in {", ".join(self.clamped)}',
+                LossyConversionWarning,
+                stacklevel=4,
+            )
+        count = self.moments.count
+        return with_counts(written, count, count if calls is None else calls)
+
+    def _node(self, node: Any) -> Any:
+        if is_compact(node):
+            self.conversion.add(COMPACT)
+            return node
+        moments = [moment for moment in MOMENTS if moment in node._fields]
+        changes = {moment: self._tree(moment, getattr(node, moment)) for moment in moments}
+        if is_centered(node):
+            variance = functools.partial(self._variance, named_leaves(node.mu))
+            changes['var'] = self._tree('nu', node.var, variance)
+        if 'nu' in moments:
+            paths = named_leaves(node.var if is_centered(node) else node.nu)
+            self._check_correction(paths, is_corrected(node))
+            if isinstance(node, RmsState) and node.weight is not None:
+                changes['weight'] = self._weight(node.weight, paths)
+        return node._replace(**changes)
+
+    def _check_correction(self, paths: Collection[str], corrected: bool) -> None:
+        for path in paths:
+            if path in self.fresh or path not in self.moments.columns['nu']:
+                continue
+            if corrected != (path in self.moments.weights):
+                one, other = ('ours', 'theirs') if corrected else ('theirs', 'ours')
+                self.conversion.add(f'{path!r}: {one} is bias-corrected, {other} is not')
+
+    def _weight(self, ours: jax.Array, paths: Collection[str]) -> Any:
+        weights = {self.moments.weights[path] for path in paths if path in self.moments.weights}
+        if len(weights) > 1:
+            listed = ', '.join(paths)
+            self.conversion.add(f'step counts differ between {listed}, which share one weight')
+        return refilled(ours, weights.pop()) if weights else ours
+
+    def _tree(self, moment: str, tree: Any, change: Callable[..., Any] | None = None) -> Any:
+        column = self.moments.columns[moment]
+
+        def leaf(path: tuple[Any, ...], ours: Any) -> Any:
+            key = path_name(path)
+            if key in self.fresh:
+                return ours
+            entry = self.describe(moment, key)
+            with self.conversion.noted():
+                if key not in column:
+                    raise EntryError(f'{entry} is missing')
+                self.used.add((moment, key))
+                if column[key] is not None:
+                    array = _as_stored(column[key], ours)
+                    if moment == 'nu' and (np.real(array) < 0).any():
+                        raise EntryError(f'{entry} is negative')
+                    return as_leaf_like(ours, entry, change(key, array) if change else array)
+            return ours
+
+        return tree_map_with_path(leaf, tree)
+
+    def _variance(
+        self, means: Mapping[str, Any], path: str, second_moment: np.ndarray
+    ) -> np.ndarray:
+        given = self.moments.columns['mu'].get(path)
+        if given is None or path not in means:
+            return second_moment
+        squared_mean = square(_as_stored(given, means[path]), self.moments.weights.get(path, 1.0))
+        if squared_mean.shape != second_moment.shape:
+            return second_moment
+        difference = wide(second_moment) - squared_mean
+        if (difference < 0).any():
+            self.clamped.append(path)
+        return np.maximum(difference, 0.0)
 
 
 def wide(array: Any) -> np.ndarray:
@@ -202,6 +343,34 @@ def square(mean: Any, weight: float) -> np.ndarray:
 def refilled(leaf: Any, value: Any) -> Any:
     """A number in the place of a leaf, with its dtype and sharding."""
     return jax.device_put(np.asarray(value).astype(leaf.dtype), sharding_of(leaf))
+
+
+def _as_stored(array: np.ndarray, ours: Any) -> np.ndarray:
+    """Complex numbers as pairs of reals, or as reals, where the state has them so."""
+    if not np.iscomplexobj(array) or jnp.issubdtype(ours.dtype, jnp.complexfloating):
+        return array
+    if ours.shape == (*array.shape, 2):
+        return np.stack([np.real(array), np.imag(array)], -1)
+    # Optax keeps the real second moment of a complex array in a complex one.
+    return array if np.imag(array).any() else np.real(array)
+
+
+def with_counts(state: Any, count: int, calls: int) -> Any:
+    def leaf(path: tuple[Any, ...], x: Any) -> Any:
+        if is_average(x):
+            return x._replace(count=_saturated(x.count, calls))
+        return _saturated(x, count) if is_count(path, x) else x
+
+    return tree_map_with_path(leaf, state, is_leaf=is_average)
+
+
+def _saturated(leaf: Any, count: int) -> Any:
+    return refilled(leaf, min(count, int(jnp.iinfo(leaf.dtype).max)))
+
+
+def accumulates(state: Any) -> bool:
+    """Whether some wrapper gathers the gradients of several calls."""
+    return bool(leaves_named(state, 'mini_step'))
 
 
 def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:

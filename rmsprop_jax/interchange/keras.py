@@ -20,29 +20,20 @@ import optax
 
 from rmsprop_jax._checks import checked_steps, checked_transformation
 from rmsprop_jax._types import constant
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
+    EntryError,
     Layout,
     Pair,
-    Problems,
     as_array,
     as_count,
     as_number,
     checked_names,
-    laid_out,
     layer,
-    paired,
 )
-from rmsprop_jax.interchange._measure import Trial, accumulates
-from rmsprop_jax.interchange._sides import Claim, checked_source, settle
-from rmsprop_jax.interchange._state import (
-    Columns,
-    collect,
-    injected,
-    read,
-    with_injected,
-)
-from rmsprop_jax.interchange._write import Writer
+from rmsprop_jax.interchange._measure import Trial
+from rmsprop_jax.interchange._state import injected, with_injected
 
 __all__ = ['dense', 'from_keras', 'norm', 'to_keras']
 __dir__ = __all__.copy
@@ -102,7 +93,7 @@ def from_keras(
         every velocity that is on the other side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -119,91 +110,88 @@ def from_keras(
 
     Source: Keras 3.15, keras/src/optimizers/base_optimizer.py and rmsprop.py.
     """
-    problems = Problems('the Keras variables cannot be converted')
+    exchange = Exchange('the Keras variables cannot be converted', params, mapping)
     checked_transformation('tx', tx)
     checked_names('variables', variables)
-    every = _checked_steps(gradient_accumulation_steps)
-    pairs, _ = paired(mapping, params, problems)
     entries = {name.rpartition('/')[2]: value for name, value in variables.items()}
     if len(entries) < len(variables):
-        problems.add('names of variables are the same but for what is before the last slash')
-    rate = None
+        exchange.add('names of variables are the same but for what is before the last slash')
+    rate, start = None, tx.init(params)
     if 'learning_rate' in entries:
         rate = as_number(entries.pop('learning_rate'))
         if rate is None or not math.isfinite(rate):
-            problems.add("'learning_rate' is no finite number")
-            rate = None
-    start = tx.init(params)
-    if rate is not None:
-        start = with_injected(start, 'learning_rate', rate)
+            exchange.add("'learning_rate' is no finite number")
+        else:
+            start = with_injected(start, 'learning_rate', rate)
     trial = Trial(tx, start, params)
-    _check_calls(every, trial.calls, problems)
-    holds = any(name.endswith(_ACCUMULATOR) for name in entries)
-    if entries and holds != (trial.calls > 1):
-        has = 'has' if holds else 'has no'
-        problems.add(
-            f'Keras {has} gradient accumulators, and tx {_taking(trial.calls)}: give tx the '
-            'gradient_accumulation_steps of the optimizer'
-        )
-    calls = _iteration(entries, trial.calls, problems)
-    columns: Columns = {name: {} for name in _SLOTS}
-    for pair in pairs.values():
-        for moment, slot in (*_SLOTS.items(), (_ACCUMULATOR, _ACCUMULATOR)):
-            label = _slot(pair, slot)
-            if label not in entries:
-                continue
-            value = entries.pop(label)
-            if moment != _ACCUMULATOR:
-                collect(columns, moment, pair, repr(label), value, problems)
-            elif (held := as_array(repr(label), value, problems)) is not None and held.any():
-                problems.add(f'{label!r} holds gradients: convert at the end of an accumulation')
-    for name in sorted(entries):
-        problems.add(f'{name!r} belongs to no pair')
+    every = _calls_a_step(trial, gradient_accumulation_steps, exchange)
+    _take_accumulators(entries, every, exchange)
+    calls = _iteration(entries, every, exchange)
+    exchange.counterparts = _counterparts(exchange, rate)
+    theirs = exchange.collected(entries, [calls // every])
 
     def describe(moment: str, path: str) -> str:
-        return repr(_slot(pairs[path], _SLOTS[moment])) if path in pairs else f'{path!r} {moment}'
+        if path not in exchange.counterparts:
+            return f'{path!r} {moment}'
+        return repr(exchange.counterparts[path].names[moment])
 
-    count = calls // trial.calls
-    claims = _claims(pairs, rate)
-    settle(trial, start, params, count, claims, columns['trace'], problems, to_ours=True)
-    return Writer(columns, describe, problems).write(start, count, calls)
-
-
-def _claims(pairs: Mapping[str, Pair], rate: float | None) -> dict[str, Claim]:
-    claim = Claim(
-        'Keras',
-        inside=True,
-        eps_in_sqrt=True,
-        said={'rate': ('learning_rate', rate)},
-        undo='change one of the two, or leave the variable out to leave it uncompared',
-    )
-    return dict.fromkeys(pairs, claim)
+    return exchange.adopted(theirs, trial, describe, calls=calls)
 
 
-def _checked_steps(given: Any) -> int | None:
-    return None if given is None else checked_steps('gradient_accumulation_steps', given, least=1)
-
-
-def _check_calls(given: int | None, calls: int, problems: Problems) -> None:
-    if given not in (None, calls):
-        problems.add(f'gradient_accumulation_steps is {given}, but tx {_taking(calls)}')
-
-
-def _taking(calls: int) -> str:
-    return f'takes a step at every {calls} calls' if calls > 1 else 'takes a step at every call'
+def _counterparts(exchange: Exchange, rate: float | None) -> dict[str, Counterpart]:
+    return {
+        path: Counterpart(
+            'Keras',
+            {moment: _slot(pair, slot) for moment, slot in _SLOTS.items()},
+            eps_in_sqrt=True,
+            said={'rate': ('learning_rate', rate)},
+            undo='change one of the two, or leave the variable out to leave it uncompared',
+        )
+        for path, pair in exchange.by_path.items()
+    }
 
 
 def _slot(pair: Pair, slot: str) -> str:
     return f'{pair.theirs.replace("/", "_")}_{slot}'
 
 
-def _iteration(entries: dict[str, Any], every: int, problems: Problems) -> int:
+def _calls_a_step(trial: Trial | None, given: Any, exchange: Exchange) -> int:
+    """How many calls make a step of `tx`; without a `tx`, what is given."""
+    if given is not None:
+        given = checked_steps('gradient_accumulation_steps', given, least=1)
+    if trial is None:
+        return given or 1
+    if given not in (None, trial.calls):
+        exchange.add(f'gradient_accumulation_steps is {given}, but tx {_taking(trial.calls)}')
+    return trial.calls
+
+
+def _taking(calls: int) -> str:
+    return f'takes a step at every {calls} calls' if calls > 1 else 'takes a step at every call'
+
+
+def _take_accumulators(entries: dict[str, Any], every: int, exchange: Exchange) -> None:
+    """Removes the gradient accumulators, which must exist if and only if calls accumulate."""
+    held = any(name.endswith(_ACCUMULATOR) for name in entries)
+    if entries and held != (every > 1):
+        exchange.add(
+            f'Keras {"has" if held else "has no"} gradient accumulators, and tx {_taking(every)}: '
+            'give tx the gradient_accumulation_steps of the optimizer'
+        )
+    for pair in exchange.by_path.values():
+        name = _slot(pair, _ACCUMULATOR)
+        with exchange.noted():
+            if name in entries and as_array(repr(name), entries.pop(name)).any():
+                raise EntryError(f'{name!r} holds gradients: convert at the end of an accumulation')
+
+
+def _iteration(entries: dict[str, Any], every: int, exchange: Exchange) -> int:
     count = as_count(entries.pop('iteration', entries.pop('iterations', None)))
     if count is None:
-        problems.add("'iteration' is missing or no step count")
+        exchange.add("'iteration' is missing or no step count")
         return 0
     if count % every:
-        problems.add(
+        exchange.add(
             f"'iteration' is {count}, in the middle of an accumulation of {every}: convert at "
             'its end'
         )
@@ -237,39 +225,23 @@ def to_keras(
         rate or number of accumulated calls that `tx` contradicts, and every velocity that is on the
         other side of a learning rate that changes.
     """
-    problems = Problems('the state cannot be written for Keras')
-    every = _checked_steps(gradient_accumulation_steps)
-    pairs, _ = paired(mapping, params, problems)
-    moments = read(state, problems)
-    if len(moments.counts) != 1:
-        problems.add(f'the state has step counts {sorted(moments.counts)}, and Keras has one')
-    for path in sorted(moments.weights):
-        problems.add(f'{path!r} is bias-corrected, which Keras has not')
-    count, velocities = max(moments.counts, default=0), moments.columns['trace']
-    tx = checked_source('tx', tx, velocities, problems, also=accumulates(state))
-    every = 1 if every is None else every
+    exchange = Exchange('the state cannot be written for Keras', params, mapping)
+    moments, trial = exchange.our_moments('Keras', tx, state, counts_calls=True)
+    every = _calls_a_step(trial, gradient_accumulation_steps, exchange)
     if learning_rate is None:
         learning_rate = next(iter(injected(state, 'learning_rate').values()), None)
     if learning_rate is not None:
         constant('learning_rate', learning_rate, lower=-math.inf)
-    if tx is not None:
-        trial = Trial(tx, state, params)
-        _check_calls(_checked_steps(gradient_accumulation_steps), trial.calls, problems)
-        every, claims = trial.calls, _claims(pairs, as_number(learning_rate))
-        settle(trial, state, params, count, claims, velocities, problems, to_ours=False)
-    variables = {'iteration': np.array(count * every, np.int64)}
+    exchange.counterparts = _counterparts(exchange, as_number(learning_rate))
+    variables = exchange.released(moments, trial)
+    exchange.raise_if_any()
+    if every > 1:
+        for path in moments.columns['nu']:
+            accumulator = _slot(exchange.by_path[path], _ACCUMULATOR)
+            variables[accumulator] = np.zeros_like(
+                variables[exchange.counterparts[path].names['nu']]
+            )
+    variables['iteration'] = np.array(moments.count * every, np.int64)
     if learning_rate is not None:
         variables['learning_rate'] = np.asarray(learning_rate)
-    for moment, slot in _SLOTS.items():
-        for path, array in moments.columns[moment].items():
-            if path not in pairs:
-                problems.add(f'{path!r} is in no pair')
-                continue
-            label = f'{moment} of {path!r}'
-            turned = laid_out(label, pairs[path].layout.to_theirs, array, problems)
-            if turned is not None:
-                variables[_slot(pairs[path], slot)] = np.array(turned, order='C')
-                if every > 1 and moment == 'nu':
-                    variables[_slot(pairs[path], _ACCUMULATOR)] = np.zeros_like(turned)
-    problems.raise_if_any()
     return variables

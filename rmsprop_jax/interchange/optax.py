@@ -4,23 +4,23 @@ All four of its state classes are read and written: with and without a count (th
 correction), centered and not. Names and layouts are ours already, and so is the sign of `trace`.
 """
 
+import dataclasses
 from typing import Any
 
 import optax
 
 from rmsprop_jax._checks import checked_leaves, checked_transformation
 from rmsprop_jax._types import decay_rate
-from rmsprop_jax.interchange._mapping import Problems, checked_count
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
+from rmsprop_jax.interchange._mapping import checked_count
 from rmsprop_jax.interchange._measure import Trial, near
-from rmsprop_jax.interchange._sides import Claim, checked_source, settle
-from rmsprop_jax.interchange._state import Moments, read
-from rmsprop_jax.interchange._write import Writer
+from rmsprop_jax.interchange._state import Moments, moments_in
 
 __all__ = ['from_optax', 'to_optax']
 __dir__ = __all__.copy
 
 _NAMES = {'cautious': 'caution', 'coupled': 'weight decay'}
-_OPTAX = Claim('optax.rmsprop', inside=True, sign=1.0, extras=True)
+_OPTAX = Counterpart('optax.rmsprop', sign=1.0, extras=True)
 
 
 def from_optax(
@@ -53,7 +53,7 @@ def from_optax(
         side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -66,49 +66,51 @@ def from_optax(
 
     Source: Optax 0.2.8, optax/_src/transform.py.
     """
-    problems = Problems('the Optax state cannot be converted')
+    decay = _checked(tx, params, decay)
+    exchange = Exchange('the Optax state cannot be converted', params)
+    count = None if count is None else checked_count(count)
+    moments = moments_in(theirs, exchange, 'theirs')
+    if count is not None:
+        moments = dataclasses.replace(moments, counts=[count])
+    elif len(moments.counts) != 1:
+        found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
+        exchange.add(f'no single step count: the state {found}: pass count')
+    weights = {**_weights_there(moments, decay, exchange), **moments.weights}
+    exchange.counterparts = dict.fromkeys(moments.columns['trace'], _OPTAX)
+    if source is not None:
+        trial = Trial(checked_transformation('source', source), theirs, params)
+        exchange.counterparts = _measured(trial, moments.count)
+    moments = dataclasses.replace(moments, weights=weights)
+    return exchange.adopted(moments, Trial(tx, tx.init(params), params))
+
+
+def _checked(tx: Any, params: Any, decay: float | None) -> float | None:
+    """Returns `decay`, having checked what both directions are given."""
     checked_transformation('tx', tx)
     checked_leaves('params', params)
-    count = None if count is None else checked_count(count)
-    decay = None if decay is None else float(decay_rate('decay', decay).value)
-    moments = read(theirs, problems, 'theirs')
-    if count is None:
-        if len(moments.counts) != 1:
-            found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
-            problems.add(f'no single step count: the state {found}: pass count')
-        count = max(moments.counts, default=0)
-    if moments.weights and decay is None:
-        problems.add('the state is bias-corrected: pass its decay')
-
-    def weight(path: str) -> float | None:
-        if path not in moments.weights:
-            return None
-        steps, held = moments.weights[path]
-        return _weight(decay, steps) if held is None else held
-
-    def describe(moment: str, path: str) -> str:
-        return f'{moment} of {path!r}'
-
-    start, velocities = tx.init(params), moments.columns['trace']
-    if source is None:
-        claims = dict.fromkeys(velocities, _OPTAX)
-    else:
-        claims = _measured(checked_transformation('source', source), theirs, params, count)
-    settle(tx, start, params, count, claims, velocities, problems, to_ours=True)
-    return Writer(moments.columns, describe, problems, weight=weight).write(start, count)
+    return None if decay is None else float(decay_rate('decay', decay).value)
 
 
-def _measured(tx: Any, state: Any, params: Any, count: int) -> dict[str, Claim]:
-    """The claims of a transformation that is at hand, by path."""
-    trial = Trial(tx, state, params)
-    claims: dict[str, Claim] = {}
+def _weights_there(moments: Moments, decay: float | None, exchange: Exchange) -> dict[str, float]:
+    """The sum of weights that Optax computes for each bias-corrected path."""
+    if moments.corrected and decay is None:
+        exchange.add('the state is bias-corrected: pass its decay')
+    return {
+        path: 1.0 if decay is None else 1.0 - decay**steps
+        for path, steps in moments.corrected.items()
+    }
+
+
+def _measured(trial: Trial, count: int) -> dict[str, Counterpart]:
+    """What a transformation at hand does after `count` steps, by path."""
+    counterparts: dict[str, Counterpart] = {}
     for path, action in trial.actions(count).items():
         # PyTorch's side: the gradient goes into the velocity as it is.
         outside = (
             action.steady_gain and near(abs(action.gain or 0.0), 1) and not near(action.response, 1)
         )
         names = ('rate', 'decay', 'eps', 'momentum', 'nesterov', 'cautious', 'coupled')
-        claims[path] = Claim(
+        counterparts[path] = Counterpart(
             'source',
             inside=not outside and action.steady,
             sign=action.response,
@@ -117,11 +119,7 @@ def _measured(tx: Any, state: Any, params: Any, count: int) -> dict[str, Claim]:
             undo='give both transformations the same arguments',
             extras=True,
         )
-    return claims
-
-
-def _weight(decay: float | None, steps: int) -> float:
-    return 1.0 if decay is None else 1.0 - decay**steps
+    return counterparts
 
 
 def to_optax(
@@ -149,37 +147,21 @@ def to_optax(
       InterchangeError: Listing every moment that is missing, left over or misshapen, weights that
         Optax could not find again, and all that `source` does otherwise than `tx`.
     """
-    problems = Problems('the state cannot be written for Optax')
-    checked_transformation('tx', tx)
-    checked_leaves('params', params)
-    decay = None if decay is None else float(decay_rate('decay', decay).value)
-    moments = read(state, problems)
+    decay = _checked(tx, params, decay)
+    exchange = Exchange('the state cannot be written for Optax', params)
+    moments = moments_in(state, exchange)
     if len(moments.counts) != 1:
-        problems.add(f'the state has step counts {sorted(moments.counts)}: not one')
-    _check_weights(moments, decay, problems)
-
-    def weight(path: str) -> float | None:
-        return moments.weights[path][1] if path in moments.weights else None
-
-    def describe(moment: str, path: str) -> str:
-        return f'{moment} of {path!r}'
-
-    start, velocities = tx.init(params), moments.columns['trace']
-    count = max(moments.counts, default=0)
-    if checked_source('source', source, velocities, problems) is not None:
-        claims = _measured(source, state, params, count)
-        settle(tx, start, params, count, claims, velocities, problems, to_ours=True)
-    return Writer(moments.columns, describe, problems, weight=weight).write(start, count)
-
-
-def _check_weights(moments: Moments, decay: float | None, problems: Problems) -> None:
-    if moments.weights and decay is None:
-        problems.add('the state is bias-corrected: pass its decay')
-        return
-    for path, (steps, held) in moments.weights.items():
+        exchange.add(f'the state has step counts {sorted(moments.counts)}: not one')
+    there = _weights_there(moments, decay, exchange)
+    for path, held in moments.weights.items():
         # A float32 weight is a sum of up to 1 / (1 - decay) rounded terms.
-        if held is not None and abs(held - _weight(decay, steps)) > 1e-4 * held:
-            problems.add(
-                f'{path!r}: its weights add up to {held:.6g}, not to 1 - {decay}^{steps} as Optax '
-                'would have it: the decay was another one, or changed'
+        if decay is not None and abs(held - there[path]) > 1e-4 * held:
+            exchange.add(
+                f'{path!r}: its weights add up to {held:.6g}, not to 1 - {decay}^'
+                f'{moments.corrected[path]} as Optax would have it: the decay was another one, or '
+                'changed'
             )
+    trial = exchange.our_trial('source', source, state, moments)
+    if trial is not None:
+        exchange.counterparts = _measured(trial, moments.count)
+    return exchange.adopted(moments, Trial(tx, tx.init(params), params))

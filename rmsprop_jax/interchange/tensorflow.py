@@ -9,25 +9,25 @@ A checkpoint holds the slots beside the variables, under names that only their o
 The layers' pairs are those of `interchange.keras`, whose axes and names TensorFlow shares.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import optax
 
 from rmsprop_jax._checks import checked_flag, checked_transformation
+from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
 from rmsprop_jax.interchange._mapping import (
+    EntryError,
     Pair,
-    Problems,
     as_count,
     checked_count,
     checked_names,
-    laid_out,
-    paired,
 )
-from rmsprop_jax.interchange._sides import Claim, checked_source, settle
-from rmsprop_jax.interchange._state import Columns, collect, read
-from rmsprop_jax.interchange._write import Writer
+from rmsprop_jax.interchange._measure import Trial
+from rmsprop_jax.interchange._state import Moments, described
 
 __all__ = ['from_tensorflow', 'to_tensorflow']
 __dir__ = __all__.copy
@@ -68,7 +68,7 @@ def from_tensorflow(
         or not finite, and every velocity that is on the other side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -82,69 +82,59 @@ def from_tensorflow(
 
     Source: TensorFlow 2.21, tensorflow/python/training/rmsprop.py and slot_creator.py.
     """
-    problems = Problems('the TensorFlow slots cannot be converted')
+    exchange = Exchange('the TensorFlow slots cannot be converted', params, mapping)
     checked_transformation('tx', tx)
     checked_names('variables', variables)
-    _check_name(name)
-    centered = checked_flag('centered', centered)
-    count = None if count is None else checked_count(count)
-    pairs, _ = paired(mapping, params, problems)
-    slots = {
-        _slot(pair.theirs, moment, centered, name): (moment, pair)
-        for pair in pairs.values()
-        for moment in _SLOTS
-        if centered or moment != 'mu'
-    }
-    columns: Columns = {moment: {} for moment in (*_SLOTS, 'ema')}
-    for entry, value in variables.items():
-        if entry not in slots:
-            if _is_slot(entry, name):
-                problems.add(f'{entry!r} belongs to no pair')
-            continue
-        moment, pair = slots[entry]
-        collect(columns, moment, pair, repr(entry), value, problems)
+    means = exchange.by_path if checked_flag('centered', centered) else ()
+    count = as_count(variables.get(_STEP)) if count is None else checked_count(count)
     if count is None:
-        count = as_count(variables.get(_STEP))
-        if count is None:
-            problems.add(f'{_STEP!r} is missing or no step count: pass count')
+        exchange.add(f'{_STEP!r} is missing or no step count: pass count')
+    exchange.counterparts = _counterparts(exchange, name, means)
+    slots = {entry: value for entry, value in variables.items() if _is_slot(entry, name)}
+    theirs = exchange.collected(slots, [count or 0])
 
     def describe(moment: str, path: str) -> str:
-        if path not in pairs or (moment == 'mu' and not centered):
-            return f'{_SLOTS.get(moment, moment)} of {path!r}'
-        entry = _slot(pairs[path].theirs, moment, centered, name)
-        return f'{entry!r} ({_SLOTS.get(moment, moment)})'
+        slot = _SLOTS.get(moment, moment)
+        counterpart = exchange.counterparts.get(path)
+        if counterpart is None or moment not in counterpart.names:
+            return described(slot, path)
+        return f'{counterpart.names[moment]!r} ({slot})'
 
-    start, claims = tx.init(params), _claims(pairs, columns['trace'])
-    settle(tx, start, params, count or 0, claims, columns['trace'], problems, to_ours=True)
-    return Writer(columns, describe, problems).write(start, count or 0)
-
-
-def _claims(pairs: Mapping[str, Pair], velocities: Mapping[str, Any]) -> dict[str, Claim]:
-    """Without momentum, OptimizerV2 has epsilon outside the root, and no slot `momentum`."""
-    return {
-        path: Claim('TensorFlow', inside=True, eps_in_sqrt=path in velocities) for path in pairs
-    }
+    exchange.counterparts = _with_epsilon(exchange.counterparts, theirs)
+    return exchange.adopted(theirs, Trial(tx, tx.init(params), params), describe)
 
 
-def _check_name(name: Any) -> None:
+def _counterparts(
+    exchange: Exchange, name: str | None, centered: Collection[str]
+) -> dict[str, Counterpart]:
+    """The counterparts, of which those at the `centered` paths have a mean."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
 
+    def names(path: str, variable: str) -> dict[str, str]:
+        moments = [moment for moment in _SLOTS if moment != 'mu' or path in centered]
+        if name is None:
+            return {moment: f'{variable}/{_SLOTS[moment]}' for moment in moments}
+        numbers = ['', '_1', '_2']
+        return {m: f'{variable}/{name}{i}' for m, i in zip(moments, numbers, strict=False)}
 
-def _slot(variable: str, moment: str, centered: bool, name: str | None) -> str:
-    if name is None:
-        return f'{variable}/{_SLOTS.get(moment, moment)}'
-    order = ['nu', 'mu', 'trace'] if centered else ['nu', 'trace']
-    number = order.index(moment) if moment in order else len(order)
-    return f'{variable}/{name}' + (f'_{number}' if number else '')
+    pairs = exchange.by_path
+    return {path: Counterpart('TensorFlow', names(path, pairs[path].theirs)) for path in pairs}
+
+
+def _with_epsilon(
+    counterparts: Mapping[str, Counterpart], moments: Moments
+) -> dict[str, Counterpart]:
+    """Without momentum, OptimizerV2 has epsilon outside the root, and no slot `momentum`."""
+    return {
+        path: dataclasses.replace(theirs, eps_in_sqrt=path in moments.columns['trace'])
+        for path, theirs in counterparts.items()
+    }
 
 
 def _is_slot(entry: str, name: str | None) -> bool:
-    last = entry.rpartition('/')[2]
-    if name is None:
-        return last in _SLOTS.values()
-    head, _, number = last.rpartition('_')
-    return last == name or (head == name and number.isdigit())
+    last = '|'.join(_SLOTS.values()) if name is None else re.escape(name) + r'(_\d+)?'
+    return re.fullmatch(f'(.*/)?({last})', entry, re.DOTALL) is not None
 
 
 def to_tensorflow(
@@ -169,31 +159,18 @@ def to_tensorflow(
         TensorFlow always has a `momentum`, as has `dialects.tensorflow`. Likewise every velocity
         that is on the other side of a learning rate that changes.
     """
-    problems = Problems('the state cannot be written for TensorFlow')
-    _check_name(name)
-    pairs, _ = paired(mapping, params, problems)
-    moments = read(state, problems)
-    if len(moments.counts) != 1:
-        problems.add(f'the state has step counts {sorted(moments.counts)}, and TensorFlow has one')
-    for path in sorted(moments.weights):
-        problems.add(f'{path!r} is bias-corrected, which TensorFlow has not')
+    exchange = Exchange('the state cannot be written for TensorFlow', params, mapping)
+    moments, trial = exchange.our_moments('TensorFlow', tx, state)
     for path in sorted(moments.columns['nu'].keys() ^ moments.columns['trace'].keys()):
-        problems.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
-    count, velocities = max(moments.counts, default=0), moments.columns['trace']
-    tx = checked_source('tx', tx, velocities, problems)
-    if tx is not None:
-        claims = _claims(pairs, velocities)
-        settle(tx, state, params, count, claims, velocities, problems, to_ours=False)
-    slots: dict[str, np.ndarray] = {_STEP: np.array(count, np.int64)}
-    for moment, column in moments.columns.items():
-        for path, array in column.items():
-            if path not in pairs or moment not in _SLOTS:
-                problems.add(f'{moment} of {path!r} has no counterpart there')
-                continue
-            centered = path in moments.columns['mu']
-            turned = laid_out(path, pairs[path].layout.to_theirs, array, problems)
-            if turned is not None:
-                entry = _slot(pairs[path].theirs, moment, centered, name)
-                slots[entry] = np.array(turned, order='C')
-    problems.raise_if_any()
-    return slots
+        exchange.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
+    counterparts = _counterparts(exchange, name, moments.columns['mu'])
+    exchange.counterparts = _with_epsilon(counterparts, moments)
+
+    def adapt(moment: str, path: str, array: np.ndarray) -> np.ndarray:
+        if path not in counterparts or moment not in _SLOTS:
+            raise EntryError(f'{described(moment, path)} has no counterpart there')
+        return array
+
+    slots = exchange.released(moments, trial, adapt)
+    exchange.raise_if_any()
+    return {_STEP: np.array(moments.count, np.int64), **slots}

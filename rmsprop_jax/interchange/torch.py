@@ -12,45 +12,49 @@ Two sources PyTorch keeps apart must be told apart here too: a group's numbers (
 belong to the transformation, and arrays and `step` to its state.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from rmsprop_jax._checks import checked_transformation
-from rmsprop_jax.interchange._claims import Claims
+from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax.interchange._counterpart import Exchange
 from rmsprop_jax.interchange._groups import (
     SLOTS,
+    Group,
+    Member,
+    check_shape,
     checked_groups,
-    checked_state,
-    misshapen,
-    numbered,
-    untouched,
+    checked_run,
+    members_of,
 )
-from rmsprop_jax.interchange._groups import torch_optimizer as torch_optimizer
 from rmsprop_jax.interchange._mapping import (
     KERNEL,
+    Conversion,
+    EntryError,
     Layout,
     Pair,
-    Problems,
     as_count,
     as_number,
     checked_collection,
     checked_count,
     checked_names,
-    laid_out,
     layer,
-    paired,
+    path_name,
 )
-from rmsprop_jax.interchange._sides import checked_source, settle
-from rmsprop_jax.interchange._state import Columns, collect, read
-from rmsprop_jax.interchange._write import Writer
+from rmsprop_jax.interchange._measure import Trial
+from rmsprop_jax.interchange._settings import counterparts_of, transforms_of
+from rmsprop_jax.interchange._state import Moments, described
 
 __all__ = ['conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
 __dir__ = __all__.copy
 
 _BIAS = ('.bias', 'bias')
+_FROZEN = 'frozen'
 
 
 def linear(
@@ -83,6 +87,86 @@ def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tupl
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of PyTorch's normalisation layers with Flax's: `weight` is `scale`."""
     return layer(theirs, ours, ('.weight', 'scale'), _BIAS, bias)
+
+
+def torch_optimizer(
+    state_dict: Mapping[str, Any],
+    params: Any,
+    mapping: Iterable[Pair],
+    *,
+    names: Sequence[str] | None = None,
+    fresh: Collection[str] = (),
+    frozen: Collection[str] = (),
+    learning_rate: ScalarOrSchedule | Sequence[ScalarOrSchedule] | None = None,
+    dialect: Callable[..., optax.GradientTransformation] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that does what the parameter groups of a PyTorch optimizer say.
+
+    Every group becomes a `dialects.torch` with its own `lr`, `alpha`, `eps`, `weight_decay`,
+    `momentum`, `centered` and `maximize`, and `optax.partition` deals out the parameters. timm's
+    `RMSpropTF` is recognised by its settings and becomes `dialects.timm`. The settings of
+    Stable-Baselines3's `RMSpropTFLike` are those of PyTorch before 1.12: pass `dialect`.
+
+    **The learning rate.** A state dictionary holds today's rate and no schedule. `initial_lr` in a
+    group tells that a scheduler set the rate; then `learning_rate` is required. A rate that was set
+    by hand, as Stable-Baselines3 does, leaves no trace and stays what it is unless
+    `learning_rate` is given. A schedule may also stand in a group itself:
+    `state_dict['param_groups'][0]['lr'] = schedule`.
+
+    **Parameters that PyTorch would not touch.** PyTorch skips a parameter whose gradient is None,
+    weight decay included, while a gradient of zero here would let it decay. These parameters do
+    not move: those that the optimizer does not have, those that are in `frozen`, and those that
+    have no entry in a state that is not empty, since they have never had a gradient. `fresh` names
+    those of the last kind that are trained from now on.
+
+    Args:
+      state_dict: What `optimizer.state_dict()` returns.
+      params: Our parameters.
+      mapping: The pairs.
+      names: The parameters' names in the optimizer's order, through all groups, unless the groups
+        have them. It need not be the order of `model.named_parameters()`.
+      fresh: Names of parameters without state that are trained from now on.
+      frozen: Names of parameters that get no update, whether they have state or not.
+      learning_rate: Replaces the groups' rates: a number or a schedule of the step count, or a list
+        with one of them for each group.
+      dialect: `dialects.torch`, `dialects.timm` or `dialects.stable_baselines3`: whose optimizer it
+        was, where the groups do not tell.
+
+    Raises:
+      InterchangeError: Listing every group whose optimizer or learning rate cannot be told, every
+        parameter that cannot be told, and every array of another shape than its parameter.
+      TypeError: If `dialect` is none of the three.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import interchange
+      >>> group = {'params': [0], 'lr': 0.1, 'alpha': 0.99, 'eps': 1e-8, 'weight_decay': 0,
+      ...          'momentum': 0.9, 'centered': False, 'maximize': False}
+      >>> params = {'w': jnp.zeros(2)}
+      >>> tx = interchange.torch_optimizer(
+      ...     {'state': {}, 'param_groups': [group]}, params, [interchange.Pair('w', 'w')],
+      ...     names=['w'])
+      >>> update, _ = tx.update({'w': jnp.ones(2)}, tx.init(params), params)
+      >>> print(update['w'].round(3))
+      [-1. -1.]
+
+    Source: the optimizers of PyTorch 1.10 to 2.15, timm 1.0.31 and Stable-Baselines3 2.9.
+    """
+    conversion = Conversion('the parameter groups cannot be converted', params, mapping)
+    state_dict = {'state': {}, **checked_names('state_dict', state_dict)}
+    groups, members = checked_run(state_dict, names, fresh, frozen, conversion)
+    labels = {
+        member.path: f'group {member.group}'
+        for member in members
+        if member.name not in frozen
+        and (member.entry or member.name in fresh or not state_dict['state'])
+    }
+    transforms = transforms_of(groups, learning_rate, dialect, conversion)
+    conversion.raise_if_any()
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, _: labels.get(path_name(path), _FROZEN), params
+    )
+    return optax.partition({**transforms, _FROZEN: optax.set_to_zero()}, lambda _: tree)
 
 
 def from_torch(
@@ -130,7 +214,7 @@ def from_torch(
         side of a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -148,66 +232,44 @@ def from_torch(
 
     Source: PyTorch 2.13 to 2.15, torch/optim/rmsprop.py and optimizer.py.
     """
-    problems = Problems('the PyTorch state cannot be converted')
+    exchange = Exchange('the PyTorch state cannot be converted', params, mapping)
     checked_transformation('tx', tx)
-    groups = checked_groups(checked_names('state_dict', state_dict).get('param_groups'), problems)
-    held = checked_state(state_dict.get('state'), problems)
-    claims_of = Claims(groups, lr_in_momentum, dialect, problems)
+    checked_names('state_dict', state_dict)
+    groups, members = checked_run(state_dict, names, fresh, frozen, exchange)
+    exchange.counterparts = counterparts_of(groups, members, lr_in_momentum, dialect, exchange)
     count = None if count is None else checked_count(count)
-    pairs, leaves = paired(mapping, params, problems)
-    by_name = {pair.theirs: pair for pair in pairs.values()}
-    columns: Columns = {name: {} for name in (*SLOTS, 'ema')}
-    parameters = numbered(groups, names, problems)
-    idle = untouched(parameters, held, fresh, frozen, by_name, problems)
+    left_out = {*fresh, *frozen}
+    moved = [m for m in members if m.entry and m.name not in left_out]
     steps: dict[int, list[str]] = {}
-    for number, (name, _) in parameters.items():
-        if name not in by_name:
-            problems.add(f'{name!r} is in no pair')
-            continue
-        entry, pair = held.get(number), by_name[name]
-        wrong = misshapen(entry or {}, pair, leaves.get(str(pair.ours)), problems)
-        if entry and name not in idle and name not in fresh:
-            _read_entry(entry, pair, columns, problems, wrong)
-            steps.setdefault(_step(name, entry, problems), []).append(name)
+    for member in moved:
+        steps.setdefault(_step(member, exchange), []).append(member.name)
     if count is None and len(steps) > 1:
         listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
-        problems.add(f'parameters have taken different numbers of steps ({listed}): pass count')
+        exchange.add(f'parameters have taken different numbers of steps ({listed}): pass count')
+    arrays = {name: value for member in moved for name, value in member.arrays().items()}
+    counts = steps if count is None else [count]
+    label, check = lambda name: described(*name), functools.partial(check_shape, exchange)
+    theirs = exchange.collected(arrays, counts, label, check)
 
     def describe(moment: str, path: str) -> str:
-        name = pairs[path].theirs if path in pairs else None
-        label = f'the parameter of {path!r}' if name is None else repr(name)
+        slot = SLOTS.get(moment, moment)
+        if path not in exchange.by_path:
+            return f'{slot} of the parameter of {path!r}'
+        name = exchange.by_path[path].theirs
         said = ', said to be frozen but with a place in tx,' if name in frozen else ''
-        return f'{SLOTS.get(moment, moment)} of {label}{said}'
+        return described(slot, name) + said
 
-    started = {str(by_name[name].ours) for name in fresh if name in by_name}
-    count = max(steps, default=0) if count is None else count
-    start, places = tx.init(params), parameters.values()
-    claims = {str(by_name[name].ours): claims_of[i] for name, i in places if name in by_name}
-    settle(tx, start, params, count, claims, columns['trace'], problems, to_ours=True)
-    return Writer(columns, describe, problems, started).write(start, count)
+    started = {member.path for member in members if member.name in fresh}
+    return exchange.adopted(theirs, Trial(tx, tx.init(params), params), describe, started)
 
 
-def _read_entry(
-    entry: Mapping[str, Any],
-    pair: Pair,
-    columns: Columns,
-    problems: Problems,
-    wrong: Collection[str],
-) -> None:
-    """One parameter's arrays with our axes, into `columns`; None for the `wrong` ones."""
-    for key in sorted(entry.keys() - {*SLOTS.values(), 'step'}, key=str):
-        problems.add(f'{key} of {pair.theirs!r} is nothing that RMSProp keeps')
-    for moment, slot in SLOTS.items():
-        if slot in wrong:
-            columns[moment][str(pair.ours)] = None
-        elif slot in entry:
-            collect(columns, moment, pair, f'{slot} of {pair.theirs!r}', entry[slot], problems)
-
-
-def _step(name: str, entry: Mapping[str, Any], problems: Problems) -> int:
-    step = as_count(entry.get('step'), 'iuf')
+def _step(member: Member, exchange: Exchange) -> int:
+    """The step count of an entry, which may hold nothing else but moments."""
+    for key in sorted(member.entry.keys() - {*SLOTS.values(), 'step'}, key=str):
+        exchange.add(f'{described(key, member.name)} is nothing that RMSProp keeps')
+    step = as_count(member.entry.get('step'), 'iuf')
     if step is None:
-        problems.add(f'step of {name!r} is missing or no step count')
+        exchange.add(f'step of {member.name!r} is missing or no step count')
     return step or 0
 
 
@@ -250,82 +312,61 @@ def to_torch(
       InterchangeError: Listing every parameter without moments, moment without a parameter, and
         group whose settings do not go with our moments or with `tx`.
     """
-    problems = Problems('the state cannot be written for PyTorch')
-    checked_groups(param_groups, problems)
+    exchange = Exchange('the state cannot be written for PyTorch', params, mapping)
+    checked_groups(param_groups, exchange)
     checked_collection('fresh', fresh)
-    claims_of = Claims(param_groups, lr_in_momentum, dialect, problems)
     if not callable(as_tensor):
         raise TypeError(f'as_tensor must be a function of an array, got {as_tensor!r}.')
-    pairs, leaves = paired(mapping, params, problems)
-    by_name = {pair.theirs: path for path, pair in pairs.items()}
-    moments = read(state, problems)
-    parameters = numbered(param_groups, names, problems)
-    if len(moments.counts) != 1:
-        problems.add(f'the state has step counts {sorted(moments.counts)}, and PyTorch has one')
-    for path in sorted(moments.weights):
-        problems.add(f'{path!r} is bias-corrected, which PyTorch has not')
-    for moment, column in moments.columns.items():
-        paths = {by_name.get(name) for name, _ in parameters.values()}
-        for path in sorted(column.keys() - paths - {None}):
-            problems.add(f'{moment} of {path!r} belongs to no parameter of the groups')
-        if moment not in SLOTS and column:
-            problems.add(f'PyTorch keeps no {moment}')
-    count = max(moments.counts, default=0)
-    velocities = moments.columns['trace']
-    places = parameters.values()
-    claims = {by_name[name]: claims_of[place] for name, place in places if name in by_name}
-    tx = checked_source('tx', tx, velocities, problems)
-    if tx is not None:
-        settle(tx, state, params, count, claims, velocities, problems, to_ours=False)
-    entries: dict[Any, dict[str, Any]] = {}
-    step = np.float32(count)
-    for number, (name, place) in parameters.items():
-        if name not in by_name:
-            problems.add(f'{name!r} is in no pair')
-        elif name not in fresh:
-            pair, path = pairs[by_name[name]], by_name[name]
-            held = {m: column[path] for m, column in moments.columns.items() if path in column}
-            _check_group(name, param_groups[place], held, problems)
-            arrays = _entry(pair, leaves.get(path), held, problems)
-            entries[number] = {
-                key: as_tensor(array) for key, array in ({'step': np.array(step)} | arrays).items()
-            }
-    problems.raise_if_any()
-    return {'state': entries, 'param_groups': [dict(group) for group in param_groups]}
+    members = members_of(param_groups, {}, names, exchange)
+    exchange.counterparts = counterparts_of(
+        param_groups, members, lr_in_momentum, dialect, exchange
+    )
+    moments, trial = exchange.our_moments('PyTorch', tx, state)
+    written = [member for member in members if member.name not in fresh]
+    for path in exchange.counterparts.keys() - {member.path for member in written}:
+        for column in moments.columns.values():
+            column.pop(path, None)
+
+    def adapt(moment: str, path: str, array: np.ndarray) -> np.ndarray:
+        label = described(moment, path)
+        if path not in exchange.counterparts:
+            raise EntryError(f'{label} belongs to no parameter of the groups')
+        if moment not in SLOTS:
+            raise EntryError(f'PyTorch keeps no {moment}')
+        return _as_complex(label, array, exchange.leaves.get(path))
+
+    arrays = exchange.released(moments, trial, adapt)
+    for member in written:
+        _check_group(member, param_groups[member.group], moments, exchange)
+    exchange.raise_if_any()
+    entries = {m.name: {'step': as_tensor(np.array(moments.count, np.float32))} for m in written}
+    for (slot, name), array in arrays.items():
+        entries[name][slot] = as_tensor(array)
+    groups = [dict(group) for group in param_groups]
+    return {'state': {m.number: entries[m.name] for m in written}, 'param_groups': groups}
 
 
-def _check_group(
-    name: str, group: Mapping[str, Any], held: Mapping[str, Any], problems: Problems
-) -> None:
-    if 'nu' not in held:
-        problems.add(f'the state has no second moment for {name!r}')
+def _check_group(member: Member, group: Group, moments: Moments, exchange: Exchange) -> None:
+    """Notes settings that go with other moments than the state has."""
+    name, columns = member.name, moments.columns
+    if member.path not in columns['nu']:
+        exchange.add(f'the state has no second moment for {name!r}')
         return
     for moment, key in (('trace', 'momentum'), ('mu', 'centered')):
-        wanted = as_number(group.get(key, 0))
+        wanted, held = as_number(group.get(key, 0)), member.path in columns[moment]
         if key in group and wanted is None:
-            problems.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
-        elif key in group and bool(wanted) != (moment in held):
-            has = 'has' if moment in held else 'has no'
-            problems.add(
+            exchange.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
+        elif key in group and bool(wanted) != held:
+            has = 'has' if held else 'has no'
+            exchange.add(
                 f'{name!r} has {key}={group[key]} in its group, but the state {has} {moment}'
             )
 
 
-def _entry(
-    pair: Pair, param: Any, held: Mapping[str, np.ndarray], problems: Problems
-) -> dict[str, np.ndarray]:
-    """One parameter's arrays under PyTorch's names, with its axes."""
-    entry: dict[str, np.ndarray] = {}
-    for moment, slot in SLOTS.items():
-        if moment not in held or param is None:
-            continue
-        array, label = held[moment], f'{moment} of {pair.ours!r}'
-        if np.iscomplexobj(param) and not np.iscomplexobj(array):
-            if array.shape != (*param.shape, 2):
-                problems.add(f'{label} is one for real and imaginary parts, PyTorch has two')
-                continue
-            array = array[..., 0] + 1j * array[..., 1]
-        turned = laid_out(label, pair.layout.to_theirs, array, problems)
-        if turned is not None:
-            entry[slot] = np.array(turned, order='C')
-    return entry
+def _as_complex(label: str, array: np.ndarray, param: Any) -> np.ndarray:
+    """A moment of a complex parameter, which we may hold as pairs of reals."""
+    if not np.iscomplexobj(param) or np.iscomplexobj(array):
+        return array
+    if array.shape != (*param.shape, 2):
+        raise EntryError(f'{label} is one for real and imaginary parts, PyTorch has two')
+    return array[..., 0] + 1j * array[..., 1]

@@ -1,10 +1,10 @@
 """Published set-ups that train with RMSProp: as data, and each as one function.
 
 A function returns the whole chain of its source: clipping, the dialect, the schedule, and weight
-decay. Where a TensorFlow source adds `weight_decay * l2_loss(p)` to its loss, that is `weight_decay
-p` added to the gradient, since `l2_loss` has a factor 1/2; the chain adds it before the dialect, so
-that your loss must not contain it. Nothing stands here that was not read in the named source, or,
-where a recipe says 'second-hand', in someone's account of it.
+decay. Some TensorFlow sources add `weight_decay * l2_loss(p)` to the loss. Since `l2_loss` has a
+factor 1/2, this adds `weight_decay p` to the gradient. The chain does so before the dialect: leave
+the term out of your loss. Every value was read in the named source or, where a recipe says
+'second-hand', in someone's account of it.
 
 **The loss's reduction is part of a recipe.** RMSProp is blind to the scale of gradients only as far
 as epsilon is small. A loss that is averaged over k terms, where the source sums them, has gradients
@@ -12,8 +12,8 @@ k times smaller, and takes the same steps only with the start value of the secon
 epsilon inside the root divided by k^2, and an epsilon outside it, a clipping norm and a coupled
 weight decay divided by k. Recipes whose source sums have an argument `mean_over`, which does that.
 
-Some sources evaluate an average of the weights. It is not part of an optimizer: keep it beside one
-with `ema_init` and `ema_update`.
+Some sources evaluate an average of the weights. The optimizer does not keep it: use `ema_init` and
+`ema_update` beside the optimizer.
 
 Example:
   >>> import jax, jax.numpy as jnp, optax

@@ -20,21 +20,22 @@ Optimizer = optax.GradientTransformationExtraArgs
 def dqn_nature(
     *, learning_rate: ScalarOrSchedule = _records.DQN_NATURE.learning_rate, mean_over: int = 1
 ) -> Optimizer:
-    """DQN of 2015 as its Lua code runs it: centered, without a velocity, epsilon of a summed loss.
+    """DQN of 2015, as its Lua code runs it: centered, no velocity, epsilon for a summed loss.
 
     ::
 
         m <- 0.95 m + 0.05 g;  n <- 0.95 n + 0.05 g^2         from 0
         p <- p - 2.5e-4 g / sqrt(n - m^2 + 0.01)
 
-    The gradient is that of a sum over 32 transitions, each with its TD error clipped to [-1, 1]:
-    half its square, linear beyond 1. The paper's table calls 0.95 a 'gradient momentum'; it is the
-    decay of `m`. The learning rate stays, and there is no weight cost: `run_gpu` sets neither.
+    The loss is a sum over 32 transitions. Each contributes half the square of its TD error, or a
+    linear term beyond 1, so that the gradient has TD errors clipped to [-1, 1]. The paper's table
+    calls 0.95 a 'gradient momentum', but it is the decay of `m`. The learning rate is constant and
+    weights do not decay: `run_gpu` sets no option for either.
 
     Args:
-      learning_rate: Step size: the published one, or a number or schedule in its place.
-      mean_over: Over how many terms your loss averages where the source sums them: 32 for a mean
-        over the batch, which makes epsilon 0.01 / 32^2.
+      learning_rate: Step size, a number or a schedule; the published one by default.
+      mean_over: The number of terms that your loss averages and the source sums: 32 for a mean over
+        the batch, which makes epsilon 0.01 / 32^2.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -59,14 +60,14 @@ def dqn_nature(
 def dopamine_dqn(
     *, learning_rate: ScalarOrSchedule = _records.DOPAMINE_DQN.learning_rate
 ) -> Optimizer:
-    """Dopamine's DQN with the settings of 2015: `dialects.tensorflow`, epsilon of a mean loss.
+    """Dopamine's DQN with the settings of 2015: `dialects.tensorflow`, epsilon for a mean loss.
 
     Learning rate 2.5e-4, decay 0.95, epsilon 1e-5 inside the root, centered. The loss is the mean
-    of a Huber loss over 32 transitions; 1e-5 is near 0.01 / 32^2, see `dqn_nature`. Its second
-    moment starts at one, where the code of 2015 starts at zero.
+    of a Huber loss over 32 transitions; 1e-5 is close to the 0.01 / 32^2 of `dqn_nature`. The
+    second moment starts at one; in the code of 2015 it starts at zero.
 
     Args:
-      learning_rate: Step size: the published one, or a number or schedule in its place.
+      learning_rate: Step size, a number or a schedule; the published one by default.
 
     Source: google/dopamine a804d3c, dopamine/tf/agents/dqn/configs/dqn_nature.gin, lines 17-23, and
     a13d583, dopamine/tf/agents/dqn/dqn_agent.py, `_build_train_op`.
@@ -83,7 +84,7 @@ def a3c(
     max_norm: float | None,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """A3C, second-hand: RMSProp whose learning rate falls from 7e-4 to zero.
+    """A3C, second-hand: RMSProp with a learning rate that falls from 7e-4 to zero.
 
     ::
 
@@ -91,16 +92,16 @@ def a3c(
         nu <- 0.99 nu + 0.01 g^2
         p  <- p - learning_rate g / sqrt(nu + 0.1)
 
-    All threads updated one `nu`. The accounts do not say where it starts (here at zero) nor how the
-    loss is reduced, to which epsilon belongs.
+    All threads updated one shared `nu`. The accounts do not say where `nu` starts (here at zero).
+    Nor do they say how the loss is reduced, on which epsilon depends.
 
     Args:
-      total_frames: At how many frames, of all threads together, the learning rate is zero.
-      frames_per_update: How many frames lie between two updates.
-      max_norm: The largest norm of all gradients together. One account of the authors' e-mails has
-        40, the other mentions no clipping, which is None.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      total_frames: The number of frames, over all threads, at which the learning rate is zero.
+      frames_per_update: The number of frames between two updates.
+      max_norm: The maximum norm of all gradients together; None for no clipping. One account of the
+        authors' e-mails says 40, the other does not mention clipping.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: the wiki of muupan/async-rl (values, schedule); miyosuda/async_deep_reinforce#1 (the
     same values, and clipping).
@@ -114,18 +115,18 @@ def a3c(
 def baselines_a2c(
     *, total_timesteps: float, batch_size: float, learning_rate: ScalarOrSchedule | None = None
 ) -> Optimizer:
-    """A2C of OpenAI Baselines: gradients clipped, then `dialects.tensorflow`, falling rate.
+    """A2C of OpenAI Baselines: clipped gradients, `dialects.tensorflow`, a falling learning rate.
 
-    The norm of all gradients is at most 0.5, decay is 0.99, epsilon 1e-5 inside the root. The
-    learning rate falls from 7e-4 to zero, and an update uses what holds at the last step of its
-    batch: the source asks its scheduler once for each step and keeps the last answer. The loss is a
-    mean over the batch.
+    The norm of all gradients is at most 0.5, decay is 0.99, and epsilon is 1e-5 inside the root.
+    The learning rate falls from 7e-4 to zero. An update uses the rate at the last step of its
+    batch: the source asks its scheduler once per step and keeps the last answer. The loss is a mean
+    over the batch.
 
     Args:
       total_timesteps: Environment steps of the whole training; the source's default is 80e6.
-      batch_size: Environment steps in an update: environments times 5 by default.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      batch_size: Environment steps per update; the source's default is 5 for each environment.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: openai/baselines 015dc21, baselines/a2c/a2c.py, `Model.__init__` and `train` in it; and
     45c0b17, baselines/a2c/utils.py, `Scheduler` and `linear`.
@@ -140,11 +141,11 @@ def baselines_a2c(
 def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate) -> Optimizer:
     """A2C of Stable-Baselines3: `torch.nn.utils.clip_grad_norm_` and `torch.optim.RMSprop`.
 
-    Norm at most 0.5, constant learning rate 7e-4, decay 0.99, epsilon 1e-5 outside the root. The
-    loss is a mean over the batch.
+    The norm is at most 0.5, the learning rate is 7e-4 throughout, decay is 0.99, and epsilon is
+    1e-5 outside the root. The loss is a mean over the batch.
 
     Args:
-      learning_rate: Step size: the published one, or a number or schedule in its place.
+      learning_rate: Step size, a number or a schedule; the published one by default.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,12 +166,12 @@ def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate)
 def sb3_a2c_tf_like(
     *, learning_rate: ScalarOrSchedule = _records.SB3_A2C_TF_LIKE.learning_rate
 ) -> Optimizer:
-    """`sb3_a2c` with `RMSpropTFLike` and epsilon 1e-5, now inside the root; start value one.
+    """`sb3_a2c` with `RMSpropTFLike`: epsilon 1e-5 is inside the root, and the start value is one.
 
-    This is what the manual of Stable-Baselines3 advises for matching its TensorFlow predecessor.
+    The manual of Stable-Baselines3 recommends this for matching its TensorFlow predecessor.
 
     Args:
-      learning_rate: Step size: the published one, or a number or schedule in its place.
+      learning_rate: Step size, a number or a schedule; the published one by default.
 
     Source: DLR-RM/stable-baselines3 46449ad, docs/modules/a2c.md, the first warning; decay is the
     optimizer's default.
@@ -187,18 +188,18 @@ def impala_dmlab(
     mean_over: int = 1,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """IMPALA on a level of DeepMind Lab: `dialects.tensorflow`, a rate that falls, no clipping.
+    """IMPALA on a level of DeepMind Lab: `dialects.tensorflow`, a falling rate, no clipping.
 
-    The learning rate falls from 4.8e-4 to zero with the frames; decay is 0.99, epsilon 0.1 inside
-    the root. The loss is a sum over 32 unrolls and their 100 steps.
+    The learning rate falls from 4.8e-4 to zero as frames are used up. Decay is 0.99, and epsilon is
+    0.1 inside the root. The loss is a sum over 32 unrolls of 100 steps.
 
     Args:
       total_frames: Frames of the whole training; the source's default is 1e9.
       frames_per_update: Unrolls in a batch, times steps, times action repeats: 12800 in the source.
-      mean_over: Over how many terms your loss averages where the source sums them: 3200 for a mean
-        over all steps of all unrolls. Divides epsilon and the start value by its square.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      mean_over: The number of terms that your loss averages and the source sums: 3200 for a mean
+        over all steps of all unrolls. Epsilon and the start value are divided by its square.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: google-deepmind/scalable_agent 103308a, experiment.py, optimizer flags, `build_learner`,
     `compute_policy_gradient_loss`; 1e70452, README.md (batch of 32).
@@ -213,9 +214,9 @@ def impala_dmlab30(
     mean_over: int = 1,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """`impala_dmlab` with the learning rate for all of DMLab-30, 3.19e-4 at first.
+    """`impala_dmlab` with the learning rate for all of DMLab-30, which starts at 3.19e-4.
 
-    Arguments are those of `impala_dmlab`; the source trains for 1e10 frames.
+    The arguments are the same as for `impala_dmlab`; the source trains for 1e10 frames.
 
     Source: google-deepmind/scalable_agent 1e70452, README.md, 'Distributed Training on DMLab-30'.
     """
@@ -233,12 +234,12 @@ def impala_atari(
 ) -> Optimizer:
     """IMPALA on Atari, second-hand: learning rate from 6e-4, epsilon 0.01, norm at most 40.
 
-    The account gives these and decay 0.99; dialect, linear schedule and summed loss are taken over
-    from `impala_dmlab`, which is the same authors' code. This is not torchbeast, whose first update
-    is another: its second moment starts at zero and epsilon is outside the root; see
+    The account gives these values and decay 0.99. The dialect, the linear schedule and the summed
+    loss come from `impala_dmlab`, the same authors' code. Torchbeast differs from the first update
+    on: its second moment starts at zero, and its epsilon is outside the root. See
     `impala_torchbeast`.
 
-    Arguments are those of `impala_dmlab`; `mean_over` divides the norm, too.
+    The arguments are the same as for `impala_dmlab`; `mean_over` also divides the norm.
 
     Source: google-deepmind/optax#532.
     """
@@ -252,7 +253,7 @@ def impala_torchbeast(
     mean_over: int = 1,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """IMPALA of torchbeast: `clip_grad_norm_`, `torch.optim.RMSprop` and a rate that falls to zero.
+    """IMPALA of torchbeast: `clip_grad_norm_`, `torch.optim.RMSprop` and a falling learning rate.
 
     ::
 
@@ -260,17 +261,17 @@ def impala_torchbeast(
         nu <- 0.99 nu + 0.01 g^2                                    from 0
         p  <- p - learning_rate g / (sqrt(nu) + 0.01)
 
-    The learning rate falls from 4.8e-4, which is the default of both its learners; update n has
-    the share `1 - n steps_per_update / total_steps` of it. The loss is a sum over unrolls and their
+    The learning rate falls from 4.8e-4, the default of both its learners, to zero: update n uses
+    `1 - n steps_per_update / total_steps` times 4.8e-4. The loss is a sum over unrolls and their
     steps.
 
     Args:
       total_steps: Environment steps of the whole training, `--total_steps`.
       steps_per_update: `--unroll_length` times `--batch_size`: 640 by default.
-      mean_over: Over how many terms your loss averages where the source sums them: 640 for a mean
-        over all steps of all unrolls by default. Gradients are multiplied by it.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      mean_over: The number of terms that your loss averages and the source sums: 640 for a mean
+        over all steps of all unrolls, with the source's defaults. Gradients are multiplied by it.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Example:
       >>> import jax.numpy as jnp
@@ -298,7 +299,7 @@ def _impala(
 ) -> Optimizer:
     terms = checked_steps('mean_over', mean_over, least=1)
     rate = _falling(r, total_frames, frames_per_update, learning_rate)
-    # dialects.tensorflow, but for the start value, which has the unit of epsilon.
+    # As dialects.tensorflow, except that the start value scales with epsilon, whose unit it has.
     step = rmsprop(
         rate, r.decay, r.eps / terms**2, initial_scale=1.0 / terms**2, momentum=r.momentum
     )

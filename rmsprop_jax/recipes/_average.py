@@ -1,4 +1,4 @@
-"""The average of the weights that some sources evaluate, beside the optimizer."""
+"""The average of the weights that some sources evaluate, kept beside the optimizer."""
 
 import operator
 from typing import Any
@@ -14,7 +14,7 @@ from rmsprop_jax._types import Hyperparameter, KeyPath, Scalar, cast, decay_rate
 
 
 def ema_init(values: Any) -> Any:
-    """What `ema_update` starts from, as its sources do: a copy of the values.
+    """The average before the first `ema_update`: a copy of the values, as in its sources.
 
     Floating and complex leaves are held in float32 or wider.
     """
@@ -36,7 +36,7 @@ def ema_update(
     copies: ArrayLike | None = None,
     warmup_power: ArrayLike | None = None,
 ) -> Any:
-    """A step of an exponential moving average, over any tree of arrays.
+    """One step of an exponential moving average over any tree of arrays.
 
     ::
 
@@ -47,36 +47,36 @@ def ema_update(
         d        = 0 while count <= copies, then                         and warmup_power
                    min(decay, 1 - (1 + count - copies)^-warmup_power)
 
-    Which source runs which:
+    The sources use these forms of `d`:
 
     - TensorFlow's `ExponentialMovingAverage`: the second with `num_updates`, else the first.
     - timm's `ModelEma` and `ModelEmaV2`: the first.
-    - timm's `ModelEmaV3`: with `step`, as timm's script calls it, `copies=1 + update_after_step`,
-      which is 1 by default; with `use_warmup` also `warmup_power=2/3`. Without `step` the first.
+    - timm's `ModelEmaV3`: with `step`, as in timm's script, `copies=1 + update_after_step` (1 by
+      default), and with `use_warmup` also `warmup_power=2/3`. Without `step`, the first.
     - `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn`: `copies=1`.
-    - torchvision's references: `copies` is 1 more than the updates of the average in the warm-up.
+    - torchvision's references: `copies` is 1 plus the number of averaging updates in the warm-up.
 
     Average batch statistics along with the parameters, as these sources do: give a tuple of the
-    two, or the whole `nnx.State`. (`AveragedModel` does it with `use_buffers=True`; without, take
-    the newest statistics.) Call it after the optimizer's step, also under `jax.jit` or in a scan,
-    and evaluate with the average cast to the values' dtypes.
+    two, or the whole `nnx.State`. (`AveragedModel` does so with `use_buffers=True`. Otherwise, take
+    the newest statistics.) Call this function after the optimizer's step; it works under `jax.jit`
+    and in a scan. To evaluate, cast the average to the values' dtypes.
 
     Args:
-      average: What `ema_init` or the last call returned.
+      average: The result of `ema_init` or of the last call.
       values: The parameters after the step, and whatever is averaged with them. Leaves that are
         not floating or complex, such as counters, are copied.
-      count: The number of updates, this one included, or None. Sources that do not average at
-        every step count the updates of the average.
+      count: The number of updates, including this one, or None. If you do not average at every
+        step, count the updates of the average, as the sources do.
       decay: In [0, 1], a Python number or a scalar array of float32 or wider.
-      copies: How many updates, from the first on, copy the values. Needs `count`.
+      copies: The number of updates, from the first on, that copy the values. Needs `count`.
       warmup_power: How fast the decay rises after the copies. Needs `copies`.
 
     Returns:
       The new average, in float32 or wider.
 
     Raises:
-      ValueError: For trees or leaves that differ in structure or shape, a number out of range, or
-        an argument without the one that it needs.
+      ValueError: If trees differ in structure or leaves in shape, if a number is out of range, or
+        if an argument is given without the one that it needs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,7 +93,7 @@ def ema_update(
     ExponentialMovingAverage.apply; timm 1.0.31, timm/utils/model_ema.py, and train.py; PyTorch
     2.13, torch/optim/swa_utils.py; pytorch/vision 017e9b9, references/classification/train.py.
     """
-    rest = _share(count, decay, copies, warmup_power)
+    share = _share(count, decay, copies, warmup_power)
     here, there = jax.tree.structure(values), jax.tree.structure(average)
     if here != there:
         raise ValueError(f'values and average differ in structure:\n  {here}\n  {there}')
@@ -110,9 +110,9 @@ def ema_update(
             return jnp.array(v)
         a = jnp.asarray(a, wide_dtype(jnp.result_type(a)))
         v = jnp.asarray(v, a.dtype)
-        moved = a + componentwise(operator.mul, v - a, cast(rest, a.real.dtype))
-        # A copy is exact, also of an average that has overflowed.
-        return jnp.where(rest == 1, v, moved)
+        moved = a + componentwise(operator.mul, v - a, cast(share, a.real.dtype))
+        # A copy is exact, even if the average has overflowed.
+        return jnp.where(share == 1, v, moved)
 
     return tree_map_with_path(leaf, average, values)
 
@@ -126,23 +126,23 @@ def _share(
     """The weight of the new values, `1 - d`."""
     if callable(decay):
         raise TypeError('decay cannot be a schedule.')
-    _, rest = decay_rate('decay', decay).with_complement_at(0)
+    _, share = decay_rate('decay', decay).with_complement_at(0)
     if count is None and copies is not None:
         raise ValueError('copies needs count, the number of updates.')
     if copies is None and warmup_power is not None:
         raise ValueError('warmup_power needs copies; timm copies 1 update.')
     if count is None:
-        return rest
+        return share
 
     def number(name: str, value: ArrayLike) -> Scalar:
         return jnp.asarray(Hyperparameter(name, value).value, float)
 
-    rest, taken = cast(rest, float), number('count', count)
+    share, taken = cast(share, float), number('count', count)
     if copies is None:
         # 1 - (1 + n) / (10 + n), without the subtraction.
-        return jnp.maximum(rest, 9.0 / (10.0 + taken))
+        return jnp.maximum(share, 9.0 / (10.0 + taken))
     since = taken - number('copies', copies)
     if warmup_power is not None:
         power = number('warmup_power', warmup_power)
-        rest = jnp.maximum(rest, (1.0 + jnp.maximum(since, 0.0)) ** -power)
-    return jnp.where(since > 0, rest, 1.0)
+        share = jnp.maximum(share, (1.0 + jnp.maximum(since, 0.0)) ** -power)
+    return jnp.where(since > 0, share, 1.0)

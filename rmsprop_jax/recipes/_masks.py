@@ -1,4 +1,4 @@
-"""Which parameters decay, by the paths of a tree, in a form that can be printed and checked."""
+"""Masks that choose by path which parameters decay, and a function that prints them."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from rmsprop_jax._types import canonical
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
-# What the weights of normalisation layers are called, also at the end of a name with slashes.
+# Names of normalisation layers' weights, either whole or at the end of a name with slashes.
 _OF_A_NORM = re.compile(r'(^|[/.])(scale|gamma|beta)(:\d+)?$', re.IGNORECASE)
 
 
@@ -22,20 +22,21 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
     """Everything but batch normalisation: the rule of the EfficientNet and MnasNet code.
 
     That code leaves out variables with 'batch_normalization' in their name; biases of other layers
-    do decay. Here a variable is left out if a part of its path matches a pattern, which finds
-    `BatchNorm_0`, `batch_normalization_3`, `bn`, `bn1` and `expand_bn`. A layer called `norm` is
-    not recognised: pass another pattern, with `functools.partial`, and look at `describe_mask`.
+    do decay. Here a variable is left out if a part of its path matches a pattern. The default
+    pattern finds `BatchNorm_0`, `batch_normalization_3`, `bn`, `bn1` and `expand_bn`. It does not
+    find a layer called `norm`: pass another pattern with `functools.partial`, and check the result
+    with `describe_mask`.
 
     Args:
       params: Any tree of arrays, or of their shapes: dictionaries, Flax variables, `nnx.State`.
-      batch_norm: A regular expression, searched in each part of a path, in upper or lower case.
+      batch_norm: A regular expression to search for in each part of a path, ignoring case.
 
     Returns:
-      A tree of booleans like `params`, True for what decays.
+      A tree of booleans like `params`, True for each parameter that decays.
 
     Warns:
-      UserWarning: Where no part of any path matches, so that everything decays, though a parameter
-        is called `scale`, `gamma` or `beta`.
+      UserWarning: If no path matches, so that everything decays, although a parameter is called
+        `scale`, `gamma` or `beta`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,14 +54,15 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
 
 
 def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
-    """Weights of convolutions, depthwise ones excepted, and of dense layers: TF-Slim's rule.
+    """Weights of dense layers and of convolutions that are not depthwise: TF-Slim's rule.
 
-    That is, arrays of at least two axes whose path does not match `depthwise`, a regular expression
-    searched as in `tensorflow_decay_mask`. Name the depthwise layers so, or pass their names.
+    These are the arrays of at least two axes whose path does not match `depthwise`, a regular
+    expression that is searched for as in `tensorflow_decay_mask`. If the names of your depthwise
+    layers do not contain this word, pass a pattern that matches them.
 
     Warns:
-      UserWarning: Where no part of any path matches, though two or more arrays have the shape of
-        a depthwise kernel, `(height, width, 1, channels)`.
+      UserWarning: If no path matches, although two or more arrays have the shape of a depthwise
+        kernel, `(height, width, 1, channels)`.
     """
 
     pattern = _pattern('depthwise', depthwise)
@@ -73,7 +75,7 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
     if not any(pattern.search(part) for path in paths for part in path):
         shapes = map(np.shape, jax.tree.leaves(params))
         kernels = [path for path, shape in zip(paths, shapes, strict=True) if _is_depthwise(shape)]
-        # One alone may be the first convolution of a network that sees grey images.
+        # A single one may be the first convolution of a network for grey images.
         _warn_unless_empty('slim_decay_mask', 'depthwise', depthwise, kernels[1:])
     return found
 
@@ -88,11 +90,11 @@ def describe_mask(params: Any, mask: Any) -> str:
 
     Args:
       params: Any tree of arrays.
-      mask: What an optimizer takes as `mask`: a function of the parameters, a tree of booleans like
-        them or a prefix of it, or None for all.
+      mask: The `mask` of an optimizer: a tree of booleans like the parameters, a prefix of such a
+        tree, a function from the parameters to one, or None for all.
 
     Raises:
-      TypeError: If the mask holds anything but booleans, or a parameter is no array.
+      TypeError: If the mask holds anything but booleans, or a parameter is not an array.
       ValueError: If the mask is neither like the parameters nor a prefix of them.
 
     Example:
@@ -130,7 +132,7 @@ def _is_depthwise(shape: tuple[int, ...]) -> bool:
 
 
 def _warn_unless_empty(mask: str, argument: str, pattern: str, suspects: list[list[str]]) -> None:
-    """Says that a pattern matched nothing, though some parameters look as if it should have."""
+    """Warns that a pattern matched nothing, although it probably should match `suspects`."""
     if suspects:
         warnings.warn(
             f'{mask} found nothing that matches {argument}={pattern!r}, and so lets '
@@ -146,7 +148,7 @@ def _pattern(name: str, pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.IGNORECASE)
     except re.error as error:
-        raise ValueError(f'{name} is no regular expression: {error}.') from None
+        raise ValueError(f'{name} is not a regular expression: {error}.') from None
 
 
 def _matches(pattern: re.Pattern[str], path: Any) -> bool:
@@ -154,5 +156,5 @@ def _matches(pattern: re.Pattern[str], path: Any) -> bool:
 
 
 def _parts(path: Any) -> list[str]:
-    """The names on the way to a leaf, without the `value` that nnx's variables add."""
+    """The names along a leaf's path, without the `value` that nnx's variables add."""
     return [keystr((key,), simple=True) for key in canonical(path)]

@@ -30,15 +30,15 @@ Optimizer = optax.GradientTransformationExtraArgs
 def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -> Optimizer:
     """Graves 2013, second-hand: `dialects.graves` with the constants of its equations 38 to 45.
 
-    Learning rate 1e-4, decay 0.95, momentum 0.9, epsilon 1e-4 inside the root, centered. How the
-    loss is reduced, and within which bounds derivatives are clipped, is not verified: that clipping
-    is inside the network and not part of this.
+    Learning rate 1e-4, decay 0.95, momentum 0.9, epsilon 1e-4 inside the root, centered. Two things
+    are not verified: the reduction of the loss, and the bounds to which the paper clips
+    derivatives. That clipping is inside the network and not part of this recipe.
 
     Args:
-      learning_rate: Step size: the published one, or a number or schedule in its place.
+      learning_rate: Step size, a number or a schedule; the published one by default.
 
-    Source: chainer/chainer 0c89f4d, chainer/optimizers/rmsprop_graves.py, whose defaults are said
-    to be the paper's, arXiv:1308.0850.
+    Source: chainer/chainer 0c89f4d, chainer/optimizers/rmsprop_graves.py, which says that its
+    defaults are the paper's, arXiv:1308.0850.
     """
     r = _records.GRAVES
     return dialects.graves(checked_rate(learning_rate), r.decay, r.momentum, r.eps)
@@ -59,16 +59,16 @@ def inception_v3(
         learning_rate  = r max(0.94^floor(step / int(3 steps_per_epoch)), 1e-4)
         r              = 0.165 batch_size / 256
 
-    Decay and momentum are 0.9. The loss is a mean over the batch, 1024 by default. The source can
-    warm up but does not by default. For evaluation it averages with `ema_update`, decay 0.995,
-    count given.
+    Decay and momentum are 0.9. The loss is a mean over the batch, of 1024 by default. The source
+    can warm up, but does not by default. It evaluates an average of the weights: `ema_update` with
+    decay 0.995 and a count.
 
     Args:
-      steps_per_epoch: Updates per epoch, not necessarily whole: 1281167 / 1024 in the source.
-      batch_size: Examples in an update.
-      mask: What decays; see `describe_mask`.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      steps_per_epoch: Updates per epoch, possibly a fraction: 1281167 / 1024 in the source.
+      batch_size: Examples per update.
+      mask: Which parameters decay; see `describe_mask`.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: tensorflow/tpu 4a4a9e0, models/experimental/inception/inception_v3.py, flags, constants
     and `inception_model_fn`; for L2 tensorflow/tensorflow 1ea933c,
@@ -84,9 +84,9 @@ def mnasnet(
     mask: Any = tensorflow_decay_mask,
     learning_rate: ScalarOrSchedule | None = None,
 ) -> Optimizer:
-    """MnasNet as the code for TPUs trains it: what `efficientnet` does, at batch 1024.
+    """MnasNet as the code for TPUs trains it: the recipe of `efficientnet` with batches of 1024.
 
-    Arguments are those of `efficientnet`.
+    The arguments are the same as for `efficientnet`.
 
     Source: tensorflow/tpu c08e52a, models/official/mnasnet/mnasnet_main.py, `mnasnet_model_fn`;
     5ef64b7, mnasnet_utils.py; 1aff05d, configs/mnasnet_config.py.
@@ -110,17 +110,17 @@ def efficientnet(
         learning_rate  = r 0.97^floor(step / (2.4 steps_per_epoch))         from then on
         r              = 0.016 batch_size / 256
 
-    Decay and momentum are 0.9. The first update has learning rate zero; two drops, at 2.4 and 4.8
-    epochs, fall into the warm-up, so that the highest rate is near `r` and the one after the
-    warm-up `0.97^2 r`. The loss is a mean over the batch, 2048 by default. For evaluation it
-    averages parameters and batch statistics with `ema_update`, decay 0.9999, count given.
+    Decay and momentum are 0.9. The first update has learning rate zero. Two drops, at 2.4 and 4.8
+    epochs, fall into the warm-up: it ends just below `r`, and the next rate is `0.97^2 r`. The loss
+    is a mean over the batch, of 2048 by default. The source evaluates an average of the parameters
+    and batch statistics: `ema_update` with decay 0.9999 and a count.
 
     Args:
-      steps_per_epoch: Updates per epoch, not necessarily whole: 1281167 / 2048 in the source.
-      batch_size: Examples in an update.
-      mask: What decays; see `describe_mask`.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      steps_per_epoch: Updates per epoch, possibly a fraction: 1281167 / 2048 in the source.
+      batch_size: Examples per update.
+      mask: Which parameters decay; see `describe_mask`.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: tensorflow/tpu 01b6706, models/official/efficientnet/main.py, flags and `model_fn`;
     139e1f4, utils.py, `build_learning_rate`, `build_optimizer`, `get_ema_vars`.
@@ -142,17 +142,17 @@ def mobilenet_v2(
         g             <- g + 4e-5 p      weights of layers that are not depthwise
         learning_rate  = 0.045 (batch_size / 96) 0.98^floor(step / int(2.5 steps_per_epoch))
 
-    Decay and momentum are 0.9. The loss is a mean over the whole batch, of 96 on each GPU: the
-    README's `0.045 NUM_GPUS` and `2.5 / NUM_GPUS` epochs, which count those of one GPU, are the
-    same in terms of that batch. For evaluation it averages with `ema_update`, decay 0.9999, count
-    given.
+    Decay and momentum are 0.9. The loss is a mean over the whole batch, with 96 examples on each
+    GPU. The README's `0.045 NUM_GPUS` and `2.5 / NUM_GPUS` epochs are the same numbers, for epochs
+    counted on one GPU. The source evaluates an average of the weights: `ema_update` with decay
+    0.9999 and a count.
 
     Args:
-      steps_per_epoch: Updates per epoch of the whole batch, not necessarily whole.
-      batch_size: Examples in an update: 96 times the number of GPUs.
-      mask: What decays; see `describe_mask`.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      steps_per_epoch: Updates with the whole batch per epoch, possibly a fraction.
+      batch_size: Examples per update: 96 times the number of GPUs.
+      mask: Which parameters decay; see `describe_mask`.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: tensorflow/models 0ba83cf, research/slim/nets/mobilenet/README.md; 64f40ce,
     research/slim/train_image_classifier.py, flags, `_configure_learning_rate`,
@@ -178,19 +178,20 @@ def efficientnet_timm(
         learning_rate  = r 0.97^floor(epoch / 2.4)                   from then on
         r              = 0.016 batch_size / 256
 
-    with the epoch a whole number, so that the rate is constant within it. Momentum is 0.9 and so is
-    alpha. The commands for B2 (batch 2 x 128, r 0.016), B0 (2 x 384, 0.048) and ES (8 x 128, 0.064)
-    agree on `r` per example. The loss is a mean over the batch. B0 and B2 are evaluated with
-    `ema_update`, decay 0.9999, count None: the script at these commits averages with `ModelEmaV2`.
-    Newer ones run `ModelEmaV3`, for which see `ema_update`.
+    The epoch is a whole number, so the rate is constant within it. Momentum and alpha are 0.9. The
+    commands for B2 (batch 2 x 128, r 0.016), B0 (2 x 384, 0.048) and ES (8 x 128, 0.064) agree on
+    `r` per example. The loss is a mean over the batch. B0 and B2 evaluate an average of the
+    weights: `ema_update` with decay 0.9999 and count None, since the script at these commits uses
+    `ModelEmaV2`. Newer scripts use `ModelEmaV3`; see `ema_update`.
 
     Args:
-      steps_per_epoch: Updates per epoch, whole.
-      warmup_epochs: The commands leave it to the script's default, which was 3 and later 5.
-      batch_size: Examples in an update.
-      mask: What decays; see `describe_mask`.
-      learning_rate: A number or a schedule of the 0-based update count, in the place of the whole
-        published schedule; None keeps that.
+      steps_per_epoch: Updates per epoch, an integer.
+      warmup_epochs: Epochs of warm-up. The commands use the script's default, which was 3 and
+        later 5.
+      batch_size: Examples per update.
+      mask: Which parameters decay; see `describe_mask`.
+      learning_rate: Replaces the whole published schedule: a number, or a schedule of the 0-based
+        update count. None keeps the published schedule.
 
     Source: huggingface/pytorch-image-models 3034f27, hfdocs/source/training_script.mdx; 59b3d86,
     timm/scheduler/step_lr.py; 0001522, timm/optim/_param_groups.py, `param_groups_weight_decay`;
@@ -209,10 +210,11 @@ def mobilenet_v3_timm(
 ) -> Optimizer:
     """MobileNetV3-Large as timm trains it: `efficientnet_timm` with rate 0.064 and factor 0.973.
 
-    That is for its batch of 2 x 512. The source also multiplies the rate by random noise from 42%
-    to 90% of its 600 epochs; this does not. Evaluate with `ema_update`, decay 0.9999, count None.
+    This rate is for the source's batch of 2 x 512. From 42% to 90% of its 600 epochs, the source
+    also multiplies the rate by random noise; this recipe does not. Evaluate an average of the
+    weights: `ema_update` with decay 0.9999 and count None.
 
-    Arguments are those of `efficientnet_timm`.
+    The arguments are the same as for `efficientnet_timm`.
 
     Source: huggingface/pytorch-image-models 3034f27, hfdocs/source/training_script.mdx,
     'MobileNetV3-Large-100'; the rest as `efficientnet_timm`.
@@ -234,21 +236,22 @@ def wgan(
         p  <- p - 5e-5 g / (sqrt(nu) + 1e-8)
         p  <- min(max(p, -0.01), 0.01)                 critic
 
-    The source clamps before each step of the critic, this after it, which an Optax chain can do.
-    Start from `wgan_clamp(params)` and the critic's steps are the same. Two things still differ:
-    the source leaves the critic unclamped after its last step, and so a step of the generator,
-    which comes between the critic's, sees it up to one step outside the bounds; here never.
+    The source clamps before each step of the critic. This recipe clamps after it, which an Optax
+    chain can do. If you start from `wgan_clamp(params)`, the critic's steps are the same. Two
+    differences remain. In the source, the steps of the generator see a critic that is up to one
+    step outside the bounds, and the final critic is not clamped. Here the critic is always within
+    the bounds.
 
-    The loss is a mean over the batch of 64. The critic takes 5 steps for one of the generator, 100
-    for each of the generator's first 25 and every 500th. With the clamp, this must be the last
-    transformation of a chain, and `update` needs `params`.
+    The loss is a mean over the batch of 64. The critic takes 5 steps for each step of the
+    generator, but 100 for each of the generator's first 25 steps and for every 500th. The critic's
+    optimizer must be the last transformation of a chain, and its `update` needs `params`.
 
     Args:
-      network: Which of the two networks it is for.
-      learning_rate: Step size: the published one, or a number or schedule in its place.
+      network: The network that the optimizer is for.
+      learning_rate: Step size, a number or a schedule; the published one by default.
 
     Raises:
-      ValueError: For another name.
+      ValueError: If `network` is another name.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -271,7 +274,7 @@ def wgan(
 
 
 def wgan_clamp(params: Any) -> Any:
-    """The critic's parameters within 0.01 of zero, as before its first step."""
+    """Clamps the critic's parameters to [-0.01, 0.01]. Call it before the first step."""
     limit = _records.WGAN.clamp
     kind = Statistic('params')
 
@@ -304,5 +307,5 @@ def _timm(
 
 
 def _decayed(r: Recipe, step: optax.GradientTransformation, mask: Any) -> Optimizer:
-    """`step` on gradients of a loss with its L2 term."""
+    """`step`, preceded by the gradient of the recipe's L2 penalty."""
     return precise_chain(add_decayed_weights(r.weight_decay, mask), step)

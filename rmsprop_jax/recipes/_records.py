@@ -1,4 +1,4 @@
-"""The recipes as data. Sources are named with the commit in which they were read."""
+"""The recipes as data. Each source is named with the commit at which it was read."""
 
 import dataclasses
 import math
@@ -7,16 +7,16 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Staircase:
-    """A learning rate that falls by a factor every so many epochs.
+    """A learning rate that falls by a factor at regular intervals.
 
     Attributes:
-      factor: What the rate is multiplied by at each drop.
-      epochs: Epochs between drops, counted from step 0, also where there is a warm-up.
-      warm_up: Epochs of linear warm-up; None where the source leaves it open.
-      warm_up_from: The rate the warm-up starts at.
+      factor: Multiplies the rate at each drop.
+      epochs: Epochs between drops, counted from step 0 even if there is a warm-up.
+      warm_up: Epochs of linear warm-up; None if the source leaves it open.
+      warm_up_from: The rate at which the warm-up starts.
       floor: The lowest rate, as a share of the initial one.
       truncated: Whether the source truncates the steps between drops to an integer.
-      by_epoch: Whether the rate changes between epochs only, within the warm-up too.
+      by_epoch: Whether the rate changes only between epochs, also during the warm-up.
     """
 
     factor: float
@@ -40,30 +40,30 @@ class Staircase:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a publication trained with.
+    """The settings with which a publication trained.
 
     Attributes:
-      name: The function of this module that builds it.
+      name: The function of this module that builds the optimizer.
       citation: The publication.
       source: Where the values were read.
-      verified: 'code' where that is the code that was run, 'second-hand' where it is an account.
-      dialect: Whose RMSProp it is, as an expression of this package.
-      learning_rate: In the unit of the parameter, for `per_batch` examples where that is given.
+      verified: 'code' if the source is the code that was run, 'second-hand' if it is an account.
+      dialect: The RMSProp that it uses, as an expression of this package.
+      learning_rate: In the unit of the parameter; for `per_batch` examples, if that is given.
       decay: Weight of the past in the running averages.
-      eps: In the unit of the gradient where `dialect` is that of PyTorch, else in its square.
-      loss: How the loss that `eps` belongs to is reduced.
+      eps: In the unit of the gradient if `dialect` is PyTorch's, else in its squared unit.
+      loss: How the loss is reduced; `eps` depends on it.
       per_batch: The batch size for which `learning_rate` holds; it scales in proportion.
       schedule: How the learning rate changes.
       momentum: Decay of the velocity, 0 for none.
       centered: Whether gradients are divided by the standard deviation.
       weight_decay: Coefficient of the parameter in the gradient.
-      decayed: The parameters it applies to.
-      max_norm: The largest norm of all gradients together.
-      clamp: The largest magnitude of a parameter.
-      average: Decay of the average of the weights that is evaluated; None for no average.
+      decayed: The parameters that decay.
+      max_norm: The maximum norm of all gradients together.
+      clamp: The maximum magnitude of a parameter.
+      average: Decay of the weight average that is evaluated; None for no average.
       average_form: 'num_updates' for TensorFlow's form, 'plain' for a constant decay.
-      batch: What the batch was.
-      note: What else to know.
+      batch: The batch, in words.
+      note: Anything else to know.
     """
 
     name: str
@@ -182,7 +182,7 @@ SB3_A2C_TF_LIKE = dataclasses.replace(
     source='DLR-RM/stable-baselines3 46449ad: docs/modules/a2c.md, first warning; the rest as '
     '`sb3_a2c`',
     dialect='dialects.stable_baselines3',
-    note='What its manual advises to match the TensorFlow results.',
+    note='Its manual recommends this for matching the TensorFlow results.',
 )
 IMPALA_DMLAB = Recipe(
     name='impala_dmlab',
@@ -217,8 +217,8 @@ IMPALA_ATARI = Recipe(
     decay=0.99,
     eps=0.01,
     max_norm=40.0,
-    loss='sum, if as for DMLab',
-    note='Dialect and schedule are those of the code for DMLab: that account does not give them. '
+    loss='sum, if it is as for DMLab',
+    note='The account does not give the dialect and the schedule; these are from the DMLab code. '
     'Not torchbeast.',
 )
 IMPALA_TORCHBEAST = Recipe(
@@ -302,7 +302,7 @@ MOBILENET_V2 = Recipe(
     momentum=0.9,
     eps=1.0,
     weight_decay=4e-5,
-    decayed='weights of convolutions and dense layers, depthwise ones excepted',
+    decayed='weights of dense layers and of convolutions that are not depthwise',
     average=0.9999,
     average_form='num_updates',
     loss='mean over the batch',
@@ -336,7 +336,8 @@ MOBILENET_V3_TIMM = dataclasses.replace(
     per_batch=None,
     schedule=dataclasses.replace(_TIMM_STAIRS, factor=0.973),
     batch='1024',
-    note='The same, and random noise on the rate from 42% to 90% of training, which is not built.',
+    note='The source also multiplies the rate by random noise from 42% to 90% of training; the '
+    'function does not.',
 )
 WGAN = Recipe(
     name='wgan',
@@ -350,7 +351,7 @@ WGAN = Recipe(
     clamp=0.01,
     loss='mean over the batch',
     batch='64',
-    note='Clamped before each step of the critic there, after it here.',
+    note='The source clamps before each step of the critic, the function after it.',
 )
 
 RECIPES = (

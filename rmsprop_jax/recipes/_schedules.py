@@ -15,7 +15,7 @@ from rmsprop_jax.recipes._records import Recipe, Staircase
 
 
 def positive(name: str, value: Any) -> float:
-    """`value` as a float, which decides what a schedule looks like and so cannot be an array."""
+    """`value` as a float. It shapes a schedule, so it cannot be an array."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f'{name} must be a Python number, got {value!r}.')
     if not 0 < value <= sys.float_info.max:
@@ -24,12 +24,12 @@ def positive(name: str, value: Any) -> float:
 
 
 def or_else(given: Any, published: Callable[[Any], Any]) -> Any:
-    """The rate that the caller gives in the place of the published schedule, if any."""
+    """The caller's learning rate if there is one, else the published schedule."""
     return published if given is None else checked_rate(given)
 
 
 def checked_rate(given: Any) -> Any:
-    """A learning rate of the caller, checked under the name it has in recipes."""
+    """The caller's learning rate, checked under its name in the recipes."""
     rate = Hyperparameter('learning_rate', given)
     return rate.at if callable(given) else rate.value
 
@@ -41,7 +41,7 @@ def staircase_of(recipe: Recipe) -> Staircase:
 
 
 def scaled_rate(recipe: Recipe, batch_size: Any) -> float:
-    """The learning rate of a recipe in proportion to the batch."""
+    """The learning rate of a recipe, in proportion to the batch size."""
     assert recipe.per_batch is not None
     return recipe.learning_rate * positive('batch_size', batch_size) / recipe.per_batch
 
@@ -72,12 +72,12 @@ def staircase(peak: float, stairs: Staircase, steps_per_epoch: Any) -> Callable[
 def staircase_by_epoch(
     peak: float, stairs: Staircase, steps_per_epoch: Any, warmup_epochs: Any
 ) -> Callable[[Any], Any]:
-    """As `staircase`, for a rate that is set between epochs and constant within them."""
+    """Like `staircase`, but the rate changes only between epochs."""
     epoch = checked_steps('steps_per_epoch', steps_per_epoch, least=1)
     warm = checked_steps('warmup_epochs', warmup_epochs, least=0)
-    # Epochs divided by 2.4 are rounded down. In whole numbers, 5 / 12 of them, that is exact; in
-    # floating point it depends on the compiler whether 36 / 2.4 comes out below 15, and the drop an
-    # epoch late.
+    # The number of drops is epochs / 2.4, rounded down. As an integer division, epochs * 5 // 12,
+    # this is exact. In floating point, the compiler decides whether 36 / 2.4 comes out below 15,
+    # which delays the drop by an epoch.
     between = fractions.Fraction(stairs.epochs).limit_denominator(1000)
     decay = optax.exponential_decay(peak, 1, stairs.factor)
     start = stairs.warm_up_from
@@ -95,13 +95,14 @@ def staircase_by_epoch(
 def linear_to_zero(
     peak: float, total: tuple[str, Any], per_update: tuple[str, Any], last_of_share: bool = False
 ) -> Callable[[Any], Any]:
-    """A rate that reaches zero when `total` is used up, `per_update` of it at every step.
+    """A rate that falls linearly to zero while each update uses up `per_update` of `total`.
 
     Args:
       peak: The first rate.
-      total: The name of the argument that says how much there is, and its value.
-      per_update: The same for the share of an update.
-      last_of_share: Whether an update's rate is read at the last of its share, not at the first.
+      total: Name and value of the argument for the total, such as the frames of a training.
+      per_update: The same for an update's share of the total.
+      last_of_share: Whether an update takes the rate at the last unit of its share, not at the
+        first.
     """
     share, all_of_it = positive(*per_update), positive(*total)
     if all_of_it < share:
@@ -115,5 +116,5 @@ def linear_to_zero(
 
 
 def _real(count: Any) -> Any:
-    """A step count in the precision of the rest: Optax would divide it in float32 even with x64."""
+    """A step count in JAX's default float: Optax would divide it in float32 even with x64."""
     return jnp.asarray(count, float)

@@ -1,4 +1,4 @@
-"""Which format keeps which leaf of which statistic."""
+"""Choosing a format for each leaf of each statistic."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from rmsprop_jax._checks import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
@@ -20,7 +21,7 @@ class LargeLeaves:
     min_ndim: int
 
     def choose(self, path: str, shape: tuple[int, ...]) -> Format:
-        """The format of a leaf of that shape."""
+        """The format of a leaf of this shape."""
         del path
         large = len(shape) >= self.min_ndim and math.prod(shape) >= self.min_size
         return self.format if large else float32()
@@ -33,7 +34,7 @@ class PerLeaf:
     function: Callable[[str, tuple[int, ...]], Format]
 
     def choose(self, path: str, shape: tuple[int, ...]) -> Format:
-        """The format of the leaf at that path."""
+        """The format of the leaf at this path."""
         chosen = self.function(path, shape)
         if not isinstance(chosen, Format):
             raise TypeError(
@@ -60,13 +61,13 @@ Storage = LeafChoice | PerStatistic
 def large_leaves(format: Format, min_size: int = 4096, min_ndim: int = 2) -> LargeLeaves:
     """Keeps large leaves in a format and the others in float32.
 
-    A format given by itself means this with its defaults: biases and the scales of norms are a
-    small part of the memory and a large part of what can go wrong.
+    A plain format as `storage` means this function with its defaults: biases and the scales of
+    norms take little memory, but much can go wrong with them.
 
     Args:
       format: The format of the large leaves.
-      min_size: The least number of entries of such a leaf.
-      min_ndim: The least number of its axes.
+      min_size: The smallest number of entries of a large leaf.
+      min_ndim: The smallest number of axes of a large leaf.
 
     Example:
       >>> from rmsprop_jax import storage
@@ -85,8 +86,8 @@ def per_leaf(function: Callable[[str, tuple[int, ...]], Format]) -> PerLeaf:
     """Lets a function choose the format of each leaf.
 
     Args:
-      function: From the path of a parameter, such as `"['dense']['kernel']"`, and its shape to a
-        format. It is called while tracing, and must always give the same answer.
+      function: Takes a parameter's path, such as `"['dense']['kernel']"`, and its shape, and
+        returns a format. It is called during tracing, and must always return the same format.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -111,17 +112,17 @@ def per_statistic(
     var: LeafChoice | None = None,
     trace: LeafChoice | None = None,
 ) -> PerStatistic:
-    """Chooses for each statistic by itself; what is left out stays float32.
+    """Chooses a format for each statistic; statistics without one stay in float32.
 
     Args:
-      nu: For the second moment of uncentered forms: a format, or what `large_leaves` or `per_leaf`
-        return.
-      mu: For the mean of centered forms.
-      var: For the variance of centered forms.
-      trace: For the velocity of momentum.
+      nu: For the second moment of uncentered forms: a format, or the result of `large_leaves` or
+        `per_leaf`.
+      mu: The same for the mean of centered forms.
+      var: The same for the variance of centered forms.
+      trace: The same for the velocity of momentum.
 
-    Entries for statistics that an optimizer does not have are without effect, so that one choice
-    can serve several optimizers.
+    Statistics that an optimizer does not have are ignored, so one choice can serve several
+    optimizers.
 
     Example:
       >>> import rmsprop_jax
@@ -136,7 +137,7 @@ def per_statistic(
 
 
 def check_storage(storage: Storage | None, *statistics: str, name: str = 'storage') -> None:
-    """Refuses what is no choice of formats, or cannot hold one of these statistics."""
+    """Raises if `storage` is not a choice of formats, or cannot hold one of the statistics."""
     if storage is not None and not isinstance(storage, Storage):
         hint = ' Call it: storage.bfloat16().' if isinstance(storage, type) else ''
         hint = hint or ' Wrap a function in storage.per_leaf.' * callable(storage)
@@ -150,33 +151,38 @@ def check_storage(storage: Storage | None, *statistics: str, name: str = 'storag
 
 
 def format_of(
-    storage: Storage | None, statistic: str, path: str, shape: tuple[int, ...], is_complex: bool
+    storage: Storage | None,
+    statistic: str,
+    path: str,
+    shape: tuple[int, ...],
+    is_complex: bool,
+    spec: PartitionSpec | None = None,
 ) -> Format:
-    """The format of one leaf.
+    """The format of one leaf; `shape` is the shape of the whole array, also under `jax.shard_map`.
 
     Raises:
-      ValueError: If it cannot hold that leaf; the message names it.
+      ValueError: If the format cannot hold the leaf; the message names the leaf.
     """
     choice = _for_statistic(storage, statistic)
     if choice is None:
         return float32()
     chosen = choice.choose(path, shape)
-    refusal = chosen.refusal(statistic, shape, is_complex)
+    refusal = chosen.refusal(statistic, shape, is_complex, spec)
     if refusal is not None:
         raise ValueError(f'params{path}: {refusal}')
     return chosen
 
 
 def rounds(storage: Storage | None, statistic: str) -> bool:
-    """Whether some leaf of a statistic may be kept in fewer digits than float32."""
+    """Whether some leaf of a statistic may be kept with fewer digits than float32."""
     choice = _for_statistic(storage, statistic)
     return choice.format.rounds if isinstance(choice, LargeLeaves) else choice is not None
 
 
 def is_plain(x: Any) -> bool:
-    """Whether it is None, a number, a word, or a choice of formats without a function.
+    """Whether `x` is None, a number, a string, or a choice of formats without a function.
 
-    Those can be kept for good, since they keep nothing else alive.
+    Such values can be cached for good, since they keep nothing else alive.
     """
     if isinstance(x, PerStatistic):
         return all(is_plain(getattr(x, statistic)) for statistic in STATISTICS)

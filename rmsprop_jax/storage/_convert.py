@@ -1,4 +1,4 @@
-"""What can be done with statistics outside of a step: read, convert, describe, look at the ends."""
+"""Stored statistics outside of a step: reading, converting, describing and checking them."""
 
 import operator
 import reprlib
@@ -40,11 +40,11 @@ Partition = Mapping[KeyPath, PartitionSpec]
 
 
 class Saturation(NamedTuple):
-    """The shares of a leaf's entries that are at the two ends of what its format can hold.
+    """The shares of a leaf's entries at the two ends of its format's range.
 
     Attributes:
-      low: Smallest positive number, of shape (); the true ones may be smaller.
-      high: Largest number, of shape (); the true ones may be larger.
+      low: Share at the smallest positive number, of shape (); true values may be smaller.
+      high: Share at the largest number, of shape (); true values may be larger.
     """
 
     low: jax.Array
@@ -52,11 +52,11 @@ class Saturation(NamedTuple):
 
 
 def read(state: Any, storage: Storage | None) -> Any:
-    """An optimizer's state with every statistic decoded, in float32 or wider.
+    """Decodes every statistic in an optimizer's state, to float32 or wider.
 
     Args:
-      state: The state of a transformation of this package, by itself or within chains and wrappers.
-      storage: What the transformation was given.
+      state: The state of a transformation of this package, alone or inside chains and wrappers.
+      storage: The `storage` of the transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -73,15 +73,15 @@ def read(state: Any, storage: Storage | None) -> Any:
 
 
 def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) -> Any:
-    """An optimizer's state in other formats, to go on with in the middle of training.
+    """Converts an optimizer's state to other formats, so that training can go on with them.
 
-    Rounding is to the nearest. What the old format has lost does not come back.
+    Rounds to nearest. Digits that the old format lost do not come back.
 
     Args:
-      state: The state of a transformation of this package, by itself or within chains and wrappers.
-      params: The parameters it belongs to.
-      from_: What the transformation was given so far.
-      to: What the transformation will be given from now on.
+      state: The state of a transformation of this package, alone or inside chains and wrappers.
+      params: The parameters that the state belongs to.
+      from_: The `storage` of the transformation so far.
+      to: The `storage` of the transformation from now on.
 
     Raises:
       ValueError: If the state is not in the formats of `from_`, if `to` cannot hold a leaf, or if
@@ -105,7 +105,7 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
             raise ValueError(f'params{keystr(leaf.path)} does not exist, but the state has it.')
         param, decoded = known[leaf.path], leaf.decoded()
         wide = wide_dtype(leaf_dtype(f'params{keystr(leaf.path)}', param))
-        # A format is chosen by the shape of the parameter, of which there may be pairs of reals.
+        # The parameter's shape chooses the format, without the further axis of pairs of reals.
         of_pairs = jnp.iscomplexobj(param) and decoded.shape == (*jnp.shape(param), 2)
         shape = jnp.shape(param) if of_pairs else decoded.shape
         is_complex = jnp.iscomplexobj(decoded)
@@ -125,15 +125,15 @@ def convert(state: Any, params: Any, from_: Storage | None, to: Storage | None) 
     return unshared(_map_statistics(leaf, state, from_, unit), state, params)
 
 
-def carried(
+def restated(
     old: RmsState, new: RmsState, storage: Storage | None, partition: Partition
 ) -> RmsState:
-    """The averages of `old`, kept as those of `new` are: with its sum of weights, in its unit.
+    """The averages of `old`, stored with the sum of weights and the unit of `new`.
 
     Args:
-      old: A state before a step.
-      new: The same state after it. Its rounding bits are those of the step.
-      storage: What the transformation was given.
+      old: The state before a step, whose random bits are used for rounding.
+      new: The state after it.
+      storage: The `storage` of the transformation.
       partition: The partition of each parameter under `jax.shard_map`, by path.
     """
     if old.weight is None and old.unit is None:
@@ -156,17 +156,17 @@ def carried(
 
 
 def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
-    """The shares of entries at the ends of their format, for each leaf that has ends.
+    """The shares of entries at the ends of their format's range, for each leaf with such a range.
 
-    It may be called within jit. Where a share grows, the format's window does not fit the
-    gradients: see the argument `scale` of `storage.uint8`.
+    Works under `jax.jit`. If a share grows, the format's window does not fit the gradients: see the
+    argument `scale` of `storage.uint8`.
 
     Args:
-      state: The state of a transformation of this package, by itself or within chains and wrappers.
-      storage: What the transformation was given.
+      state: The state of a transformation of this package, alone or inside chains and wrappers.
+      storage: The `storage` of the transformation.
 
     Returns:
-      A dictionary by path in the state.
+      A dictionary whose keys are paths in the state.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -187,15 +187,15 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
 
 
 def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
-    """What a state is made of, for `json`, to be kept beside its checkpoint.
+    """Describes a state in a form that `json` can save beside its checkpoint.
 
-    That is the dtype and shape of every leaf, and the format of each statistic, without which it
-    cannot be decoded.
+    The description has the dtype and shape of every leaf and the format of each statistic, without
+    which the statistic cannot be decoded.
 
     Args:
-      state: The state, or its shapes alone: `jax.eval_shape(tx.init, params)`. It may be part of a
-        tree that holds other arrays too, such as the parameters.
-      storage: What the transformation was given.
+      state: The state, or only its shapes: `jax.eval_shape(tx.init, params)`. It may be part of a
+        tree that also holds other arrays, such as the parameters.
+      storage: The `storage` of the transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -223,22 +223,22 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
 
 
 def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -> None:
-    """Refuses a checkpoint whose description is not that of the state it is to be restored into.
+    """Raises if a checkpoint's description does not match the state that is to be restored.
 
-    So are those of other parameters, of another optimizer and in another format, which libraries
-    that restore checkpoints may cast without a word. Optimizers whose states are made of the same
-    leaves are not told apart.
+    This finds other parameters, another optimizer and other formats, which libraries that restore
+    checkpoints may cast silently. It cannot distinguish optimizers whose states have the same
+    leaves.
 
     Args:
-      description: What `describe` returned when the checkpoint was made.
-      state: The state to restore into, or its shapes alone, described in the same way.
-      storage: What the transformation is given now.
+      description: The result of `describe` when the checkpoint was made.
+      state: The state to restore into, or only its shapes, as for `describe`.
+      storage: The `storage` of the transformation now.
 
     Raises:
-      ValueError: If they differ, or if the description has a version this release cannot read; the
-        message says what differs, names the release that wrote it where that is another one, and
-        lists the differences by path.
-      TypeError: If the description is no mapping.
+      ValueError: If they differ, or if this release cannot read the description's version. The
+        message names the kinds of differences, lists them by path, and names the release that wrote
+        the description if it is another one.
+      TypeError: If the description is not a mapping.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -248,14 +248,14 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
     """
     if not isinstance(description, Mapping):
         raise TypeError(
-            f'description must be what storage.describe made, got {reprlib.repr(description)}.'
+            f'description must be a result of storage.describe, got {reprlib.repr(description)}.'
         )
     version, there = description.get('rmsprop_jax.storage'), description.get('leaves')
     if type(version) is not int or not isinstance(there, Mapping):
         raise ValueError(
-            f'the description is not one that storage.describe made: {reprlib.repr(description)}'
+            f'the description was not made by storage.describe: {reprlib.repr(description)}'
         )
-    writer = _told(description.get('rmsprop_jax'))
+    writer = _plain(description.get('rmsprop_jax'))
     if version != _VERSION:
         raise ValueError(
             f'the checkpoint was written by rmsprop_jax {writer} with version {version} of the '
@@ -263,82 +263,69 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
             f'{_VERSION}.'
         )
     here = describe(state, storage)['leaves']
-    pairs = {
-        path: (there.get(path), here.get(path))
-        for path in sorted(here.keys() | there.keys(), key=str)
-        if not _same(there.get(path), here.get(path))
-    }
-    if pairs:
-        lines = [
-            f'  {path}: {_differing(old, new)} in the checkpoint, {_differing(new, old)} here'
-            for path, (old, new) in pairs.items()
-        ]
-        paths, kinds = here.keys() | there.keys(), set[str]()
-        for path, (old, new) in pairs.items():
+    paths, kinds, lines = here.keys() | there.keys(), set[str](), list[str]()
+    for path in sorted(paths, key=str):
+        old, new = _plain_leaf(there.get(path)), _plain_leaf(here.get(path))
+        if old != new:
+            lines.append(f'  {path}: {_side(old, new)} in the checkpoint, {_side(new, old)} here')
             kinds |= _kinds(str(path), old, new, paths)
+    if lines:
         raise ValueError('\n'.join([_summary(writer, kinds), *lines]))
 
 
-def _summary(writer: str, found: Set[str]) -> str:
-    """The kinds of differences between a checkpoint and a state, and what to do."""
+def _summary(writer: Any, found: Set[str]) -> str:
+    """The message's head: the kinds of differences, and what to do about them."""
     kinds = [kind for kind in ('leaves', 'shapes', 'dtypes', 'formats') if kind in found]
-    head = 'the checkpoint is of another state: '
+    head = 'the checkpoint does not match the state: '
     if writer != _release():
         head += f'rmsprop_jax {writer} wrote it, and this is rmsprop_jax {_release()}; '
-    head += f'it has other {", ".join(kinds)}.'
+    head += f'they differ in {", ".join(kinds)}.'
     if found <= {'dtypes', 'formats'} and 'formats' in found:
         head += (
-            ' Restore it with the storage that it was written with, and go on from what '
-            'storage.convert returns.'
+            ' Restore it with the storage with which it was written, and then convert it with '
+            'storage.convert.'
         )
     return head
 
 
 def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
-    """What differs between two descriptions of a leaf, each of which may be None."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        # A rounded moment has a unit, and a factored one two leaves in the place of one.
+    """The kinds of differences between two descriptions of a leaf, each of which may be None."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        # A format that rounds adds a unit, and a factored one has two leaves instead of one.
         whole = path.removesuffix('.row').removesuffix('.col')
         of_format = path.endswith('.unit') or {whole, f'{whole}.row'} <= paths
         return {'formats' if of_format else 'leaves'}
     names = {'shape': 'shapes', 'dtype': 'dtypes'}
-    return {
-        names.get(name, 'formats')
-        for name in old.keys() | new.keys()
-        if not _same(old.get(name), new.get(name))
-    }
+    differing = _apart(old, new).keys() | _apart(new, old).keys()
+    return {names.get(name, 'formats') for name in differing}
 
 
-def _differing(leaf: Any, other: Any) -> Any:
-    """What a leaf's description says that the other's does not."""
-    if leaf is None or other is None:
-        return 'absent' if leaf is None else _told(leaf)
-    if not (isinstance(leaf, Mapping) and isinstance(other, Mapping)):
-        return _told(leaf)
-    found = {name: x for name, x in leaf.items() if not _same(other.get(name), x)}
-    return _told(found) if found else 'none of this'
+def _apart(leaf: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The part of a leaf's description that the other description does not have."""
+    return {name: x for name, x in leaf.items() if name not in other or other[name] != x}
 
 
-def _told(x: Any) -> str:
-    """What a checkpoint says may be anything, arrays and deep nests too."""
-    return str(x) if _is_plain(x) else reprlib.repr(x)
+def _side(leaf: Any, other: Any) -> Any:
+    """How the message shows one of two differing descriptions."""
+    if isinstance(leaf, dict) and isinstance(other, dict):
+        return _apart(leaf, other) or 'none of this'
+    return 'absent' if leaf is None else leaf
 
 
-def _same(x: Any, y: Any) -> bool:
-    return _is_plain(x) and _is_plain(y) and x == y
+def _plain_leaf(x: Any) -> Any:
+    """A leaf's description as `describe` makes it, or None if there is none.
+
+    A checkpoint may contain anything, including arrays and deep nests; these are abbreviated.
+    """
+    if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
+        return {name: _plain(value) for name, value in x.items()}
+    return None if x is None else reprlib.repr(x)
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether something is as `describe` makes it, which can be compared and shown."""
-    if isinstance(x, Mapping):
-        return all(isinstance(name, str) and _is_value(value) for name, value in x.items())
-    return _is_value(x)
-
-
-def _is_value(x: Any) -> bool:
-    if type(x) is list:
-        return all(type(item) is int for item in x)
-    return x is None or type(x) in (str, int, float)
+def _plain(x: Any) -> Any:
+    """A value of such a description, in a form that can be compared and shown."""
+    is_shape = type(x) is list and all(type(item) is int for item in x)
+    return x if x is None or is_shape or type(x) in (str, int, float) else reprlib.repr(x)
 
 
 def _release() -> str:
@@ -352,11 +339,11 @@ class Leaf(NamedTuple):
 
     Attributes:
       name: Its path in the state.
-      statistic: What it is a part of.
-      path: That of its parameter.
-      stored: The leaf.
+      statistic: The statistic that it is part of.
+      path: The path of its parameter.
+      stored: The leaf itself.
       format: Its format.
-      unit: What it is a multiple of if its format rounds.
+      unit: The unit that its numbers are multiples of, if its format rounds.
     """
 
     name: str
@@ -367,11 +354,11 @@ class Leaf(NamedTuple):
     unit: jax.Array | None
 
     def decoded(self) -> jax.Array:
-        """Its numbers."""
+        """The leaf's numbers."""
         return self.format.decode(self.stored, self.unit)
 
     def ends(self) -> tuple[jax.Array, jax.Array]:
-        """Which entries are at the smallest and at the largest number its format can hold."""
+        """Two masks: entries at the format's smallest number, and entries at its largest."""
         size = jnp.abs(self.format.decode(self.stored))
         return size == self.format.smallest, size == self.format.largest
 
@@ -379,10 +366,10 @@ class Leaf(NamedTuple):
 def _format_of(
     storage: Storage | None, statistic: str, path: KeyPath, stored: Any, spec: Any
 ) -> Format | str:
-    """The format of a stored leaf, whose parameter is not known, or what the leaf is instead.
+    """The format of a stored leaf whose parameter is not known, or a phrase for what is wrong.
 
-    An array with a last axis of two may be a statistic of as many real numbers, or of complex
-    ones as pairs; up to release 0.1 formats were chosen by the shape of the pairs.
+    If the last axis has length two, the leaf may belong to real numbers, or to complex numbers as
+    pairs of reals. Up to release 0.1, the shape with the pairs chose the format.
     """
     shape = stored_shape(stored) or ()
     is_complex = not isinstance(stored, Means) and jnp.iscomplexobj(stored)
@@ -392,7 +379,7 @@ def _format_of(
         try:
             kept = format_of(storage, statistic, keystr(path), whole_shape(own, spec), is_complex)
         except ValueError:
-            # A format that cannot keep such an array; as one of real numbers it is refused.
+            # The format cannot keep such an array. That is an error only for real numbers.
             if not of_pairs:
                 raise
             continue
@@ -406,14 +393,14 @@ def _format_of(
         return faults[0]
     if len({str(x.description() | {'seed': 0}) for x in fitting}) > 1:
         return (
-            f'may be that of real or of complex numbers, and storage chooses {fitting[0]} for the '
-            f'one and {fitting[1]} for the other'
+            f'may belong to real or to complex numbers, and storage chooses {fitting[0]} for real '
+            f'and {fitting[1]} for complex ones'
         )
     return fitting[0]
 
 
 def _are_means(means: Means) -> bool:
-    """Whether two arrays have the shapes that means over rows and columns have."""
+    """Whether two arrays have the shapes of means over rows and columns."""
     shapes = [getattr(x, 'shape', None) for x in means]
     return all(shapes) and shapes[0][:-1] == shapes[1][:-1]  # pyright: ignore[reportOptionalSubscript]
 
@@ -432,7 +419,7 @@ def _map_statistics(
     new_unit: Callable[[RmsState], Any] = lambda node: node.unit,
     partition: Partition = types.MappingProxyType({}),
 ) -> Any:
-    """Replaces every stored leaf of a state, and units; the rest of the state stays what it is."""
+    """Replaces every stored leaf and every unit of a state; the rest of the state is unchanged."""
     check_storage(storage)
 
     def node(path: KeyPath, part: Any) -> Any:
@@ -467,9 +454,9 @@ def _map_statistics(
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
                 if isinstance(chosen, factored):
                     raise ValueError(
-                        f"state{keystr((*prefix, *path))} has 'row' and 'col', which may be two "
-                        'parameters, or the means of one that Flax NNX has turned into a mapping: '
-                        'put storage.Factors(row, col) in their place.'
+                        f"state{keystr((*prefix, *path))} has 'row' and 'col'. They may be two "
+                        'parameters, or the means of one parameter in a mapping made by Flax NNX: '
+                        'then replace the mapping by storage.Factors(row, col).'
                     )
             return isinstance(x, Means)
 

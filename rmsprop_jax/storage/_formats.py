@@ -33,14 +33,14 @@ MAGNITUDES = ('nu', 'var')
 class Format(abc.ABC):
     """How one leaf of a statistic is kept in memory.
 
-    The step itself is taken in float32 or wider: a leaf is decoded, moved by one step, used in that
+    The step itself is computed in float32 or wider: a leaf is decoded, updated, used in that
     precision, and encoded. A format is a frozen record of plain values, so that it can be compared,
     hashed and described.
 
     Attributes:
-      holds: The names of the statistics it can keep.
-      rounds: Whether it keeps fewer digits than float32. Averages are then kept as multiples of a
-        unit that decays as they do; see `RmsState`.
+      holds: The names of the statistics that the format can keep.
+      rounds: Whether it keeps fewer digits than float32. If so, averages are stored as multiples of
+        a unit that decays as they do; see `RmsState`.
     """
 
     holds: ClassVar[tuple[str, ...]] = STATISTICS
@@ -48,39 +48,52 @@ class Format(abc.ABC):
 
     @property
     def name(self) -> str:
-        """The name it has in `rmsprop_jax.storage`."""
+        """The format's name in `rmsprop_jax.storage`."""
         return type(self).__name__
 
     @property
     def smallest(self) -> float:
-        """The smallest positive number it keeps, where smaller ones are kept as that; else 0."""
+        """The smallest positive number; smaller ones are clamped to it. 0 if there is no limit."""
         return 0.0
 
     @property
     def largest(self) -> float:
-        """The largest number it keeps, where larger ones are kept as that; else infinity."""
+        """The largest number; larger ones are clamped to it. Infinity if there is no limit."""
         return math.inf
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """What it asks of a step."""
+        """How a step must compute for this format."""
         return Arithmetic()
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
-        """Why this format cannot keep a leaf, or None if it can."""
-        del shape, is_complex
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
+        """Why this format cannot keep a leaf, or None if it can.
+
+        Args:
+          statistic: The statistic that the leaf is part of.
+          shape: The shape of the whole array.
+          is_complex: Whether the statistic is complex.
+          spec: The partition of the array under `jax.shard_map`, if each device keeps a share.
+        """
+        del shape, is_complex, spec
         if statistic in self.holds:
             return None
         return f'storage.{self.name} cannot hold {statistic}: {self._why_not}'
 
     @abc.abstractmethod
     def init(self, param: Any, fill: Any, dtype: DTypeLike) -> Any:
-        """The stored form of a leaf of one number, sharded and placed like its parameter.
+        """The stored form of a leaf filled with one number, sharded and placed like its parameter.
 
         Args:
           param: The parameter, an array or a `jax.ShapeDtypeStruct`.
           fill: The number, possibly traced.
-          dtype: In which the statistic would be accumulated without compression.
+          dtype: The accumulation dtype without compression.
         """
 
     @abc.abstractmethod
@@ -89,12 +102,12 @@ class Format(abc.ABC):
 
         Args:
           x: Numbers in float32 or wider.
-          bits: What `bits` returned; None rounds to the nearest.
-          unit: The scalar that rounded numbers are kept as multiples of; None means one.
+          bits: The result of `bits`; None rounds to nearest.
+          unit: The scalar of which rounded numbers are multiples; None means one.
         """
 
     def key(self, label: str) -> np.uint32 | None:
-        """A number that tells the leaf of that name from others, where rounding is at random."""
+        """A number that gives the leaf its own random bits; None if the format does not round."""
         del label
         return None
 
@@ -105,15 +118,15 @@ class Format(abc.ABC):
         shape: tuple[int, ...],
         spec: PartitionSpec | None = None,
     ) -> jax.Array | None:
-        """32 random bits for each entry of a leaf at a step; None where its key is.
+        """32 random bits for each entry of a leaf at a step; None if its key is None.
 
-        `spec` says how the leaf is partitioned under `jax.shard_map`, where `shape` is that of one
+        Under `jax.shard_map`, `spec` is the partition of the leaf, and `shape` is the shape of one
         device's share.
         """
         return None if key is None else random_bits(shape, salt(key, count), spec)
 
     def decode(self, stored: Any, unit: Any = None) -> jax.Array:
-        """The numbers that `encode` kept with the same unit, in float32 or wider."""
+        """The numbers that `encode` stored with the same unit, in float32 or wider."""
         fault = self.fault(stored, stored_shape(stored) or ())
         if fault is not None:
             raise ValueError(f'stored {fault}.')
@@ -121,32 +134,27 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, stored: Any, unit: Any = None) -> jax.Array:
-        """`decode` of what has been checked: `fault` is None for it."""
+        """`decode` without its check for a fault."""
 
     @abc.abstractmethod
     def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
-        """What `stored` is instead of this format's form of an array of that shape, or None."""
+        """Why `stored` is not this format's form of an array of this shape, or None if it is."""
 
     def of_pairs(self) -> 'Format':
-        """The same for complex numbers as pairs of reals: arrays with a further axis of two."""
+        """The same format for complex numbers as pairs of reals, which add a last axis of two."""
         return self
 
-    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
-        """Why one device's share of a leaf cannot be kept by itself, or None if it can."""
-        del spec, ndim
-        return None
-
     def spec(self, spec: PartitionSpec, ndim: int) -> Any:
-        """The partition of the stored form, for a parameter of `ndim` axes partitioned so."""
+        """The partition of the stored form, from the partition of a parameter of `ndim` axes."""
         del ndim
         return spec
 
     @abc.abstractmethod
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """The bytes a leaf of float32 parameters takes."""
+        """The bytes that a leaf takes for float32 parameters of this shape."""
 
     def description(self) -> dict[str, Any]:
-        """What must be known to decode it, for `json`."""
+        """What one must know to decode a leaf, in a form that `json` can save."""
         return {'format': self.name}
 
     @property
@@ -181,7 +189,7 @@ class _Elementwise(Format):
 
 @functools.lru_cache(maxsize=256)
 def _encoded(kept: _Elementwise, fill: float) -> np.ndarray:
-    """One number. Zero stays zero in every format, and need not be compiled."""
+    """One number in its stored form. Zero stays zero in every format, without compilation."""
     if fill == 0:
         return np.zeros((), kept.dtype)
     with jax.ensure_compile_time_eval():
@@ -190,7 +198,7 @@ def _encoded(kept: _Elementwise, fill: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class float32(_Elementwise):
-    """No compression: float32, or float64 and complex where parameters are.
+    """No compression: float32, or float64 or complex if the parameters are.
 
     Example:
       >>> from rmsprop_jax import storage
@@ -229,7 +237,7 @@ class _Rounded(_Elementwise):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        # The compiler of a TPU splits so long a step where it starts from the new mean.
+        # A TPU's compiler would split so long a step if it started from the new mean.
         return Arithmetic(self.largest, from_old_mean=True, keep=_kept_apart)
 
     def encode(self, x: jax.Array, bits: Any = None, unit: Any = None) -> jax.Array:
@@ -246,7 +254,7 @@ class _Rounded(_Elementwise):
 
     @abc.abstractmethod
     def widened(self, stored: jax.Array) -> jax.Array:
-        """Those numbers, rounded."""
+        """The float32 numbers of a stored form."""
 
     def key(self, label: str) -> np.uint32:
         return leaf_key(self.seed, label)
@@ -257,17 +265,18 @@ class _Rounded(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class bfloat16(_Rounded):
-    """Two bytes an entry, for every statistic: bfloat16, rounded stochastically.
+    """Two bytes per entry, for every statistic: bfloat16, rounded stochastically.
 
-    Positive magnitudes below 2^-118 are kept as 2^-118, those above bfloat16's largest number as
-    that; zero, infinity and NaN stay what they are. The relative error of one rounding is under
-    2^-7, and zero on average.
+    Positive magnitudes below 2^-118 are stored as 2^-118, and finite ones above bfloat16's largest
+    number as that number. Zero, infinity and NaN do not change. The relative error of one rounding
+    is below 2^-7, and zero on average.
 
-    The derivative goes straight through the rounding.
+    Derivatives pass through the rounding unchanged.
 
     Attributes:
-      seed: Of the rounding. Bits depend on it, on the step, the name of the statistic, the path of
-        the leaf and the index of the entry; not on devices, meshes or other leaves.
+      seed: The seed of the rounding. The random bits depend on the seed, the step, the name of the
+        statistic, the path of the leaf and the index of the entry. They do not depend on devices,
+        meshes or other leaves.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -288,10 +297,16 @@ class bfloat16(_Rounded):
     def largest(self) -> float:
         return float(jnp.finfo(jnp.bfloat16).max)
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
         if is_complex and statistic in ('mu', 'trace'):
             return f'storage.bfloat16 cannot hold {statistic}: it is complex. Keep it in float32.'
-        return super().refusal(statistic, shape, is_complex)
+        return super().refusal(statistic, shape, is_complex, spec)
 
     def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
         return _to_bfloat16(x, bits)
@@ -302,29 +317,30 @@ class bfloat16(_Rounded):
 
 @dataclasses.dataclass(frozen=True)
 class uint8(_Rounded):
-    """One byte an entry, for `nu` and `var`: an unsigned float, rounded stochastically.
+    """One byte per entry, for `nu` and `var`: an unsigned float, rounded stochastically.
 
     ::
 
-        value = scale 2^(e - 80)                of the byte 1 + e             below 41
-        value = scale (1 + m / 4) 2^(e - 40)    of the byte 41 + 4 e + m      below 201
-        value = scale 2^e                       of the byte 201 + e
+        value = scale 2^(e - 80)                for byte 1 + e             below 41
+        value = scale (1 + m / 4) 2^(e - 40)    for byte 41 + 4 e + m      below 201
+        value = scale 2^e                       for byte 201 + e
 
-    Byte 0 is exactly 0, and no positive number is kept as that. So gradients from 1e-12 to 1e8 have
-    their place, with four numbers to an octave of their squares where they usually are, from 1e-6
-    to 1, and one outside. Positive numbers beyond are kept as the ends; so are infinity and NaN, at
-    the upper one. `storage.saturation` counts entries at the ends.
+    Byte 0 is exactly 0, and no positive number is stored as 0. The window holds the squares of
+    gradients from 1e-12 to 1e8. It has four numbers per octave of the squares for usual gradients,
+    from 1e-6 to 1, and one per octave outside. Positive numbers beyond the window are stored as its
+    ends; infinity and NaN are stored as its upper end. `storage.saturation` counts entries at the
+    ends.
 
-    The average is right, but its root is a little small on average, as roots of noisy numbers are:
-    expect steps to be 2 to 3 % longer.
+    The average is right, but its root is slightly too small on average, as roots of noisy numbers
+    are: expect steps to be 2 to 3 % longer.
 
-    A byte has no derivative: differentiating through a step is refused.
+    A byte has no derivative: differentiating through a step raises an error.
 
     Attributes:
-      scale: A power of two, in the squared unit of the gradient, that moves the window: the square
-        of a typical gradient's size, times about 2^20, where that is far from one. A loss summed
-        over many entries has larger gradients than one averaged over them.
-      seed: Of the rounding, as for `bfloat16`.
+      scale: A power of two, in the squared unit of the gradient, that moves the window. If the
+        square of a typical gradient, times about 2^20, is far from one, choose a `scale` near that.
+        A loss summed over many entries has larger gradients than one averaged over them.
+      seed: The seed of the rounding, as for `bfloat16`.
 
     Example:
       >>> from rmsprop_jax import storage
@@ -344,7 +360,7 @@ class uint8(_Rounded):
             raise TypeError('scale must be a Python number: it decides how bytes are read.')
         object.__setattr__(self, 'scale', constant('scale', self.scale))
         fraction, exponent = math.frexp(self.scale)
-        # At the lower end the smallest byte is the smallest normal number.
+        # At the smallest scale, the smallest byte is the smallest normal number.
         if fraction != 0.5 or not -46 < exponent <= 61:
             raise ValueError(f'scale must be a power of two in [2^-46, 2^60], got {self.scale}.')
 
@@ -374,20 +390,20 @@ class uint8(_Rounded):
         )
 
 
-# By what the upper bits of a float32 exceed its byte, in the three parts of the window.
+# Offsets between a float32's high bits and the byte, for each range.
 _LOW, _FINE, _HIGH = (np.uint32(x % 2**32) for x in (46, 307, -74))
 
 
 class Factors(NamedTuple):
-    """The stored form of `factored`: `row` is the mean over the last axis, `col` over the one
-    before."""
+    """The stored form of `factored`: `row` is the mean over the last axis, `col` the mean over the
+    axis before."""
 
     row: Any
     col: Any
 
 
 class FactorsOfPairs(NamedTuple):
-    """The factors of complex numbers as pairs of reals, which are the last axis of both."""
+    """Factors for complex numbers as pairs of reals; the last axis of both factors is the pair."""
 
     row: Any
     col: Any
@@ -397,10 +413,10 @@ Means = Factors | FactorsOfPairs
 
 
 def as_factors(stored: Any, kind: type[Means] = Factors) -> Any:
-    """`stored`, or the factors that Flax NNX has turned into a mapping of its own.
+    """`stored`, with factors that Flax NNX has turned into a mapping turned back.
 
-    Up to release 0.1 those of pairs were means over the last two axes, and are plain factors: who
-    restores them into a state of today has them in the other kind.
+    Up to release 0.1, the factors of pairs were plain factors, means over the last two axes.
+    Restored into a state of today, they arrive as `FactorsOfPairs`.
     """
     if isinstance(stored, Mapping) and set(stored) == set(Factors._fields):
         stored = kind(**stored)
@@ -412,7 +428,7 @@ def as_factors(stored: Any, kind: type[Means] = Factors) -> Any:
 
 
 def stored_shape(stored: Any) -> tuple[int, ...] | None:
-    """The shape of the statistic that is kept so, or None if that is no array."""
+    """The shape of the statistic that `stored` holds, or None if it is not an array."""
     stored = as_factors(stored)
     if not isinstance(stored, Means):
         return getattr(stored, 'shape', None)
@@ -421,7 +437,7 @@ def stored_shape(stored: Any) -> tuple[int, ...] | None:
 
 
 def held_as(new: Any, old: Any) -> Any:
-    """New factors as a mapping where the old ones are one."""
+    """`new`, as a mapping if it is factors and `old` is a mapping."""
     if isinstance(new, Means) and isinstance(old, Mapping):
         return type(old)(new._asdict())  # pyright: ignore[reportCallIssue]
     return new
@@ -429,18 +445,18 @@ def held_as(new: Any, old: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class factored(Format):
-    """The means of `nu` over its last two axes, in the place of `nu`; earlier axes are a batch.
+    """Means of `nu` over its last two axes, in place of `nu`; earlier axes are a batch.
 
     ::
 
         nu = row col / mean(row)                                       decoded
         row, col = mean(nu, axis=-1), mean(nu, axis=-2)                encoded
 
-    This is Adafactor's estimate, with one difference: a step divides by `decay nu + (1 - decay)
-    g^2` with the entry's own gradient, which bounds it by `1 / sqrt(1 - decay)`.
+    This is Adafactor's estimate with one difference: a step divides by the root of `decay nu +
+    (1 - decay) g^2` with the entry's own gradient, which bounds the step by `1 / sqrt(1 - decay)`.
 
-    For `nu` only: a variance is small where two large numbers cancel, which is lost in means, and
-    mean and trace have signs.
+    For `nu` only. A variance can be a small difference of two large numbers, which means lose; the
+    mean and the trace have signs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -457,13 +473,24 @@ class factored(Format):
 
     holds = ('nu',)
     _kind: ClassVar[type[Means]] = Factors
-    # The axis that `row` is a mean over; `col` is one over the axis before.
+    # `row` is a mean over this axis, `col` a mean over the axis before.
     _columns: ClassVar[int] = -1
 
-    def refusal(self, statistic: str, shape: tuple[int, ...], is_complex: bool) -> str | None:
+    def refusal(
+        self,
+        statistic: str,
+        shape: tuple[int, ...],
+        is_complex: bool,
+        spec: PartitionSpec | None = None,
+    ) -> str | None:
         if len(shape) < 2 and statistic in self.holds:
             return f'storage.factored needs two axes, not an array of shape {shape}.'
-        return super().refusal(statistic, shape, is_complex)
+        if any(manual_axes(spec, axis) for axis in (len(shape) - 2, len(shape) - 1)):
+            return (
+                f'storage.factored takes means over axes that {spec} splits under jax.shard_map. '
+                'Update it outside of shard_map, where the compiler takes means over all devices.'
+            )
+        return super().refusal(statistic, shape, is_complex, spec)
 
     def of_pairs(self) -> Format:
         return _FactoredPairs()
@@ -497,14 +524,6 @@ class factored(Format):
             return f'has factors of shapes {jnp.shape(stored.row)} and {jnp.shape(stored.col)}'
         return None
 
-    def shard_fault(self, spec: PartitionSpec | None, ndim: int) -> str | None:
-        if not any(manual_axes(spec, axis) for axis in (ndim - 2, ndim - 1)):
-            return None
-        return (
-            f'storage.factored takes means over axes that {spec} splits under jax.shard_map. '
-            'Update it outside of shard_map, where the compiler adds up what devices have.'
-        )
-
     def spec(self, spec: PartitionSpec, ndim: int) -> Factors:
         return Factors(row=without_axis(spec, -1, ndim), col=without_axis(spec, -2, ndim))
 
@@ -524,7 +543,7 @@ class factored(Format):
 
 @dataclasses.dataclass(frozen=True)
 class _FactoredPairs(factored):
-    """`factored` for pairs of reals: real and imaginary parts have means of their own."""
+    """`factored` for pairs of reals: real and imaginary parts have separate means."""
 
     _kind = FactorsOfPairs
     _columns = -2
@@ -538,14 +557,14 @@ class _FactoredPairs(factored):
 
 
 def _kept_apart(root: jax.Array) -> jax.Array:
-    """`kept_apart`, but on TPUs, whose compiler splits long steps where the two are apart."""
+    """`kept_apart`, except on TPUs, whose compiler would split a long step there."""
     return lax.platform_dependent(root, tpu=lambda root: root, default=kept_apart)
 
 
-# Encoders come in two forms that give the same numbers. Float arithmetic: a bitcast of floats to
-# integers, or a choice between narrow arrays, makes a TPU run the update as two kernels. Bits: a
-# CPU is slow at the former and has no narrow arithmetic. With so few bits of noise all sums that
-# floor sees are exact.
+# Each encoder has two forms that give the same numbers. One uses float arithmetic, since a bitcast
+# of floats to integers, or a select between narrow arrays, makes a TPU run the update as two
+# kernels. The other works on bits, since a CPU is slow at the first form and has no narrow
+# arithmetic. The noise has so few bits that all sums inside `floor` are exact.
 
 
 @jax.custom_jvp
@@ -598,7 +617,7 @@ def _encode_uint8(x: jax.Array, bits: jax.Array, window: uint8) -> jax.Array:
         whole = jnp.floor(inside / power * parts + noise.astype(jnp.float32) * 2.0**-21)
         # A power of two has an integer logarithm, whatever the accuracy of the function.
         exponent = jnp.round(jnp.log2(power))
-        # The leading one of `whole` counts as `parts`.
+        # The leading bit of `whole` counts as `parts`.
         first = jnp.where(below, 80.0, jnp.where(above, 200.0, 197.0))
         return jnp.where(x == 0, 0.0, parts * exponent + whole + first).astype(jnp.uint8)
 
@@ -614,7 +633,7 @@ def _refuse_derivative(window: uint8, primals: Any, tangents: Any) -> Any:
         return out, jax.custom_derivatives.SymbolicZero.from_primal_value(out)
     raise TypeError(
         'storage.uint8 cannot be differentiated through: a byte has no derivative. Use '
-        'storage.float32() or storage.bfloat16() where training itself is differentiated.'
+        'storage.float32() or storage.bfloat16() to differentiate through training.'
     )
 
 

@@ -1,4 +1,4 @@
-"""Where arrays are: constants placed like a parameter, and shares of arrays under shard_map."""
+"""Placement of arrays: constants placed like a parameter, and shares under shard_map."""
 
 import functools
 import math
@@ -15,16 +15,16 @@ from jax.typing import DTypeLike
 
 
 def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = None) -> jax.Array:
-    """An array of one number.
+    """An array of the parameter's shape and placement, filled with one number.
 
     Args:
       param: The parameter: an array or a `jax.ShapeDtypeStruct`.
       fill: The number, possibly traced.
-      dtype: Of the result.
-      without: An axis of the parameter that the result does not have, counted from the end.
+      dtype: The dtype of the result.
+      without: An axis of the parameter that the result lacks, counted from the end.
     """
     if not isinstance(param, Tracer):
-        # An array that nobody has placed may go wherever it is needed, and so may its statistics.
+        # An uncommitted array may move to wherever it is needed, and so may its statistics.
         placed = getattr(param, 'committed', True)
         sharding = getattr(param, 'sharding', None) if placed else None
         shape = jnp.shape(param)
@@ -34,8 +34,8 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
         return _fill(sharding)(fill, shape, np.dtype(dtype))
     # Under jit a constant does not take part in sharding propagation and would be replicated. An
     # elementwise function of the parameter does, on meshes with automatic and with explicit axes,
-    # and it stays in the parameter's memory. This one is zero, but no compiler sees it before
-    # shardings are settled: behind the barrier there might be anything.
+    # and it stays in the parameter's memory. This one is zero, but the barrier hides that from the
+    # compiler until shardings are settled.
     known = lax.eq(param, param)
     zeros = known ^ lax.optimization_barrier(known)
     if without is not None:
@@ -45,8 +45,8 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
 
 @functools.lru_cache(maxsize=256)
 def _fill(sharding: Any) -> Callable[..., jax.Array]:
-    # One compiled call costs a fraction of what `jnp.full` does outside of jit, and what it fills
-    # with an array shares no buffer with that.
+    # Outside of jit, a compiled call costs a fraction of `jnp.full`. If `fill` is an array, the
+    # result does not share its buffer.
     def full(fill: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
         return jnp.full(shape, fill, dtype)
 
@@ -55,8 +55,8 @@ def _fill(sharding: Any) -> Callable[..., jax.Array]:
 
 
 def unshared(tree: Any, *arguments: Any) -> Any:
-    """`tree`, with a copy in place of each array that the arguments or the tree itself hold too, so
-    that any of them may be donated."""
+    """Copies each array of `tree` that is also in the arguments or twice in `tree`, so that any of
+    them may be donated."""
     seen = {id(x) for x in jax.tree.leaves(arguments)}
 
     def leaf(x: Any) -> Any:
@@ -69,7 +69,7 @@ def unshared(tree: Any, *arguments: Any) -> Any:
 
 
 def without_axis(spec: PartitionSpec, axis: int, ndim: int) -> PartitionSpec:
-    """A partition of all axes but one, which is counted from the end."""
+    """The partition without one of the axes, which is counted from the end."""
     entries = [*spec, *[None] * (ndim - len(spec))]
     del entries[axis]
     return PartitionSpec(*entries)
@@ -81,23 +81,23 @@ def axis_names(entry: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
-    """The mesh axes that an axis of an array is split over by `jax.shard_map`."""
+    """The mesh axes over which `jax.shard_map` splits an axis of an array."""
     entry = spec[axis] if spec is not None and axis < len(spec) else None
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in axis_names(entry) if name in manual)
 
 
 def whole_shape(shape: tuple[int, ...], spec: PartitionSpec | None) -> tuple[int, ...]:
-    """The shape of an array, given the shape of one device's share of it and its partition."""
+    """The shape of a whole array, from the shape of one device's share and the partition."""
     if spec is None:
         return shape
     return tuple(n * _devices(manual_axes(spec, axis)) for axis, n in enumerate(shape))
 
 
 def possible_shapes(x: Any) -> list[tuple[int, ...]]:
-    """Shapes that the array may have of which `x` is one device's share under `jax.shard_map`.
+    """The possible shapes of the whole array of which `x` is a share under `jax.shard_map`.
 
-    That is its own where shard_map knows that devices do not differ in it.
+    Only the shape of `x` itself is possible if shard_map knows that `x` is equal on all devices.
     """
     unknown = {
         name
@@ -110,17 +110,17 @@ def possible_shapes(x: Any) -> list[tuple[int, ...]]:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes along which devices differ in `x`, as far as shard_map keeps track of it."""
+    """The mesh axes along which `x` differs between devices, as far as shard_map tracks it."""
     kind = jax.typeof(x)
-    # JAX before 0.10 has the set by itself.
+    # JAX before 0.10 has the set here.
     return frozenset(
         kind.manual_axis_type.varying if hasattr(kind, 'manual_axis_type') else kind.vma
     )
 
 
 def split_axes(x: Any, spec: PartitionSpec | None = None) -> tuple[str, ...]:
-    """The mesh axes whose devices hold different parts of `x` under `jax.shard_map`: those of its
-    partition, and without one those that shard_map keeps track of."""
+    """The mesh axes whose devices hold different parts of `x` under `jax.shard_map`: those in the
+    partition or, if there is none, those that shard_map tracks."""
     if spec is None:
         return tuple(sorted(varying_axes(x)))
     return tuple(name for axis in range(len(spec)) for name in manual_axes(spec, axis))

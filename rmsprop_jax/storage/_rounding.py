@@ -1,7 +1,8 @@
 """Stochastic rounding: random bits for every entry of an array, and the unit of the grid.
 
-Rounding to the nearest stalls a running average as soon as one step moves it by less than half a
-grid point. Rounded up with the probability of the distance that is left, it is right on average.
+With round-to-nearest, a running average stalls once a step moves it by less than half the distance
+between grid points. Stochastic rounding goes up with a probability that grows linearly from 0 at
+the lower grid point to 1 at the upper one, and so is right on average.
 """
 
 import math
@@ -17,33 +18,33 @@ from jax.typing import ArrayLike
 from rmsprop_jax._types import Scalar, cast
 from rmsprop_jax.storage._place import manual_axes, whole_shape
 
-# Of the bits this rounds to the nearest.
+# These bits round to nearest.
 HALF = np.uint32(2**31)
 
 
 def leaf_key(seed: int, label: str) -> np.uint32:
-    """What makes the bits of one leaf differ from those of others."""
+    """A number that gives each leaf its own random bits."""
     return np.uint32(zlib.crc32(f'{seed} {label}'.encode()))
 
 
 def salt(key: ArrayLike, count: ArrayLike) -> jax.Array:
-    """What makes the bits of one leaf at one step: a scalar, the same on every mesh."""
+    """A scalar for the bits of one leaf at one step, the same on every mesh."""
     return _hashed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + key)
 
 
 def random_bits(
     shape: tuple[int, ...], salt: jax.Array, spec: PartitionSpec | None = None
 ) -> jax.Array:
-    """32 bits for every entry, a function of the salt and of the entry's index alone.
+    """32 bits for every entry, which depend only on the salt and the entry's index.
 
-    A counter hash costs a ninth of Threefry. The sequence of bits that an entry gets must not be
-    equidistributed in time: rounding to 8 bits with such a sequence is biased by up to 20 %.
+    A counter hash costs a ninth of Threefry. The bits of an entry must not be equidistributed over
+    time: rounding to 8 bits with such a sequence is biased by up to 20 %.
 
     Args:
-      shape: Of the array, or of one device's share of it under `jax.shard_map`.
-      salt: What `salt` returned.
-      spec: How the array is partitioned under `jax.shard_map`; None means not at all. Entries are
-        then counted in the whole array.
+      shape: The shape of the array, or of one device's share under `jax.shard_map`.
+      salt: The result of `salt`.
+      spec: The partition of the array under `jax.shard_map`, or None. With a partition, the index
+        of an entry is its index in the whole array.
     """
     whole = whole_shape(shape, spec)
     index = jnp.zeros(shape, jnp.uint32)
@@ -67,14 +68,14 @@ def _hashed(x: jax.Array) -> jax.Array:
 def next_unit(unit: jax.Array, decay: Scalar) -> jax.Array:
     """`unit <- decay unit`, times the power of two that brings it back into [1, 2).
 
-    Stored averages are multiples of the unit. It shrinks as they do, so that an entry whose
-    gradient is zero keeps its stored number and is not rounded at all: only what a gradient adds
-    is. That halves the error of a slow average, and keeps silent entries from wandering.
+    Stored averages are multiples of the unit, which shrinks as they do. So an entry whose gradient
+    is zero keeps its stored number without rounding; only what a gradient adds is rounded. That
+    halves the error of a slow average, and keeps entries without gradients from drifting.
     """
     shrunk = unit * cast(decay, unit.dtype)
     vanishes = shrunk < float(jnp.finfo(unit.dtype).tiny)
     power = power_below(jnp.where(vanishes, 1, shrunk))
-    # Which grid numbers are rounded to has no derivative.
+    # The position of the grid has no derivative.
     return lax.stop_gradient(jnp.where(vanishes, 1, shrunk / power))
 
 

@@ -1,0 +1,284 @@
+"""The optimizer on the other side, and the two ways that moments go between it and ours.
+
+A velocity has the learning rate in it (Keras, TensorFlow, Optax, timm by default) or not (PyTorch,
+Stable-Baselines3). Both give the same steps while the rate is constant, and then one is the rate
+times the other. Where the rate changes they are different algorithms, and nothing is converted.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rmsprop_jax._checks import checked_transformation
+from rmsprop_jax.interchange._mapping import (
+    Conversion,
+    EntryError,
+    Pair,
+    in_our_axes,
+    in_their_axes,
+    pair_of,
+)
+from rmsprop_jax.interchange._measure import Action, Trial, near
+from rmsprop_jax.interchange._state import (
+    MOMENTS,
+    Columns,
+    Moments,
+    Writer,
+    accumulates,
+    described,
+    moments_in,
+    wide,
+)
+
+_SIDES = {True: 'inside the velocity', False: 'outside the velocity'}
+_ROOTS = {True: 'inside the root', False: 'outside the root'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterpart:
+    """What is known of the optimizer on the other side, for one of our parameters.
+
+    Attributes:
+      framework: Its name.
+      names: Its names of the parameter's moments; those that it does not have are missing.
+      inside: Whether the learning rate is inside the velocity.
+      sign: What the velocity is multiplied by on its way to the parameter, if so.
+      eps_in_sqrt: Where epsilon is; None where that is not known.
+      said: By attribute of `Action`: how they call it, and what it is there. None where that is
+        not known.
+      undo: How a contradiction is resolved.
+      climbs: Whether gradients are flipped first.
+      extras: Whether it may look ahead or be cautious, which is then not compared.
+    """
+
+    framework: str
+    names: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inside: bool = True
+    sign: float = -1.0
+    eps_in_sqrt: bool | None = None
+    said: Mapping[str, tuple[str, float | None]] = dataclasses.field(default_factory=dict)
+    undo: str = 'change one of the two'
+    climbs: bool = False
+    extras: bool = False
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, where that is known."""
+        return self.said.get('rate', ('', None))[1]
+
+
+class Exchange(Conversion):
+    """A conversion of states, and the two ways of it.
+
+    In: `collected`, then `adopted`. Out: `our_moments`, then `released`.
+
+    Attributes:
+      counterparts: What is known of the other optimizer, by our paths.
+    """
+
+    counterparts: Mapping[str, Counterpart] = types.MappingProxyType({})
+
+    def collected(
+        self,
+        arrays: Mapping[Any, Any],
+        counts: Collection[int],
+        label: Callable[[Any], str] = repr,
+        check: Callable[[str, Pair, Any], None] = lambda *entry: None,
+    ) -> Moments:
+        """Their moments, with our axes.
+
+        Args:
+          arrays: Their arrays by name.
+          counts: Their step counts.
+          label: What messages call an array, by its name.
+          check: Refuses a label, a pair and an array by an `EntryError`.
+        """
+        columns: Columns = {moment: {} for moment in MOMENTS}
+        strays = dict(arrays)
+        for path, theirs in self.counterparts.items():
+            for moment, name in theirs.names.items():
+                if name in strays:
+                    columns[moment][path] = None
+                    entry = label(name), self.by_path[path], strays.pop(name)
+                    with self.noted():
+                        check(*entry)
+                        columns[moment][path] = in_our_axes(*entry)
+        for name in sorted(strays):
+            self.add(f'{label(name)} belongs to no pair')
+        return Moments(columns, counts)
+
+    def adopted(
+        self,
+        theirs: Moments,
+        trial: Trial,
+        describe: Callable[[str, str], str] = described,
+        fresh: Collection[str] = (),
+        calls: int | None = None,
+    ) -> Any:
+        """The state in which ours goes on: that of `trial`, with their moments in it.
+
+        Raises:
+          InterchangeError: For all that does not fit, noted before or now.
+        """
+        self._settle(theirs, trial, to_ours=True)
+        return Writer(theirs, describe, self, fresh).write(trial.start, calls)
+
+    def our_moments(
+        self, framework: str, tx: Any, state: Any, counts_calls: bool = False
+    ) -> tuple[Moments, Trial | None]:
+        """The moments in our state, and our transformation, which may not be needed.
+
+        A framework has one step count, or `counts_calls`, and no bias correction.
+        """
+        moments = moments_in(state, self)
+        counts = sorted(moments.counts)
+        if len(counts) != 1:
+            self.add(f'the state has step counts {counts}, and {framework} has one')
+        for path in sorted(moments.corrected):
+            self.add(f'{path!r} is bias-corrected, which {framework} has not')
+        if tx is None and counts_calls and accumulates(state):
+            self.add(
+                'the state accumulates gradients: pass tx, the transformation whose state it is, '
+                'which says over how many calls'
+            )
+        return moments, self.our_trial('tx', tx, state, moments)
+
+    def our_trial(self, name: str, tx: Any, state: Any, moments: Moments) -> Trial | None:
+        """Our transformation, which callers have to give, as `name`, if there are velocities."""
+        if tx is not None:
+            return Trial(checked_transformation(name, tx), state, self.params)
+        if moments.columns['trace']:
+            listed = ', '.join(map(repr, sorted(moments.columns['trace'])))
+            self.add(
+                f'the state has a velocity for {listed}, and does not tell whether the learning '
+                f'rate is inside it or outside: pass {name}, the transformation whose state it is'
+            )
+        return None
+
+    def released(
+        self,
+        moments: Moments,
+        trial: Trial | None,
+        adapt: Callable[[str, str, np.ndarray], np.ndarray] = lambda moment, path, array: array,
+    ) -> dict[Any, np.ndarray]:
+        """Our arrays under their names and with their axes.
+
+        Args:
+          moments: Our moments.
+          trial: Our transformation; None where it is not needed.
+          adapt: Gives an array its form there, or refuses it by an `EntryError`.
+        """
+        if trial is not None:
+            self._settle(moments, trial, to_ours=False)
+        arrays: dict[Any, np.ndarray] = {}
+        for moment, column in moments.columns.items():
+            for path, array in column.items():
+                with self.noted():
+                    adapted = adapt(moment, path, array)
+                    pair = pair_of(path, self.by_path)
+                    name = self.counterparts[path].names[moment]
+                    arrays[name] = in_their_axes(described(moment, path), pair, adapted)
+        return arrays
+
+    def _settle(self, moments: Moments, trial: Trial, to_ours: bool) -> None:
+        """Compares the counterparts with what our transformation does, and converts velocities.
+
+        Nothing is done where something is wrong already: the count may be.
+
+        Args:
+          moments: The step count, and the velocities, which are changed in place.
+          trial: Our transformation.
+          to_ours: Whether the velocities are theirs and become ours, or ours and become theirs.
+        """
+        if self.has_problems():
+            return
+        count, velocities = moments.count, moments.columns['trace']
+        actions = trial.actions(count)
+        # Schedulers that set the rate before a step leave the last one in the checkpoint.
+        last = functools.cache(lambda: trial.actions(count - 1) if count else {})
+        for path, theirs in self.counterparts.items():
+            action, velocity = actions.get(path), velocities.get(path)
+            if action is not None:
+                for line in _contradictions(
+                    theirs, action, lambda path=path: last().get(path), count
+                ):
+                    self.add(f'{path!r}: {line}')
+            if velocity is None or (action is not None and action.gain is None):
+                continue  # A velocity without a place is told when it is written.
+            with self.noted():
+                factor = _factor(path, theirs, action, trial.fault)
+                converted = _times(velocity, factor if to_ours else 1 / factor)
+                velocities[path] = converted if to_ours else converted.astype(velocity.dtype)
+
+
+def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
+    if abs(factor) == 1:
+        return velocity if factor > 0 else -velocity
+    return wide(velocity) * factor
+
+
+def _contradictions(
+    theirs: Counterpart, action: Action, last: Callable[[], Action | None], count: int
+) -> Iterator[str]:
+    """The lines on what the two do differently; `last` gives what was done a step before."""
+    for name, (key, there) in theirs.said.items():
+        here = getattr(action, name)
+        if there is None or math.isnan(here) or _agree(name, there, here):
+            continue
+        before = last() if name in ('rate', 'decoupled') else None
+        if before is None or not _agree(name, there, getattr(before, name)):
+            found = f'{here:.6g} in tx after {count} steps'
+            yield f'{key} is {there:.6g} there, and {found}: {theirs.undo}'
+    there, here = theirs.eps_in_sqrt, action.eps_in_sqrt
+    if there is not None and here is not None and there != here:
+        yield f'{theirs.framework} adds epsilon {_ROOTS[there]}, and tx {_ROOTS[here]}'
+    if theirs.extras:
+        return
+    if action.rate < 0 and theirs.rate is None:
+        yield f'tx climbs, and {theirs.framework} descends'
+    if action.nesterov:
+        yield f'tx looks one step ahead (nesterov), which {theirs.framework} has not'
+    if action.cautious and 'cautious' not in theirs.said:
+        yield f'tx is cautious, which {theirs.framework} is not'
+
+
+def _agree(name: str, theirs: float, ours: float) -> bool:
+    if name == 'eps':
+        return abs(theirs - ours) <= 1e-3 * abs(theirs) + 1e-12
+    if name == 'decay':
+        return abs(theirs - ours) <= 1e-4 * abs(1 - theirs) + 1e-7
+    # What is seen of weight decay has the rounding of an update that may have been scaled.
+    least = 1e-6 if name == 'coupled' else 1e-9
+    return math.isnan(theirs) or abs(theirs - ours) <= 1e-4 * abs(theirs) + least
+
+
+def _factor(path: str, theirs: Counterpart, action: Action | None, fault: str | None) -> float:
+    """Our velocity by theirs.
+
+    Raises:
+      EntryError: If the one cannot be made of the other.
+    """
+    line = f'{path!r}: in {theirs.framework} the learning rate is {_SIDES[theirs.inside]}'
+    other = f'{line}, and in tx {_SIDES[not theirs.inside]}, where it'
+    if action is None or math.isnan(action.response + action.momentum):
+        reason = fault or 'its updates do not show it'
+        raise EntryError(f'{line}, and whether it is in tx cannot be found: {reason}')
+    if not (action.steady if theirs.inside else action.steady_gain):
+        raise EntryError(
+            f'{other} changes in time: that is another algorithm, which cannot go on from this '
+            'velocity'
+        )
+    gain = -(action.gain or 0.0) if theirs.climbs else action.gain or 0.0
+    if not theirs.inside and near(abs(gain), 1):
+        return math.copysign(1, gain)
+    if not action.response:
+        raise EntryError(f'{other} is 0 now: nothing tells what it has been')
+    downhill = action.rate if theirs.rate is None else theirs.rate
+    outside = downhill if theirs.climbs else -downhill
+    factor = (theirs.sign if theirs.inside else outside) / action.response
+    return math.copysign(1, factor) if near(abs(factor), 1) else factor
