@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 import rmsprop_jax
 from rmsprop_jax import (
     aot,
+    carry_over,
     diagnostics,
     dialects,
     identify_dialect,
@@ -573,8 +574,12 @@ VALID: dict[Any, dict[str, Any]] = {
     trace: {'decay': 0.9},
     inject_hyperparams: {'inner_factory': rmsprop},
     reset: {'tx': TX, 'state': STATE, 'params': PARAMS, 'mask': True},
+    carry_over: {'tx': TX, 'state': STATE, 'params': PARAMS, 'new_params': PARAMS},
+    diagnostics.learning_rates: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.nonfinite_entries: {'tx': TX, 'state': STATE, 'params': PARAMS},
     rmsprop_jax.round_parameters: {'inner': TX},
+    rmsprop_jax.cautious: {'inner': TX},
+    sharding.offload: {'inner': TX},
     rmsprop_jax.skip_nonfinite: {'inner': TX},
     **{f: {n: 0.1 for n in ('weight_decay', 'wd') if n in names} for f, names in TAKEN.items()},
     dialects.torch: {'weight_decay': 0.1, 'momentum': 0.9},
@@ -701,7 +706,7 @@ NUMBERS = (
 )
 FLAGS = (
     *('centered', 'eps_in_sqrt', 'bias_correction', 'nesterov', 'maximize', 'use_ema', 'caution'),
-    *('decoupled_decay', 'corrected_weight_decay', 'lr_in_momentum', 'sparse', 'bias'),
+    *('decoupled_decay', 'corrected_weight_decay', 'lr_in_momentum', 'sparse', 'bias', 'resize'),
 )
 AMOUNTS = (
     *('total_frames', 'frames_per_update', 'total_timesteps', 'batch_size', 'steps_per_epoch'),
@@ -717,12 +722,14 @@ RULES: dict[str, tuple[Any, Any, str]] = {
     **dict.fromkeys(FLAGS, (3, TypeError, FLAG)),
     **dict.fromkeys(AMOUNTS, ('x', TypeError, "must be a Python number, got 'x'")),
     **dict.fromkeys(STEPS, ('x', ValueError, 'must be an integer of at least')),
-    **dict.fromkeys(('tx', 'inner'), (3, TypeError, 'must be a gradient transformation, got 3')),
+    **dict.fromkeys(
+        ('tx', 'new_tx', 'inner'), (3, TypeError, 'must be a gradient transformation, got 3')
+    ),
     **dict.fromkeys(
         ('storage', 'nu', 'mu', 'var', 'trace', 'from_', 'to'), ('x', TypeError, 'must be a format')
     ),
     **dict.fromkeys(
-        ('params', 'tree', 'updates', 'gradients', 'values'),
+        ('params', 'new_params', 'tree', 'updates', 'gradients', 'values'),
         (WORDS, TypeError, r"\['w'\] is a str, not an array"),
     ),
     'mask': ({'dense': 3}, TypeError, r"\['dense'\] must be True or False, got 3"),
@@ -759,6 +766,9 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     ),
     (inject_hyperparams, 'hyperparam_dtype'): ('x', TypeError, '^hyperparam_dtype must be a fl'),
     (reset, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that of'),
+    (carry_over, 'state'): (TX.init({}), ValueError, '^the structure of state does not match that'),
+    (diagnostics.learning_rates, 'state'): (3, TypeError, '^state must be the tuple'),
+    (rmsprop_jax.labels_by_path, 'patterns'): (3, TypeError, '^patterns must be a mapping'),
     (rmsprop_jax.nonfinite_entries, 'state'): (3, ValueError, '^the structure of state does not'),
     (dialects.torch_clip_grad_norm, 'norm_type'): ('x', TypeError, '^norm_type must be a number'),
     **{
@@ -912,8 +922,9 @@ def arguments():
     return [
         (function, name)
         for function in found
-        for name in inspect.signature(function).parameters
-        if name != 'self' and function not in ASKED and (function, name) not in INTERNAL
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != 'self' and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if function not in ASKED and (function, name) not in INTERNAL
     ]
 
 
