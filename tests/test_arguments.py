@@ -785,7 +785,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (diagnostics.saturated_shares, 'params'): ({}, ValueError, r"^params\['dense'\].* does not"),
     (diagnostics.stalled_shares, 'before'): (3, ValueError, '^the structure of after does not'),
     (diagnostics.stalled_shares, 'after'): (3, ValueError, '^the structure of after does not'),
-    (diagnostics.read, 'state'): (3, ValueError, '^the state holds the measurements of 0 meas'),
+    (diagnostics.read, 'state'): (3, ValueError, '^the state has measurements of 0 optimizers'),
     (diagnostics.read, 'params'): ({}, ValueError, '^.* has 2 groups, but params and labels'),
     (interchange.Layout, 'axes'): (3, TypeError, '^axes must be a tuple of integers'),
     (interchange.Layout, 'split'): (('x',), TypeError, '^split must be a tuple of integers'),
