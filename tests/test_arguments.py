@@ -440,7 +440,7 @@ WRONG_FILES = [
         interchange.parameters_from,
         ({'dense.weight': [[1, 2], [3]], 'dense.bias': 'x', 'y': 1}, PARAMS, PAIRS),
         ValueError,
-        "'y' is in no pair(.|\\n)*'dense.bias' has dtype <U1(.|\\n)*'dense.weight' cannot be read",
+        "'y' is not in any pair(.|\\n)*'dense.bias' has dtype <U1(.|\\n)*'dense.weight' cannot be",
     ),
     (
         interchange.parameters_from,
@@ -463,7 +463,7 @@ WRONG_FILES = [
         interchange.from_torch,
         ({'param_groups': [3, {'params': 3}, {'params': [[]], 'param_names': [3]}]}, TX, 0, ()),
         ValueError,
-        "group 0 is a int(.|\\n)*group 1: 'params' is(.|\\n)*group 2: 'param_names' is no list",
+        "group 0 is a int(.|\\n)*group 1: 'params' is(.|\\n)*group 2: 'param_names' is not a list",
     ),
     *[
         (
@@ -493,13 +493,13 @@ WRONG_FILES = [
             message,
         )
         for wrong, message in [
-            ({'lr': 'x'}, "group 0: lr is 'x', which is no number"),
-            ({'centered': np.ones(3)}, 'group 0: centered is array.*, which is no number'),
+            ({'lr': 'x'}, "group 0: lr is 'x', which is not a number"),
+            ({'centered': np.ones(3)}, 'group 0: centered is array.*, which is not a number'),
             ({'alpha': 2}, 'group 0: alpha must be in'),
-            ({3: 3, 'z': 3}, "group 0: 3 is no setting(.|\\n)*group 0: 'z' is no setting"),
+            ({3: 3, 'z': 3}, "group 0: 3 is not a setting(.|\\n)*group 0: 'z' is not a s"),
         ]
     ],
-    (interchange.to_torch, (STATE, PARAMS, PAIRS, 3), ValueError, 'missing or no list'),
+    (interchange.to_torch, (STATE, PARAMS, PAIRS, 3), ValueError, 'missing or not a list'),
     (interchange.to_torch, (3, PARAMS, PAIRS, [GROUP]), ValueError, 'has step counts'),
     (
         lambda group: interchange.to_torch(STATE, PARAMS, PAIRS, [group], names=NAMES),
@@ -507,7 +507,7 @@ WRONG_FILES = [
         ValueError,
         "'dense.weight' has momentum=array.* in its group, which is no number",
     ),
-    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'no single step count'),
+    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'not exactly one'),
     (interchange.from_optax, (STATE, 3, PARAMS), TypeError, 'tx must be a gradient'),
     (
         interchange.from_optax,
@@ -523,7 +523,7 @@ WRONG_FILES = [
         interchange.from_keras,
         ({'iteration': np.ones(3, int)}, TX, PARAMS, PAIRS),
         ValueError,
-        "'iteration' is missing or no step count",
+        "'iteration' is missing or not a step count",
     ),
     (
         lambda steps: interchange.from_keras(
@@ -825,7 +825,11 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
         for function in (interchange.from_optax, interchange.to_optax)
     },
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
-    (interchange.to_torch, 'param_groups'): (3, ValueError, "'param_groups' is missing or no list"),
+    (interchange.to_torch, 'param_groups'): (
+        3,
+        ValueError,
+        "'param_groups' is missing or not a list",
+    ),
     (interchange.to_torch, 'as_tensor'): (3, TypeError, '^as_tensor must be a function'),
     (interchange.to_optax, 'state'): (3, ValueError, STRAY),
     (interchange.to_keras, 'state'): (3, ValueError, STRAY),
