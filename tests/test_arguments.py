@@ -2,8 +2,10 @@
 
 import inspect
 import io
+import os
 import re
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +62,7 @@ BYTES = storage.per_leaf(lambda path, shape: storage.uint8())
 IN_BYTES = rmsprop(0.1, storage=BYTES).init(PARAMS)
 WITH_TRACE = rmsprop(0.1, momentum=0.9).init(PARAMS)
 THEIRS = {'dense.weight': np.ones((3, 4), 'f'), 'dense.bias': np.ones(3, 'f')}
+SAFETENSORS = Path(__file__).parent / 'interchange_data' / 'files' / 'run.safetensors'
 FROM_TORCH = {
     'state_dict': TORCH,
     'tx': dialects.torch(0.1),
@@ -649,6 +652,15 @@ VALID: dict[Any, dict[str, Any]] = {
     interchange.flattened: {'channels': 2},
     interchange.parameters_from: {'theirs': THEIRS, 'like': PARAMS, 'mapping': PAIRS},
     interchange.parameters_to: {'params': PARAMS, 'mapping': PAIRS},
+    interchange.propose_pairs: {'theirs': THEIRS, 'params': PARAMS},
+    interchange.from_checkpoint: {
+        'checkpoint': interchange.Checkpoint(THEIRS, TORCH),
+        'params': PARAMS,
+        'names': NAMES,
+    },
+    interchange.read_checkpoint: {'path': SAFETENSORS},
+    interchange.save_template: {'path': os.devnull, 'params': PARAMS},
+    interchange.restore_port: {'folder': 'absent', 'params': PARAMS},
     interchange.from_torch: FROM_TORCH,
     interchange.torch_optimizer: {
         'state_dict': TORCH,
@@ -824,6 +836,39 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
         (function, 'source'): (3, TypeError, '^source must be a gradient transformation')
         for function in (interchange.from_optax, interchange.to_optax)
     },
+    **{
+        (function, 'buffers'): ({'w': 'x'}, TypeError, r"^buffers\['w'\] is a str, not an array")
+        for function in (
+            interchange.propose_pairs,
+            interchange.from_checkpoint,
+            interchange.save_template,
+            interchange.restore_port,
+        )
+    },
+    **{
+        (function, name): found
+        for function in (interchange.propose_pairs, interchange.from_checkpoint)
+        for name, found in {
+            'known': ([3], TypeError, '^known must hold pairs .*, got 3'),
+            'ignore': (['x'], ValueError, "^ignore has 'x', which is not in theirs"),
+        }.items()
+    },
+    (interchange.propose_pairs, 'theirs'): (3, TypeError, '^theirs must be a mapping from names'),
+    (interchange.from_checkpoint, 'checkpoint'): (3, TypeError, '^path must be a path, got 3'),
+    (interchange.from_checkpoint, 'accept_guesses'): ('x', TypeError, f'^accept_guesses {FLAG}'),
+    **{
+        (function, name): (3, TypeError, f'^{name} must be a path, got 3')
+        for function, name in (
+            (interchange.read_checkpoint, 'path'),
+            (interchange.save_template, 'path'),
+            (interchange.restore_port, 'folder'),
+        )
+    },
+    **{
+        (interchange.read_checkpoint, name): (3, TypeError, f'^{name} must be keys.*got 3')
+        for name in ('model', 'optimizer')
+    },
+    (interchange.restore_port, 'learning_rate'): ('x', ValueError, 'not a port that was completed'),
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
     (interchange.to_torch, 'param_groups'): (
         3,
@@ -987,10 +1032,11 @@ def test_wrong_files(function, arguments, error, message):
     check_refusal(called, function, given, error, message)
 
 
-# It takes ten seconds to find nothing in a trace of two steps, and has tests of its own.
+# It takes ten seconds to find nothing in a trace of two steps, and some to write a port to restore:
+# these have tests of their own.
 @pytest.mark.parametrize(
     'function',
-    [f for f in VALID if f is not identify_dialect],
+    [f for f in VALID if f not in (identify_dialect, interchange.restore_port)],
     ids=lambda function: function.__qualname__,
 )
 def test_the_others_are_right(function):

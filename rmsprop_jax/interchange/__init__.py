@@ -1,9 +1,10 @@
 """Optimizer state and parameters to and from PyTorch, Keras 3, TensorFlow 1 and Optax.
 
 States are plain mappings of arrays: no framework is imported, and anything that `np.asarray`
-accepts can be passed. A sequence of `Pair`s maps their names to our paths and describes how the
-axes differ. `torch.linear`, `torch.conv`, `torch.norm` and their counterparts in `keras` make the
-common pairs. With the same pairs, `parameters_from` and `parameters_to` convert the parameters.
+accepts can be passed. Only `read_checkpoint` opens files; it needs PyTorch for PyTorch's own files.
+A sequence of `Pair`s maps their names to our paths and describes how the axes differ.
+`torch.linear`, `torch.conv`, `torch.norm` and their counterparts in `keras` make the common pairs.
+With the same pairs, `parameters_from` and `parameters_to` convert the parameters.
 
 You make the transformation that receives the state. Its RMSProp state may be anywhere: in a chain,
 under `optax.masked`, `optax.partition`, `optax.MultiSteps` or `inject_hyperparams`. A conversion is
@@ -33,6 +34,8 @@ from rmsprop_jax.interchange import keras as keras
 from rmsprop_jax.interchange import optax as optax
 from rmsprop_jax.interchange import tensorflow as tensorflow
 from rmsprop_jax.interchange import torch as torch
+from rmsprop_jax.interchange._files import Checkpoint as Checkpoint
+from rmsprop_jax.interchange._files import read_checkpoint as read_checkpoint
 from rmsprop_jax.interchange._mapping import AS_IS as AS_IS
 from rmsprop_jax.interchange._mapping import KERNEL as KERNEL
 from rmsprop_jax.interchange._mapping import InterchangeError as InterchangeError
@@ -41,6 +44,12 @@ from rmsprop_jax.interchange._mapping import Pair as Pair
 from rmsprop_jax.interchange._mapping import flattened as flattened
 from rmsprop_jax.interchange._mapping import parameters_from as parameters_from
 from rmsprop_jax.interchange._mapping import parameters_to as parameters_to
+from rmsprop_jax.interchange._port import Port as Port
+from rmsprop_jax.interchange._port import from_checkpoint as from_checkpoint
+from rmsprop_jax.interchange._port import restore_port as restore_port
+from rmsprop_jax.interchange._port import save_template as save_template
+from rmsprop_jax.interchange._propose import Proposal as Proposal
+from rmsprop_jax.interchange._propose import propose_pairs as propose_pairs
 from rmsprop_jax.interchange._state import LossyConversionWarning as LossyConversionWarning
 from rmsprop_jax.interchange.keras import from_keras as from_keras
 from rmsprop_jax.interchange.keras import to_keras as to_keras
@@ -55,11 +64,15 @@ from rmsprop_jax.interchange.torch import torch_optimizer as torch_optimizer
 __all__ = [
     'AS_IS',
     'KERNEL',
+    'Checkpoint',
     'InterchangeError',
     'Layout',
     'LossyConversionWarning',
     'Pair',
+    'Port',
+    'Proposal',
     'flattened',
+    'from_checkpoint',
     'from_keras',
     'from_optax',
     'from_tensorflow',
@@ -68,6 +81,10 @@ __all__ = [
     'optax',
     'parameters_from',
     'parameters_to',
+    'propose_pairs',
+    'read_checkpoint',
+    'restore_port',
+    'save_template',
     'tensorflow',
     'to_keras',
     'to_optax',
