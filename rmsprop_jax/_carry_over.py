@@ -23,14 +23,14 @@ from rmsprop_jax.storage._place import unshared
 
 
 class CarriedOver(NamedTuple):
-    """What `carry_over` did, as the paths of parameters, such as `dense/kernel`; `str` lists them.
+    """What `carry_over` did with each parameter, by paths such as `dense/kernel`; `str` lists them.
 
     Attributes:
       kept: All statistics are the old ones.
-      partly: Some entries or some statistics are the old ones, and the others are fresh.
-      fresh: All statistics are those of `tx.init`.
-      dropped: Old parameters that the new tree does not have.
-      stateless: New parameters for which the optimizer keeps nothing.
+      partly: Some entries or statistics are the old ones; the others are fresh.
+      fresh: All statistics come from `tx.init`.
+      dropped: Old parameters that are not in the new tree.
+      stateless: New parameters for which the optimizer stores nothing.
     """
 
     kept: tuple[str, ...]
@@ -59,14 +59,14 @@ def carry_over(
     resize: bool = False,
     storage: Storage | None = None,
 ) -> tuple[Any, CarriedOver]:
-    """The state of an optimizer for a changed parameter tree.
+    """Moves the state of an optimizer to a changed parameter tree.
 
     Parameters are matched by their paths. A parameter whose path and shape have not changed keeps
     its statistics bit for bit, in every storage format and through chains, masks, partitions and
-    other wrappers. A new one has the statistics of `tx.init`, and those of a parameter that is gone
-    are dropped. Step counts, schedules and injected hyperparameters go on.
+    other wrappers. A new parameter gets the statistics of `tx.init`; the statistics of a removed
+    one are dropped. Step counts, schedules and injected hyperparameters continue.
 
-    With `resize`, a parameter whose shape has changed, but not its number of axes, keeps the
+    With `resize`, a parameter that has another shape but the same number of axes keeps the
     statistics of the entries that the old and the new shape share::
 
         nu_new[:m, :n] = nu[:m, :n]        with m, n the smaller length along each axis
@@ -75,30 +75,30 @@ def carry_over(
 
     Args:
       tx: The transformation that `state` belongs to.
-      state: Its state, also that of an `nnx.Optimizer`.
-      params: The parameters so far, or their shapes (`jax.ShapeDtypeStruct`).
-      new_params: The changed parameters. They have to be arrays where `tx` averages parameters:
-        a new average starts from them.
-      new_tx: The same optimizer made for the new tree. Needed where `tx` was given trees of the old
+      state: Its state; may be the state of an `nnx.Optimizer`.
+      params: The old parameters, or their shapes (`jax.ShapeDtypeStruct`).
+      new_params: The changed parameters. They must be arrays if `tx` averages parameters, since a
+        new average starts from them.
+      new_tx: The same optimizer made for the new tree. Needed if `tx` was given trees of the old
         structure, such as masks, labels or shardings.
-      resize: Whether parameters of another shape keep what overlaps.
-      storage: What `tx` was given, where its statistics are kept in formats that round, and with
-        `resize` in every format.
+      resize: Whether a parameter with a new shape keeps the overlapping entries.
+      storage: The `storage` of `tx`. Needed if its statistics use formats that round; with
+        `resize`, for every format.
 
     Returns:
-      The new state, of arrays without variables, and a `CarriedOver`, whose `str` tells for each
-      parameter what was done.
+      The new state, as plain arrays without `nnx` variables, and a `CarriedOver`, whose `str` says
+      what was done with each parameter.
 
-    A bias-corrected state has one sum of weights for all parameters that share it, so that a new
-    parameter beside old ones has an uncorrected start, as in `reset`: its first step is up to
-    `1 / sqrt(1 - decay)` learning rates long. A parameter that has changed its group under
-    `optax.partition` starts fresh. Between two steps that accumulate gradients (`optax.MultiSteps`)
-    the sum of a new parameter starts at zero.
+    A bias-corrected state has one sum of weights for all parameters that share it. A new parameter
+    that shares it with old ones therefore has an uncorrected start, as in `reset`: its first step
+    is up to `1 / sqrt(1 - decay)` learning rates long. A parameter that changes its group under
+    `optax.partition` starts fresh. If `optax.MultiSteps` is in the middle of an accumulation, the
+    sum of a new parameter starts at zero.
 
     Raises:
-      TypeError: For a `tx` or `new_tx` that is not a transformation, a `resize` that is not a
-        boolean, or parameters that are not arrays.
-      ValueError: For a state that is not of `tx` and `params`, or a missing `storage`.
+      TypeError: If `tx` or `new_tx` is not a transformation, `resize` is not a boolean, or
+        parameters are not arrays.
+      ValueError: If the state does not belong to `tx` and `params`, or `storage` is missing.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -176,8 +176,7 @@ def carry_over(
 
 
 def _is_alike(old: Any, new: Any) -> bool:
-    """Whether what a state holds in one place has the structure, the shapes and the dtypes of what
-    another holds there."""
+    """Whether two parts of a state have the same structure, shapes and dtypes."""
 
     def described(x: Any) -> Any:
         return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), x)
@@ -194,7 +193,7 @@ def _can_overlap(old: Any, new: Any) -> bool:
 
 
 def _overlap(old: Any, new: Any) -> Any:
-    """`new` with the entries of `old` in the corner that the two have in common."""
+    """`new` with the entries of `old` in the corner that both share."""
     corner = tuple(slice(min(lengths)) for lengths in zip(old.shape, new.shape, strict=True))
     return new.at[corner].set(old[corner].astype(new.dtype))
 
@@ -204,13 +203,13 @@ def _is_means(x: Any) -> bool:
 
 
 def _by_path(tree: Any) -> dict[KeyPath, Any]:
-    """What a state holds by canonical path, with the means of a parameter as one."""
+    """The leaves of a state by canonical path; the means of a parameter are one leaf."""
     leaves = tree_flatten_with_path(tree, is_leaf=_is_means)[0]
     return {canonical(path): leaf for path, leaf in leaves}
 
 
 def _with_units(start: Any, old: dict[KeyPath, Any]) -> Any:
-    """`start` with the units that the same moments have in the old state."""
+    """`start` with the units of the same moments in the old state."""
 
     def node(path: KeyPath, part: Any) -> Any:
         if not isinstance(part, RmsState):

@@ -1,16 +1,16 @@
-"""What the commands of this package share."""
+"""Code shared by the commands of this package."""
 
 import argparse
 from typing import NoReturn
 
 
 def install(extra: str) -> str:
-    """How an extra of this package is installed, for messages."""
+    """How to install an extra of this package, for messages."""
     return f"in a checkout, pip install '.[{extra}]'"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, without the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` and exits with code 2."""

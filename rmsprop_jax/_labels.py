@@ -1,4 +1,4 @@
-"""`labels_by_path`: groups of parameters, from patterns of their paths."""
+"""`labels_by_path`: groups of parameters, from patterns that match their paths."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -18,23 +18,23 @@ def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
 
         label of a parameter = patterns[the first pattern found in its path]
 
-    A path is the names on the way to a parameter, with slashes: `layers/0/kernel`. It is the same
-    for `nnx.State`, Linen's dictionaries and Equinox modules of the same names.
+    A path joins the names that lead to a parameter with slashes: `layers/0/kernel`. It is the same
+    for an `nnx.State`, a Linen dictionary and an Equinox module with the same names.
 
     Args:
       patterns: A mapping from regular expressions to labels, in the order in which they are tried.
-        A pattern may match anywhere in a path (`re.search`), so the empty one matches all that is
-        left. Labels are whatever is wanted: names of groups for `optax.partition`, booleans for a
-        `mask`.
+        A pattern may match anywhere in a path (`re.search`), so an empty pattern at the end matches
+        all remaining parameters. A label can be anything: a group name for `optax.partition`, a
+        boolean for a `mask`.
 
     Returns:
-      A function from a tree of parameters to a tree of labels like it. It raises `ValueError` for
-      a parameter that no pattern matches, and for a pattern that is the first match of no
-      parameter, and names it.
+      A function from a tree of parameters to a tree of labels like it. It raises a `ValueError`
+      that names a parameter that no pattern matches, or a pattern that is not the first match of
+      any parameter.
 
     Raises:
-      TypeError: For patterns that are not a mapping from strings.
-      ValueError: For a pattern that is not a regular expression.
+      TypeError: If `patterns` is not a mapping with strings as keys.
+      ValueError: If a pattern is not a regular expression.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -60,10 +60,11 @@ def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
         leaves, treedef = tree_flatten_with_path(params)
         found = [_first_match(compiled, path) for path, _ in leaves]
         unused = [pattern for pattern in patterns if pattern not in found]
-        # Optax also asks for the labels of a tree without leaves, of which nothing can be said.
+        # Optax also asks for the labels of a tree without leaves, where no pattern can match.
         if unused and leaves:
             raise ValueError(
-                f'the pattern {unused[0]!r} is the first match of no parameter. The parameters are '
+                f'the pattern {unused[0]!r} is not the first match of any parameter. The '
+                'parameters are '
                 f'{", ".join(repr(path_name(canonical(path))) for path, _ in leaves)}.'
             )
         return jax.tree.unflatten(treedef, [patterns[pattern] for pattern in found])
@@ -86,6 +87,6 @@ def _first_match(patterns: Mapping[str, re.Pattern[str]], path: Any) -> str:
         if compiled.search(name):
             return pattern
     raise ValueError(
-        f'params{keystr(path)} has the path {name!r}, which no pattern matches: add one, or the '
-        "empty pattern '' at the end for all that is left."
+        f'params{keystr(path)} has the path {name!r}, which no pattern matches: add a pattern, or '
+        "the empty pattern '' at the end for all remaining parameters."
     )

@@ -1,4 +1,4 @@
-"""`reset`: fresh statistics for parameters that have been initialised anew, or have broken ones."""
+"""`reset`: fresh statistics for parameters that were reinitialised or whose statistics broke."""
 
 import functools
 import operator
@@ -40,37 +40,37 @@ def reset(
     mask: Any,
     storage: Storage | None = None,
 ) -> Any:
-    """Gives the statistics of some parameters the values `tx.init` starts with.
+    """Resets the statistics of selected parameters to the values of `tx.init`.
 
-    For layers that are initialised anew while the rest trains on: their old second moment would
-    scale the steps, and their old velocity would push, as if nothing had happened. Everything that
-    `tx` keeps for a selected parameter starts again, through chains, `optax.masked`,
-    `optax.partition` and other wrappers. Step counts, and thus schedules, go on.
+    Use it for layers that are reinitialised while the rest keeps training. Otherwise their old
+    second moment would still scale the steps, and their old velocity would still push. Everything
+    that `tx` stores for a selected parameter is reset, through chains, `optax.masked`,
+    `optax.partition` and other wrappers. Step counts, and thus schedules, continue.
 
-    The transformation is asked for because the start value of a second moment, `initial_scale`, is
-    nowhere in the state.
+    `tx` is needed because the state does not contain `initial_scale`, the start value of a second
+    moment.
 
     Args:
       tx: The transformation that `state` belongs to.
       state: Its state.
-      params: The parameters, after they have been initialised anew: an average of parameters, which
-        `dialects.keras(use_ema=True)` keeps, starts from them.
-      mask: What starts again: a tree of booleans like the parameters, a prefix of one, or a
-        function from the parameters to one. In the place of a boolean there may be an array of
-        them, traced or not, of shape () or that of the parameter, which selects single entries.
-      storage: What `tx` was given, where its statistics are kept in formats that round.
+      params: The parameters after they were reinitialised: the average of parameters that
+        `dialects.keras(use_ema=True)` keeps restarts from them.
+      mask: Which parameters to reset: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. A boolean may be an array, traced or not, of shape ()
+        or of the parameter's shape; the latter selects single entries.
+      storage: The `storage` of `tx`, if its statistics use formats that round.
 
     Returns:
       The new state; the old one is unchanged.
 
-    A bias-corrected state has one sum of weights for all parameters that share it. It starts again
-    if they all do. If only some do, their averages are divided by the old sum, which is an
-    uncorrected start: the first step is up to `1 / sqrt(1 - decay)` learning rates long.
+    A bias-corrected state has one sum of weights for all parameters that share it. The sum is reset
+    only if all of them are. If only some are, their averages are divided by the old sum, so their
+    start is uncorrected: the first step is up to `1 / sqrt(1 - decay)` learning rates long.
 
     Raises:
-      TypeError: For a mask with leaves that are not booleans, or a `tx` that is none.
-      ValueError: For a mask that is no prefix of the parameters, a state that is not of `tx`, a
-        missing `storage`, or single entries of what is `factored`.
+      TypeError: If `tx` is not a transformation, or a leaf of the mask is not a boolean.
+      ValueError: If the mask is not a prefix of the parameters, the state does not belong to `tx`,
+        `storage` is missing, or the mask selects single entries of a `factored` statistic.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -100,7 +100,7 @@ def _chosen(params: Any, mask: Any) -> Any:
     def leaf(path: tuple[Any, ...], value: Any, param: Any) -> Any:
         if jnp.shape(value) not in ((), jnp.shape(param)):
             raise ValueError(
-                f'mask{keystr(path)} has shape {jnp.shape(value)}, but its parameter '
+                f'mask{keystr(path)} has shape {jnp.shape(value)}, but its parameter has shape '
                 f'{jnp.shape(param)}.'
             )
         return bool(value) if isinstance(value, bool | np.bool_) else value
@@ -109,7 +109,7 @@ def _chosen(params: Any, mask: Any) -> Any:
 
 
 def with_weight(node: RmsState) -> RmsState:
-    """Marks of what starts again, of which that of the sum of weights follows from the others."""
+    """Adds the mark of the sum of weights: it is reset if all other statistics are."""
     if node.weight is None:
         return node
     marks = [mark if isinstance(mark, bool) else mark.all() for mark in jax.tree.leaves(node[1:4])]
@@ -117,7 +117,7 @@ def with_weight(node: RmsState) -> RmsState:
 
 
 def in_units_of(running: Any, start: Any, params: Any, storage: Storage | None) -> Any:
-    """`start`, with its statistics as multiples of the units that those of `running` have."""
+    """`start`, with its statistics in the units of those of `running`."""
     if all(node.unit is None for node in rms_states(running)):
         return start
     check_storage_is_given(running, storage)
@@ -125,13 +125,13 @@ def in_units_of(running: Any, start: Any, params: Any, storage: Storage | None) 
 
 
 def encoded(decoded: Any, running: Any, params: Any, storage: Storage | None) -> Any:
-    """A decoded state in the formats of `storage`, in the units of the running state."""
+    """Encodes a decoded state in the formats of `storage`, in the units of the running state."""
     in_units = map_rms_states(lambda node, other: node._replace(unit=other.unit), decoded, running)
     return convert(in_units, params, None, storage)
 
 
 def fresh(tx: optax.GradientTransformation, params: Any) -> Any:
-    """What `tx.init` makes, with averages of parameters that start from them."""
+    """The state of `tx.init`, with averages of parameters that start from `params`."""
 
     def is_average(node: Any) -> bool:
         return isinstance(node, AverageState)

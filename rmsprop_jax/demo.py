@@ -1,12 +1,12 @@
-"""The main job: RMSProp trains a convolutional network on scikit-learn's handwritten digits.
+"""The demo: RMSProp trains a convolutional network on scikit-learn's handwritten digits.
 
 ::
 
     python -m rmsprop_jax.demo --output demo-output
 
-One run is trained and checkpointed, then the same network is trained under seven optimizers, five
-seeds each. Everything random is derived from the seed and the epoch, so that on the same machine a
-run resumed with `--resume` ends with the very bits of one that was never interrupted.
+The demo trains and checkpoints one run, then trains the same network with seven optimizers and five
+seeds each. All random numbers are derived from the seed and the epoch. On the same machine, a run
+that is continued with `--resume` therefore ends bit for bit like an uninterrupted one.
 """
 
 import argparse
@@ -37,19 +37,19 @@ EXTRAS = ('flax.nnx', 'matplotlib', 'orbax.checkpoint', 'sklearn.datasets', 'tqd
 TEST_IMAGES = 360
 TRAIN_IMAGES = 1797 - TEST_IMAGES
 COMPARISON_SEEDS = 5
-# What a run writes, and all that --overwrite removes.
+# The files that a run writes. --overwrite removes only these.
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'
 METRICS, COMPARISON = 'metrics.jsonl', 'comparison.jsonl'
 FIGURES = ('training.png', 'comparison.png', 'diagnostics.png')
 
 
 EPS = 1e-8
-# What is measured, is measured of each layer of the network.
+# Measurements are grouped by layer.
 LAYERS = diagnostics.by_depth(2)
 
 
 class DemoError(Exception):
-    """What the user can put right. Its message is the one line they see."""
+    """An error that the user can fix. Its message is the one line that they see."""
 
 
 class Optimizer(NamedTuple):
@@ -60,9 +60,9 @@ class Optimizer(NamedTuple):
     build: Callable[[optax.Schedule], optax.GradientTransformation]
 
 
-# One rule set each learning rate: the lowest log training loss, averaged over 20 epochs and five
-# folds of the training images, in half decades with worse ones on either side. The test images took
-# no part.
+# Each learning rate gives the lowest log training loss, averaged over 20 epochs and five folds of
+# the training images, on a grid of half decades with worse rates on either side. The test images
+# were not used.
 OPTIMIZERS = (
     Optimizer('RMSProp', 3e-2, rmsprop),
     Optimizer('RMSProp, bias-corrected', 3e-2, lambda rate: rmsprop(rate, bias_correction=True)),
@@ -100,10 +100,10 @@ def option(default: float, parse: Callable[[str], float], text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every option that decides the results. A run can be resumed only with equal ones."""
+    """The options that determine the results. A run can be resumed only with the same options."""
 
     seed: int = option(0, number(int, 0, 2**31), 'seed of everything random')
-    # Epochs, learning rate and decay were chosen by five-fold cross-validation on training images.
+    # Five-fold cross-validation on the training images chose epochs, learning rate and decay.
     epochs: int = option(80, number(int, 1, 100_000), 'passes over the training images')
     batch_size: int = option(64, number(int, 1, TRAIN_IMAGES + 1), 'images per step')
     learning_rate: float = option(
@@ -130,7 +130,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """The 1797 digits in a fixed split, each class in proportion."""
+    """The 1797 digits in a fixed, stratified split."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -167,7 +167,8 @@ def network(key: jax.Array) -> Any:
 def convolve(images: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """A 3x3 convolution with zero padding as one matrix product.
 
-    On CPU, XLA's own takes several times as long, above all where vmap gives each seed a kernel.
+    On CPU, XLA's own convolution is several times slower, especially if vmap gives each seed its
+    own kernel.
     """
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -176,7 +177,7 @@ def convolve(images: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Ar
 
 
 def halve(images: jax.Array) -> jax.Array:
-    """Averages 2x2 squares; much faster on CPU than the gradient of `nnx.avg_pool`."""
+    """Averages 2x2 squares. On CPU its gradient is much faster than that of `nnx.avg_pool`."""
     count, height, width, channels = images.shape
     return images.reshape(count, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
@@ -190,7 +191,7 @@ def shift(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 class TrainState(NamedTuple):
-    """All that training changes: `epoch` is the number of epochs completed."""
+    """Everything that training changes. `epoch` is the number of completed epochs."""
 
     epoch: jax.Array
     params: Any
@@ -203,10 +204,11 @@ class Experiment:
 
     Attributes:
       digits: The images.
-      optimizer: The optimizer to train under.
-      epochs: Passes over the training images, over which the learning rate is scheduled.
+      optimizer: The optimizer to train with.
+      epochs: Passes over the training images; the learning rate schedule spans all of them.
       batch_size: Images per step.
-      sharding: How the images of a batch are spread over devices; None leaves it to the compiler.
+      sharding: How the images of a batch are distributed over devices; None lets the compiler
+        choose.
     """
 
     digits: Digits
@@ -217,12 +219,12 @@ class Experiment:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: the rest of an epoch's permutation is left out."""
+        """The number of whole batches. The rest of an epoch's permutation is left out."""
         return len(self.digits.train_labels) // self.batch_size
 
     @property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer behind clipping, under a warm-up/cosine schedule."""
+        """The optimizer after clipping, with a warm-up/cosine schedule."""
         steps = self.epochs * self.steps_per_epoch
         rate = optax.warmup_cosine_decay_schedule(
             0.0, self.optimizer.learning_rate, warmup_steps=steps // 10, decay_steps=steps
@@ -237,7 +239,7 @@ class Experiment:
         return TrainState(jnp.zeros([], jnp.int32), params, self.tx.init(params))
 
     def epoch(self, key: jax.Array, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One pass over the training images, and what the metrics say of it."""
+        """One pass over the training images, and its metrics."""
         from flax import nnx
 
         digits, tx = self.digits, self.tx
@@ -275,7 +277,7 @@ class Experiment:
     def epoch_with_rate(self, key: jax.Array, state: TrainState) -> Any:
         """An epoch, with the learning rate of its first step among the metrics.
 
-        For optimizers of this package, all of whose parameters share one rate.
+        Only for optimizers of this package that use one rate for all parameters.
         """
         rates = diagnostics.learning_rates(self.tx, state.opt_state, state.params)
         state, metrics = self.epoch(key, state)
@@ -283,10 +285,10 @@ class Experiment:
 
 
 def open_checkpoints(folder: Path) -> Any:
-    """An Orbax manager that keeps the last two complete checkpoints, by number of epochs."""
+    """An Orbax manager that keeps the last two complete checkpoints, named by epoch."""
     import orbax.checkpoint as ocp
 
-    # Orbax writes under another name and renames, so a killed write leaves no checkpoint.
+    # Orbax writes to a temporary name and then renames, so a killed write leaves no checkpoint.
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -296,9 +298,9 @@ def restore(
     init: Callable[[], TrainState],
     sharding: jax.sharding.Sharding | None = None,
 ) -> TrainState | None:
-    """The last complete state, shaped as `init` would make it; None where there is none.
+    """The last complete state, with the structure that `init` would make; None if there is none.
 
-    It comes on the devices of `sharding`, or on one, wherever it was when it was saved.
+    It is placed with `sharding`, or on one device, wherever it was when it was saved.
     """
     import orbax.checkpoint as ocp
 
@@ -312,7 +314,7 @@ def restore(
             return checkpoints.restore(latest, args=ocp.args.StandardRestore(target))
         except Exception as error:  # Orbax and TensorStore share no narrower class.
             reason = textwrap.shorten(str(error), 160, placeholder=' ...')
-        # Orbax has abandoned the reads of the other arrays: let them complain where nobody hears.
+        # Orbax has abandoned the reads of the other arrays. Keep their errors out of the terminal.
         time.sleep(1)
         gc.collect()
     folder = checkpoints.directory / str(latest)
@@ -359,13 +361,13 @@ def train(config: Config, digits: Digits, output: Path, every: int) -> list[dict
 
 
 def diagnosis(state: TrainState) -> dict[str, Any]:
-    """What the optimizer has measured of the last step, for JSON."""
+    """The optimizer's measurements of the last step, for JSON."""
     found = diagnostics.read(state.opt_state, state.params, LAYERS)
     return {name: x.tolist() for name, x in jax.device_get(found).items()}
 
 
 def rewind(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """Cuts off the metrics after a checkpoint's epoch: they will be run, and written, again."""
+    """Removes the metrics after a checkpoint's epoch: those epochs will run again."""
     records = read_lines(path)[:epoch]
     if [record.get('epoch') for record in records] != list(range(1, epoch + 1)):
         raise DemoError(f'{path} lacks epochs that the checkpoint has')
@@ -374,7 +376,7 @@ def rewind(path: Path, epoch: int) -> list[dict[str, Any]]:
 
 
 def compare(config: Config, digits: Digits, output: Path) -> list[dict[str, Any]]:
-    """Trains under each of `OPTIMIZERS` that `output` has no result of yet; returns all results."""
+    """Trains with each of `OPTIMIZERS` that has no result in `output` yet; returns all results."""
     from tqdm import tqdm
 
     results = read_lines(output / COMPARISON)
@@ -406,7 +408,7 @@ def compare(config: Config, digits: Digits, output: Path) -> list[dict[str, Any]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file, up to a last line that a killed run left unfinished."""
+    """The records of a JSON lines file, without a last line that a killed run left unfinished."""
     if not path.exists():
         return []
     try:
@@ -420,24 +422,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Replaces a file in one go, so that a killed run leaves the old one or the new one."""
+    """Replaces a file atomically, so that a killed run leaves either the old or the new one."""
     draft = path.with_name(path.name + '.tmp')
     draft.write_text(''.join(json.dumps(record) + '\n' for record in records))
     draft.replace(path)
 
 
 def prepare(output: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Makes `output` the folder of a run with this configuration, or says why it cannot be."""
+    """Makes `output` the folder of a run with this configuration, or raises a `DemoError`."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / CONFIG
     if resume:
         if not path.exists():
-            raise DemoError(f'{output} holds no run to resume')
+            raise DemoError(f'{output} does not contain a run to resume')
         check_config(path, config)
     elif path.exists() and not overwrite:
-        raise DemoError(f'{output} already holds a run: add --resume or --overwrite')
+        raise DemoError(f'{output} already contains a run: add --resume or --overwrite')
     elif not path.exists() and any(output.iterdir()):
-        raise DemoError(f'{output} holds other files and no run: choose an empty folder')
+        raise DemoError(f'{output} contains other files, but not a run: choose an empty folder')
     else:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         for name in (METRICS, COMPARISON, *FIGURES):
@@ -447,7 +449,7 @@ def prepare(output: Path, config: Config, *, resume: bool, overwrite: bool) -> N
 
 
 def check_config(path: Path, config: Config) -> None:
-    """Refuses to continue a run under options other than its own."""
+    """Refuses to continue a run with options other than its own."""
     saved, given = next(iter(read_lines(path)), {}), dataclasses.asdict(config)
     differences = [
         f'--{name.replace("_", "-")} was {saved.get(name)}, now {given.get(name)}'
@@ -455,11 +457,11 @@ def check_config(path: Path, config: Config) -> None:
         if saved.get(name) != given.get(name)
     ]
     if differences:
-        raise DemoError(f'{path.parent} holds a run with other options: {"; ".join(differences)}')
+        raise DemoError(f'{path.parent} has a run with other options: {"; ".join(differences)}')
 
 
 def parser() -> OneLineParser:
-    """The command line: the fields of `Config`, and what does not decide the results."""
+    """The command line: the fields of `Config`, and options that do not affect the results."""
     made = OneLineParser(
         prog='rmsprop-jax-demo',
         description='Train a convolutional network on handwritten digits with RMSProp, then '
@@ -488,7 +490,7 @@ def parser() -> OneLineParser:
 
 
 def check_extras() -> None:
-    """Imports all that the job needs, to fail before it has begun."""
+    """Imports everything that the demo needs, so that it fails before it starts."""
     try:
         for name in EXTRAS:
             importlib.import_module(name)
@@ -497,7 +499,7 @@ def check_extras() -> None:
 
 
 def run(config: Config, output: Path, every: int, comparison: bool) -> str:
-    """Does the whole job in a prepared folder and sums it up."""
+    """Runs the whole demo in a prepared folder and returns a summary."""
     from rmsprop_jax.plots import comparison_figure, diagnostics_figure, training_figure
 
     started = time.perf_counter()
@@ -521,13 +523,13 @@ def run(config: Config, output: Path, every: int, comparison: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`; exits with code 2 and one line where it cannot be done."""
+    """Runs the command line `argv`; on an error, exits with code 2 and one line."""
     command = parser()
     options = vars(command.parse_args(argv))
     config = Config(**{field.name: options[field.name] for field in dataclasses.fields(Config)})
     try:
         check_extras()
-        # What matters Orbax raises; what it logs would break into the progress bar.
+        # Orbax raises real errors; its log lines would break the progress bar.
         logging.getLogger('absl').setLevel(logging.CRITICAL)
         output = options['output']
         prepare(output, config, resume='resume' in options, overwrite='overwrite' in options)

@@ -1,10 +1,10 @@
 """Measurements of optimizer steps: how long they are, what decides that, and what goes wrong.
 
-`measured` wraps an optimizer and keeps the measurements of its last step in its state; `read` gives
-them names. The functions that measure can be called by themselves, too, in jit or out of it. What
-nobody measures costs nothing: no other module of the package knows of this one.
+`measured` wraps an optimizer and keeps the measurements of the last step in the state; `read` names
+them. The measuring functions can also be called directly, inside or outside jit. An optimizer that
+is not measured costs nothing extra: no other module of the package uses this one.
 
-Measurements are taken of groups of parameters, in float32, and have no derivative.
+Measurements describe groups of parameters, are float32, and have no derivative.
 """
 
 import functools
@@ -71,10 +71,10 @@ Leaves = Iterable[tuple[KeyPath, Any]]
 
 
 def by_depth(depth: int) -> Callable[[Any], Any]:
-    """Labels that group parameters by the first names of their paths, such as those of layers.
+    """Labels that group parameters by the first names of their paths, such as layer names.
 
     Args:
-      depth: How many names.
+      depth: How many names to use.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,25 +92,26 @@ def by_depth(depth: int) -> Callable[[Any], Any]:
 def learning_rates(tx: Any, state: Any, params: Any, **extra_args: Any) -> dict[str, jax.Array]:
     """The learning rates of the next step.
 
-    They are read where the step uses them, in any optimizer of this package: whether its rate is a
-    constant, a schedule or a number in the state of `inject_hyperparams`, and within chains,
-    `optax.masked`, `optax.partition`, `optax.MultiSteps` and other wrappers. The step is traced,
-    but only the rates are computed. It may be called within jit.
+    Works for every optimizer of this package, whether its rate is a constant, a schedule or a
+    number in the state of `inject_hyperparams`, and inside chains, `optax.masked`,
+    `optax.partition`, `optax.MultiSteps` and other wrappers. The step is traced, but only the rates
+    are computed. May be called inside jit.
 
     Args:
       tx: The optimizer.
-      state: Its state, also that of an `nnx.Optimizer`: `optimizer.opt_state`.
+      state: Its state; for an `nnx.Optimizer`, `optimizer.opt_state`.
       params: The parameters.
-      extra_args: What `tx.update` needs besides, such as `value` for `reduce_on_plateau`.
+      extra_args: Further arguments of `tx.update`, such as `value` for `reduce_on_plateau`.
 
     Returns:
-      By path of the parameter, of shape (), in the unit of the parameter. A rate that is a Python
-      number has the default floating dtype. Parameters that no optimizer of this package steps are
-      left out. What Optax does to updates afterwards, as `optax.scale` does, is not in it.
+      A rate for each parameter path, of shape (), in the unit of the parameter. A rate that is a
+      Python number has the default floating dtype. Parameters that are not updated by an optimizer
+      of this package are left out. Later changes to the updates, such as `optax.scale`, are not
+      included.
 
     Raises:
-      TypeError: For a `tx` that is not a transformation, or parameters that are not arrays.
-      ValueError: If there is no learning rate of this package, as in
+      TypeError: If `tx` is not a transformation, or parameters are not arrays.
+      ValueError: If `tx` has no learning rate of this package, as in
         `optax.chain(rmsprop_jax.scale_by_rms(), optax.scale(-0.1))`, or if a parameter has two.
 
     Example:
@@ -149,25 +150,25 @@ def learning_rates(tx: Any, state: Any, params: Any, **extra_args: Any) -> dict[
 def step_sizes(
     updates: Any, labels: Labels = None, quantiles: Sequence[float] = QUANTILES
 ) -> dict[str, jax.Array]:
-    """Quantiles of the size of the step that each entry of the parameters takes.
+    """Quantiles of the step sizes of the entries of the parameters.
 
     ::
 
         s_q = the ceil(q n)-th smallest of the |u_i| of the group, n their number
 
-    This is the effective step size of Kingma and Ba: for RMSProp without momentum at most
-    `learning_rate / sqrt(1 - decay)`, and near `learning_rate` where gradients are steady. No entry
-    is moved or copied to find it: 31 times all entries of a group are compared with a guess, so
-    that arrays of any size may stay sharded over any mesh.
+    This is the effective step size of Kingma and Ba. For RMSProp without momentum it is at most
+    `learning_rate / sqrt(1 - decay)`, and near `learning_rate` if gradients are steady. Entries are
+    not moved or copied: each quantile compares all entries of a group with a guess 31 times, so
+    arrays of any size may stay sharded over any mesh.
 
     Args:
-      updates: What is added to the parameters, in their unit.
+      updates: The updates that are added to the parameters, in their unit.
       labels: As for `measured`.
       quantiles: The shares q, in [0, 1].
 
     Returns:
-      By group, float32 of shape (quantiles,), in the unit of the parameter. NaN counts as larger
-      than any number. Zero for a group without entries.
+      For each group, float32 of shape (quantiles,), in the unit of the parameter. NaN counts as
+      larger than any number. Zero for a group without entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,7 +177,7 @@ def step_sizes(
       >>> print(diagnostics.step_sizes(updates, quantiles=(0.25, 0.5, 1.0))['w'])
       [0.1 0.2 0.4]
 
-    Source: Kingma and Ba, Adam, arXiv:1412.6980, section 2.1. Quantiles are NumPy's of the method
+    Source: Kingma and Ba, Adam, arXiv:1412.6980, section 2.1. The quantiles follow NumPy's method
     'inverted_cdf'.
     """
     shares = checked_quantiles(quantiles)
@@ -185,20 +186,20 @@ def step_sizes(
 
 
 def update_ratios(updates: Any, params: Any, labels: Labels = None) -> dict[str, jax.Array]:
-    """The length of the step over that of the parameters.
+    """The norm of the step divided by the norm of the parameters.
 
     ::
 
         r = sqrt(sum |u_i|^2) / sqrt(sum |p_i|^2)        over the entries of the group
 
     Args:
-      updates: What is added to the parameters.
-      params: The parameters before that.
+      updates: The updates that are added to the parameters.
+      params: The parameters before the step.
       labels: As for `measured`.
 
     Returns:
-      By group, float32 of shape (), without unit. Infinity where only the parameters are zero, zero
-      where updates are zero.
+      For each group, float32 of shape (), without unit. Zero if the updates are zero, infinity if
+      only the parameters are.
 
     Example:
       >>> import jax.numpy as jnp
@@ -229,31 +230,31 @@ def epsilon_shares(
     storage: Storage | None = None,
     labels: Labels = None,
 ) -> dict[str, jax.Array]:
-    """The share of entries for which epsilon is more than half of what gradients are divided by.
+    """The share of entries whose denominator is dominated by epsilon.
 
     ::
 
         share of  nu_i < eps           with eps_in_sqrt, else of  sqrt(nu_i) < eps
 
-    with the variance in the place of `nu` where centered, and after bias correction. Such entries
-    take steps in proportion to their gradient, as under SGD with the learning rate
-    `learning_rate / sqrt(eps)`, or `learning_rate / eps`. Under the usual small epsilon they are
-    those whose gradient has been zero; under the large one of some recipes they are most.
+    after bias correction, and with the variance instead of `nu` if centered. Such entries take
+    steps in proportion to their gradient, as SGD does with the learning rate
+    `learning_rate / sqrt(eps)`, or `learning_rate / eps`. With the usual small epsilon these are
+    the entries whose gradient has been zero; with the large epsilon of some recipes, most entries.
 
     Args:
-      state: The state after the step, of an optimizer of this package, by itself or within chains
+      state: The state after the step, of an optimizer of this package, by itself or inside chains
         and wrappers.
-      params: The parameters it belongs to.
-      eps: What the optimizer was given: a number, a scalar array or a schedule.
-      eps_in_sqrt: What the optimizer was given; False for `dialects.torch`.
-      storage: What the optimizer was given.
+      params: The parameters that it belongs to.
+      eps: The optimizer's `eps`: a number, a scalar array or a schedule.
+      eps_in_sqrt: The optimizer's `eps_in_sqrt`; False for `dialects.torch`.
+      storage: The optimizer's `storage`.
       labels: As for `measured`.
 
     Returns:
-      By group, float32 of shape (). Zero for a group without second moments.
+      For each group, float32 of shape (). Zero for a group without second moments.
 
     Raises:
-      ValueError: For a state without second moments, or with moments of other parameters.
+      ValueError: If the state has no second moments, or moments of other parameters.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -270,7 +271,7 @@ def epsilon_shares(
         raise ValueError('the state has no second moment that an epsilon could be added to.')
     masks = []
     for node in nodes:
-        # Epsilon was that of the step before the count went on.
+        # The step used the epsilon of the count before it was incremented.
         eps = eps_.at(node.count - 1)
         for path, moment in _leaves('state', node.var if node.nu is None else node.nu):
             if node.weight is not None:
@@ -283,18 +284,20 @@ def epsilon_shares(
 def saturated_shares(
     state: Any, params: Any, storage: Storage | None, labels: Labels = None
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The shares of entries at the lower and at the upper end of what their format can hold.
+    """The shares of entries at the lower and upper end of the range of their storage format.
 
-    `storage.saturation`, added up over the statistics of a group that have such ends.
+    This is `storage.saturation`, aggregated over the statistics of a group whose formats have such
+    ends.
 
     Args:
-      state: The state of an optimizer of this package, by itself or within chains and wrappers.
-      params: The parameters it belongs to.
-      storage: What the optimizer was given.
+      state: The state of an optimizer of this package, by itself or inside chains and wrappers.
+      params: The parameters that it belongs to.
+      storage: The optimizer's `storage`.
       labels: As for `measured`.
 
     Returns:
-      Lower and upper shares by group, float32 of shape (). Zero for a group without such ends.
+      The lower and the upper share for each group, float32 of shape (). Zero for a group without
+      such ends.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -315,25 +318,24 @@ def saturated_shares(
 def stalled_shares(
     before: Any, after: Any, gradients: Any, storage: Storage | None, labels: Labels = None
 ) -> dict[str, jax.Array]:
-    """The share of compact entries that a step left as they were though their gradient was not
-    zero.
+    """The share of compact entries that did not change although their gradient was not zero.
 
-    Formats of this package round at random: with a slow decay most entries stay at any one step, a
-    few move by more than their due, and averages are right. Then this is steadily below one. It is
-    one at step after step where nothing moves at all any more, such as below the lower end of a
-    format, or where somebody rounds to the nearest.
+    The formats of this package round stochastically. With a slow decay, most entries stay the same
+    at any one step, a few move too far, and the average is right. The share is then steadily below
+    one. It is one at every step if nothing moves any more, for example below the lower end of a
+    format or with round-to-nearest.
 
     Args:
-      before: The state before the step, of an optimizer of this package, by itself or within chains
+      before: The state before the step, of an optimizer of this package, by itself or inside chains
         and wrappers.
-      after: The state after it.
-      gradients: What the optimizer was given, a tree like the parameters.
-      storage: What the optimizer was given.
+      after: The state after the step.
+      gradients: The gradients that the optimizer was given, a tree like the parameters.
+      storage: The optimizer's `storage`.
       labels: As for `measured`.
 
     Returns:
-      By group, float32 of shape (): a share of all entries in formats of fewer digits than float32.
-      Zero for a group without such formats.
+      For each group, float32 of shape (): a share of all entries in formats with fewer digits than
+      float32. Zero for a group without such formats.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -353,7 +355,7 @@ def stalled_shares(
     for old, new in pairs:
         if new.format.rounds and new.path in nonzero:
             driven, same = nonzero[new.path], old.stored == new.stored
-            # PyTorch's dialect keeps two real numbers for a complex one.
+            # PyTorch's dialect stores a complex number as two reals.
             driven = driven.reshape(driven.shape + (1,) * (same.ndim - driven.ndim))
             masks.append((new.path, same & driven))
     return _shares(_groups(gradients, labels), masks)
@@ -385,20 +387,21 @@ def nonfinite_counts(tree: Any) -> dict[str, jax.Array]:
 
 
 class Measurements(NamedTuple):
-    """What `measured` keeps of a step: one array of each measurement, over groups or leaves.
+    """The measurements of one step: an array for each, over groups or leaves.
 
-    `read` takes them apart by name. Under `jax.lax.scan` or `jax.vmap` they get leading axes.
+    `read` splits them by name. `jax.lax.scan` and `jax.vmap` add leading axes.
 
     Attributes:
       step_size: `step_sizes`, of shape (groups, quantiles), in the unit of the parameter.
       update_ratio: `update_ratios`, of shape (groups,).
-      nonfinite_gradients: `nonfinite_counts` of what the optimizer was given, int32 of shape
+      nonfinite_gradients: `nonfinite_counts` of the gradients that the optimizer was given, int32
+        of shape (leaves,).
+      nonfinite_updates: `nonfinite_counts` of the updates that it returned, int32 of shape
         (leaves,).
-      nonfinite_updates: `nonfinite_counts` of what it returned, int32 of shape (leaves,).
       epsilon_share: `epsilon_shares`, of shape (groups,). None unless `eps` is given.
-      saturated_low: The first of `saturated_shares`, of shape (groups,). None, as the next two are,
-        unless `storage` is given.
-      saturated_high: The second.
+      saturated_low: The lower of `saturated_shares`, of shape (groups,). This and the next two are
+        None unless `storage` is given.
+      saturated_high: The upper of `saturated_shares`, of shape (groups,).
       stalled: `stalled_shares`, of shape (groups,).
     """
 
@@ -416,11 +419,10 @@ class MeasuredState(NamedTuple):
     """State of `measured`.
 
     Attributes:
-      count: Steps taken so far, int32 of shape (), staying at its largest value rather than
-        wrapping.
-      measurements: Of the last step that was measured: `optax.tree.get(state, 'measurements')`.
-        Zeros before the first.
-      inner: The state of the optimizer that is measured.
+      count: Steps taken so far, int32 of shape (). Stays at the largest int32 instead of wrapping.
+      measurements: The measurements of the last measured step:
+        `optax.tree.get(state, 'measurements')`. Zeros before the first.
+      inner: The state of the measured optimizer.
     """
 
     count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -438,36 +440,35 @@ def measured(
     storage: Storage | None = None,
     every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures the steps of an optimizer, which it leaves as they are.
+    """Measures the steps of an optimizer without changing them.
 
-    Put it around the whole chain, so that updates are what is added to the parameters. Put it
-    within `optax.MultiSteps`, which hands on no gradients in between, and around
-    `optax.apply_if_finite`, which takes back the state of a step that failed.
+    Put it around the whole chain, so that the updates are those added to the parameters. Put it
+    inside `optax.MultiSteps`, which does not call it between steps, and around
+    `optax.apply_if_finite`, which restores the old state when a step fails.
 
     Args:
       inner: Any optimizer.
       labels: Which parameters form a group: a tree of strings like the parameters, a prefix of one,
         or a function from the parameters to one, as for `optax.partition`; for instance
-        `by_depth(1)`. None makes each leaf a group, by its path.
-      quantiles: Those of the step size, in [0, 1].
-      eps: What `inner` was given, to measure the share of entries that it dominates; None for not
-        measuring that.
-      eps_in_sqrt: What `inner` was given; False for `dialects.torch`.
-      storage: What `inner` was given, to measure compact formats; None for not measuring them.
-      every: Measures the last of as many steps, and keeps that until the next. Quantiles are what
-        costs: for each of them all entries are read 31 times.
+        `by_depth(1)`. None makes each leaf a group, named by its path.
+      quantiles: Which quantiles of the step size to measure, in [0, 1].
+      eps: The `eps` of `inner`, to measure the share of entries that it dominates. None skips this.
+      eps_in_sqrt: The `eps_in_sqrt` of `inner`; False for `dialects.torch`.
+      storage: The `storage` of `inner`, to measure compact formats. None skips this.
+      every: Measures the last of every `every` steps, and keeps the result until the next
+        measurement. Quantiles cost the most: each reads all entries 31 times.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `MeasuredState` and whose updates
       are those of `inner`. `update` needs `params`.
 
     Raises:
-      ValueError: For quantiles outside [0, 1], for missing `params`, for a state whose moments are
-        not those of the parameters.
-      TypeError: For labels that are not strings.
+      ValueError: If quantiles are outside [0, 1], `params` are missing, or the moments of a state
+        belong to other parameters.
+      TypeError: If labels are not strings.
 
-    Where a program does not return the measurements, compilers drop them. Under `jax.jit` meshes do
-    not matter, nor do they under `jax.shard_map`; with `check_vma=False`, however, each shard
+    Compilers drop measurements that a program does not return. Measurements are the same on every
+    mesh, under `jax.jit` and under `jax.shard_map`, except that with `check_vma=False` each shard
     measures its own part.
 
     Example:
@@ -538,21 +539,21 @@ def measured(
 
 
 def read(state: Any, params: Any, labels: Labels = None) -> dict[str, Any]:
-    """Measurements by name: that of the measurement, a slash, and that of the group or leaf.
+    """Measurements by name, such as `step_size/kernel`: the measurement, then the group or leaf.
 
     Args:
-      state: A state that holds those of one `measured`, by itself or within chains and wrappers; or
+      state: A state that contains one `MeasuredState`, by itself or inside chains and wrappers; or
         `Measurements`, which may have leading axes from `jax.lax.scan` or `jax.vmap`.
-      params: The parameters, for their structure only.
-      labels: What `measured` was given.
+      params: The parameters; only their structure is used.
+      labels: The `labels` of `measured`.
 
     Returns:
       A flat dictionary. Entries of `step_size` have a last axis of quantiles; the others have only
       the leading axes, if any.
 
     Raises:
-      ValueError: If there are not measurements of exactly one `measured`, or if they are of other
-        groups.
+      ValueError: If the state does not contain the measurements of exactly one `measured`, or if
+        these have other groups.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -573,7 +574,7 @@ def read(state: Any, params: Any, labels: Labels = None) -> dict[str, Any]:
     nodes = [node for node in nodes if isinstance(node, Measurements)]
     if len(nodes) != 1:
         raise ValueError(
-            f'the state holds the measurements of {len(nodes)} measured optimizers, not of one.'
+            f'the state has measurements of {len(nodes)} optimizers; it must have those of one.'
         )
     leaves = tuple(dict.fromkeys(_groups(params, None).values()))
     groups = tuple(dict.fromkeys(_groups(params, labels).values()))
@@ -585,8 +586,8 @@ def read(state: Any, params: Any, labels: Labels = None) -> dict[str, Any]:
         trailing = (slice(None),) if field == 'step_size' else ()
         if values.shape[-1 - len(trailing)] != len(names):
             raise ValueError(
-                f'{field} was measured of {values.shape[-1 - len(trailing)]} groups, but params '
-                f'and labels have {len(names)}: {", ".join(names)}.'
+                f'{field} has {values.shape[-1 - len(trailing)]} groups, but params and labels '
+                f'have {len(names)}: {", ".join(names)}.'
             )
         for i, name in enumerate(names):
             found[f'{field}/{name}' if name else field] = values[(..., i, *trailing)]
@@ -615,7 +616,7 @@ def _grouped(groups: dict[KeyPath, str], leaves: Leaves) -> dict[str, list[Any]]
     for path, leaf in leaves:
         if path not in groups:
             raise ValueError(
-                f'params{keystr(path)} does not exist, but there is a leaf of that path to measure.'
+                f'params{keystr(path)} does not exist, but a leaf with that path is to be measured.'
             )
         found[groups[path]].append(leaf)
     return found
@@ -627,7 +628,7 @@ def _stacked(measured: dict[str, jax.Array], dtype: Any = jnp.float32) -> jax.Ar
 
 def _shares(groups: dict[KeyPath, str], masks: Leaves) -> dict[str, jax.Array]:
     def share(leaves: list[jax.Array]) -> jax.Array:
-        # In float32 the counts of leaves add up to a share that is right to 1e-7.
+        # Adding counts in float32 gives a share that is accurate to 1e-7.
         counts = [count_true(leaf).astype(jnp.float32) for leaf in leaves]
         return sum(counts, jnp.float32(0)) / max(1, sum(map(whole_size, leaves)))
 

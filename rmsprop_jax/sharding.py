@@ -1,7 +1,7 @@
 """Where optimizer state lives on a mesh: sharded like the parameters, or over the data axis too.
 
-JAX's own SPMD engine does the work. Here is what it cannot know: which array of a state belongs to
-which parameter, and along which axes. See docs/scaling.md.
+JAX's SPMD engine does the work. This module adds what it cannot know: which parameter each array of
+a state belongs to, and along which axes. See docs/scaling.md.
 """
 
 import math
@@ -42,27 +42,27 @@ _HOST = 'pinned_host'
 
 
 def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
-    """The shardings of all that an optimizer keeps, from those of the parameters.
+    """The shardings of an optimizer's state, derived from those of the parameters.
 
-    Statistics are sharded and placed like their parameter, in every storage format; rows and
-    columns of factored ones are without the axis they do not have. Scalars, and whatever else is
-    not shaped like a parameter, are replicated.
+    In every storage format, statistics have the sharding and memory of their parameter. Rows and
+    columns of factored statistics omit the axis that they lack. Scalars, and everything else that
+    is not shaped like a parameter, are replicated.
 
     Args:
       tx: The optimizer: any gradient transformation, with chains, masks, partitions and wrappers.
-      params: The parameters, or their shapes: arrays or `jax.ShapeDtypeStruct`s, also within the
-        variables of `flax.nnx`.
-      shardings: Their shardings, a tree like `params` or a prefix of it, of `NamedSharding`s or
-        `PartitionSpec`s. None means those that `params` have.
+      params: The parameters, or their shapes: arrays or `jax.ShapeDtypeStruct`s, also inside
+        `flax.nnx` variables.
+      shardings: The shardings of the parameters: a tree like `params` or a prefix of it, of
+        `NamedSharding`s or `PartitionSpec`s. None means the shardings that `params` have.
 
     Returns:
-      A tree like `tx.init(params)`, for `jit(out_shardings=...)`, of what `shardings` is made of:
-      `PartitionSpec`s come back as such, for `jax.shard_map(in_specs=...)`.
+      A tree like `tx.init(params)`, with the same kind of leaves as `shardings`: `NamedSharding`s
+      for `jit(out_shardings=...)`, or `PartitionSpec`s for `jax.shard_map(in_specs=...)`.
 
     Raises:
-      ValueError: If `shardings` is None and a parameter has no sharding, or if they are neither
-        like the parameters nor a prefix of them.
-      TypeError: For a `tx` that is none, or shardings that are none.
+      ValueError: If `shardings` is None and a parameter has no sharding, or if `shardings` is not
+        a tree like the parameters or a prefix of it.
+      TypeError: If `tx` is not a transformation, or a leaf of `shardings` is not a sharding.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -79,11 +79,11 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     checked_transformation('tx', tx)
     places = _of_params(params, shardings)
     program, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    # `zero1` constrains what `init` makes, wherever in the optimizer it stands.
+    # `zero1` constrains the state that `init` makes, wherever in the optimizer it is.
     constrained = _constraints(program.jaxpr)
     leaves, treedef = jax.tree.flatten(_of_state(tx, state, params, places))
     chosen = [own or place for own, place in zip(constrained, leaves, strict=True)]
-    # And `offload` puts it into the host's memory.
+    # `offload` moves the state to the host's memory.
     spaces = [getattr(aval, 'memory_space', None) for aval in program.out_avals]
     chosen = [
         place.with_memory_kind(_HOST) if _is_host(space) and isinstance(place, Sharding) else place
@@ -102,9 +102,9 @@ def _is_host(space: Any) -> bool:
 def _constraints(program: Any) -> list[Any]:
     """The sharding on a mesh of devices that a program gives each of its results, or None.
 
-    Those on abstract meshes JAX gives to constants of its own accord.
+    Shardings on abstract meshes are ignored: JAX adds them to constants by itself.
     """
-    # It loads Pallas, which takes as long as a quarter of this package.
+    # Imported here because it loads Pallas, a quarter of the import time of this package.
     from jax.extend.core import Literal
 
     given = {}
@@ -125,12 +125,12 @@ def _constraints(program: Any) -> list[Any]:
 def abstract_state(tx: Any, params: Any, shardings: Any = None) -> Any:
     """Shapes, dtypes and shardings of the state that `tx.init` would make, without making it.
 
-    It is what Orbax restores into, on whatever mesh the parameters are by now.
+    Orbax restores into it, on any mesh that the parameters are on now.
 
     Args:
       tx: As for `state_shardings`.
       params: As for `state_shardings`.
-      shardings: As for `state_shardings`; of `NamedSharding`s.
+      shardings: As for `state_shardings`, but only `NamedSharding`s.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -155,22 +155,22 @@ def zero1_shardings(
 ) -> Any:
     """The shardings of parameters, split over the data axis too.
 
-    The first axis of an array that is whole so far, and whose length the number of devices on the
-    data axis divides, is split; where there is none, the first of which each device's part can be
-    divided once more. An array that has neither stays as it is, and so does one that is split over
-    the data axis already.
+    Splits the first unsharded axis of an array whose length the number of devices on the data axis
+    divides. If there is none, splits the first axis whose part on each device can be divided once
+    more. Otherwise the array keeps its sharding, as does an array that is already split over the
+    data axis.
 
     Args:
       params: As for `state_shardings`.
-      shardings: As for `state_shardings`; of `NamedSharding`s.
+      shardings: As for `state_shardings`, but only `NamedSharding`s.
       axis: The mesh axis, or axes, over which a batch is split.
 
     Returns:
-      A tree of `NamedSharding`s like `params`, in device memory wherever parameters are.
+      A tree of `NamedSharding`s like `params`, in device memory even if parameters are not.
 
     Raises:
-      ValueError: For an axis that the mesh does not have, or parameters without a sharding.
-      TypeError: For shardings that have no mesh.
+      ValueError: If the mesh does not have the axis, or a parameter has no sharding.
+      TypeError: If a sharding has no mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -205,28 +205,28 @@ def zero1(
 ) -> optax.GradientTransformationExtraArgs:
     """Splits the state of an optimizer over the data axis: ZeRO, stage 1.
 
-    Each device keeps and steps its share of the state, with its share of the gradients and
-    parameters, and the updates are gathered. Numbers are those of `tx`: only where they are made
-    changes. It is made of sharding constraints, which the compiler turns into communication: on
-    GPUs a reduce-scatter of gradients and an all-gather of updates. TPUs want `reduce_scatter`
-    beside it; see docs/scaling.md. It works under `jit` on meshes of `Auto` and of `Explicit` axes,
-    and may stand anywhere among other transformations.
+    Each device keeps its share of the state and updates it with its share of the gradients and
+    parameters; the updates are then gathered. The numbers are those of `tx`: only the device that
+    computes them changes. `zero1` adds sharding constraints, which the compiler turns into
+    communication: on GPUs a reduce-scatter of gradients and an all-gather of updates. TPUs also
+    need `reduce_scatter`; see docs/scaling.md. `zero1` works under `jit` on meshes of `Auto` and of
+    `Explicit` axes, and may stand anywhere among other transformations.
 
     Args:
       tx: The optimizer: any gradient transformation.
       params: The parameters, or their shapes: arrays or `jax.ShapeDtypeStruct`s.
-      shardings: Their shardings, if `params` have none: a tree of `NamedSharding`s like `params`
-        or a prefix of it. Updates come back so.
-      axis: The mesh axis, or axes, over which a batch is split and now state too.
+      shardings: The shardings of the parameters, if `params` have none: a tree of `NamedSharding`s
+        like `params` or a prefix of it. Updates have these shardings too.
+      axis: The mesh axis, or axes, over which the batch is split, and now the state too.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state of `tx`, whose shardings are
       `state_shardings(tx, params, zero1_shardings(params, shardings, axis))`.
 
     Raises:
-      ValueError: For an axis that the mesh does not have, parameters without a sharding, or (in
-        `init` and `update`) leaves that are not among `params`, a state that is not of `tx`.
-      TypeError: For shardings that have no mesh.
+      ValueError: If the mesh does not have the axis, or a parameter has no sharding. `init` and
+        `update` raise it for leaves that are not in `params` and for a state of another optimizer.
+      TypeError: If a sharding has no mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -251,7 +251,7 @@ def zero1(
     def found(tree: Any, shardings: dict[KeyPath, NamedSharding]) -> Any:
         def leaf(path: KeyPath, _: Any) -> NamedSharding:
             if canonical(path) not in shardings:
-                raise ValueError(f'zero1 was not told of params{keystr(path)}.')
+                raise ValueError(f'params{keystr(path)} is not in the params given to zero1.')
             return shardings[canonical(path)]
 
         return tree_map_with_path(leaf, tree)
@@ -288,26 +288,26 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
         update, new state  =  inner.update(gradients, state in device memory, params)
         new state             back in pinned host memory
 
-    Numbers are those of `inner`. Statistics are moved, and scalars such as counts stay on the
-    device. The device memory that this frees is free between steps and while gradients are
-    computed; during the update, the state, or the part of it that the compiler loads ahead, is on
-    the device again. Each step moves the whole state over the host's link twice. docs/scaling.md
-    has the bytes that compilers plan for, and storage formats make them fewer.
+    The numbers are those of `inner`. Statistics move; scalars such as counts stay on the device.
+    This frees device memory between steps and while gradients are computed. During the update, the
+    state, or the part of it that the compiler loads ahead, is on the device again. Each step moves
+    the whole state over the host link twice. docs/scaling.md lists the bytes that compilers plan
+    for; compact storage formats reduce them.
 
-    Call `update` under `jax.jit` with `out_shardings` that say where the state goes, and donate the
-    parameters together with the state: XLA otherwise may want to reuse a donated host buffer for
-    an update on the device, and fails.
+    Call `update` under `jax.jit` with `out_shardings` that place the state, and donate the
+    parameters together with the state. Otherwise XLA may try to reuse a donated host buffer for an
+    update on the device, and fail.
 
     Args:
-      inner: The optimizer. `offload` goes around all of it: `offload(zero1(tx, params))`.
+      inner: The optimizer. Put `offload` around all of it: `offload(zero1(tx, params))`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with the state of `inner`. `state_shardings` and
-      `abstract_state` know where it is.
+      `abstract_state` return its shardings, in host memory.
 
     Raises:
-      TypeError: For an `inner` that is not a transformation.
-      NotImplementedError: With a JAX that has no `jax.memory`.
+      TypeError: If `inner` is not a transformation.
+      NotImplementedError: If this version of JAX has no `jax.memory`.
 
     Example:
       >>> import jax, jax.numpy as jnp, rmsprop_jax
@@ -342,23 +342,23 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
 def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] = 'data') -> Any:
     """Sums gradients over the data axis and leaves each device its share, under `jax.shard_map`.
 
-    It goes over one mesh axis after another. Where each of them is one axis of a TPU's torus, the
-    compiler then makes a reduce-scatter, which it does not for a group of devices that lies along
-    several; see docs/scaling.md.
+    It sums over one mesh axis after another. If each of these is one axis of a TPU's torus, the
+    compiler emits reduce-scatters, which it does not for a group of devices along several axes; see
+    docs/scaling.md.
 
     Args:
-      gradients: Those of one device's share of the batch.
-      shardings: What `zero1_shardings` returned, or the `PartitionSpec`s of it. Leaves that are not
-        split over a data axis are summed only.
+      gradients: The gradients of one device's share of the batch.
+      shardings: The result of `zero1_shardings`, or its `PartitionSpec`s. Leaves that are not split
+        over a data axis are summed but not scattered.
       axis: As for `zero1_shardings`.
 
     Returns:
-      A tree like `gradients`, to be given back with `out_specs` from those shardings.
+      A tree like `gradients`. Return it from `shard_map` with `out_specs` from `shardings`.
 
     Raises:
-      ValueError: If `jax.grad` has summed a gradient already, which it does under shard_map where
-        parameters are the same on every device. Give shard_map `check_vma=False`, or `jax.grad` the
-        parameters through `jax.lax.pcast(params, axis, to='varying')`.
+      ValueError: If `jax.grad` has already summed a gradient, which it does under shard_map if
+        parameters are the same on every device. Pass `check_vma=False` to shard_map, or
+        `jax.lax.pcast(params, axis, to='varying')` to `jax.grad`.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -381,8 +381,9 @@ def reduce_scatter(gradients: Any, shardings: Any, axis: str | tuple[str, ...] =
         for name in names:
             if name in varying_axes(lax.axis_index(name)) - varying_axes(g):
                 raise ValueError(
-                    f'gradients{keystr(path)} is summed over {name!r} already: give jax.shard_map '
-                    'check_vma=False, or parameters to jax.grad through jax.lax.pcast.'
+                    f'gradients{keystr(path)} is already summed over {name!r}: pass '
+                    'check_vma=False to jax.shard_map, or apply jax.lax.pcast to the parameters '
+                    'before jax.grad.'
                 )
         entries = enumerate(map(axis_names, _spec(sharding)))
         owners = [(name, dim) for dim, entry in entries for name in entry if name in names]
@@ -410,7 +411,7 @@ def _of_params(params: Any, shardings: Any, name: str = 'params') -> Any:
     def leaf(path: KeyPath, param: Any) -> Any:
         found = getattr(param, 'sharding', None)
         if found is None:
-            raise ValueError(f'{name}{keystr(path)} has no sharding: give shardings.')
+            raise ValueError(f'{name}{keystr(path)} has no sharding: pass shardings.')
         return found
 
     return tree_map_with_path(leaf, params)
@@ -427,11 +428,11 @@ def _check_is_mapped(name: str) -> None:
     try:
         lax.axis_index(name)
     except NameError:
-        raise ValueError(f'axis {name!r} is not one that jax.shard_map goes over here.') from None
+        raise ValueError(f'axis {name!r} is not an axis that jax.shard_map maps here.') from None
 
 
 def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
-    """The shardings of a state, of which only the shapes are looked at."""
+    """The shardings of a state. Only its shapes are inspected."""
     elsewhere = _replicated(shardings)
     return optax.tree.map_params(
         tx,
@@ -440,7 +441,7 @@ def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
         params,
         shardings,
         transform_non_params=lambda _: elsewhere,
-        # Whole trees are handed over, so that a leaf may be kept as several, or masked out.
+        # Pass whole trees, since a leaf may be stored as several, or masked out.
         is_leaf=lambda _: True,
     )
 
@@ -462,7 +463,7 @@ def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:
     if isinstance(stored, Means):
         specs = factored().spec(_spec(sharding), len(param.shape))
         return type(stored)(*[_with_spec(sharding, spec) for spec in specs])
-    # Complex parameters may be kept as pairs of reals, along a further axis.
+    # Complex parameters may be stored as pairs of reals, along a last axis.
     is_alike = stored.shape[: len(param.shape)] == param.shape
     return sharding if is_alike else elsewhere
 
@@ -480,13 +481,13 @@ def _with_spec(sharding: Any, spec: PartitionSpec) -> Any:
 
 
 def _split(shape: tuple[int, ...], sharding: NamedSharding, names: tuple[str, ...]) -> Any:
-    """A partition over further mesh axes, or the one there is if it has them or none fits."""
+    """The spec with `names` added; unchanged if it contains one of them or no axis fits."""
     sizes, spec = sharding.mesh.shape, sharding.spec
     entries = [axis_names(spec[dim]) if dim < len(spec) else () for dim in range(len(shape))]
     if set(names) & {name for entry in entries for name in entry}:
         return spec
     parts = math.prod(sizes[name] for name in names)
-    # Axes that are whole come first.
+    # Try unsharded axes first.
     for dim in sorted(range(len(shape)), key=lambda dim: bool(entries[dim])):
         own = math.prod(sizes[name] for name in entries[dim])
         if shape[dim] and shape[dim] % (own * parts) == 0:
@@ -498,7 +499,7 @@ def _split(shape: tuple[int, ...], sharding: NamedSharding, names: tuple[str, ..
 
 
 def _constrained(x: Any, sharding: Any) -> Any:
-    """`x` in that place; abstract parameters only say where they would be."""
+    """`x` with this sharding; an abstract parameter only records it."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(sharding=sharding)
     if not isinstance(sharding, NamedSharding):
@@ -509,7 +510,7 @@ def _constrained(x: Any, sharding: Any) -> Any:
 
 
 def _replicated(shardings: Any) -> Any:
-    """For what belongs to no parameter: in the devices' own memory."""
+    """The sharding of leaves that belong to no parameter: replicated, in device memory."""
     first = next(iter(jax.tree.leaves(shardings)), PartitionSpec())
     if isinstance(first, NamedSharding):
         return NamedSharding(first.mesh, PartitionSpec())

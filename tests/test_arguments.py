@@ -222,7 +222,7 @@ WRONG += [
     (diagnostics.by_depth, ('x',), ValueError, 'depth must be an integer of at least 1'),
     (diagnostics.epsilon_shares, (3, PARAMS, 1e-8), ValueError, 'state has no second moment'),
     (diagnostics.epsilon_shares, (STATE, PARAMS, 'x'), TypeError, f'eps {NUMBER}'),
-    (diagnostics.read, (3, PARAMS), ValueError, 'measurements of 0 measured optimizers'),
+    (diagnostics.read, (3, PARAMS), ValueError, 'measurements of 0 optimizers'),
     (diagnostics.saturated_shares, (STATE, PARAMS, 3), TypeError, 'storage must be'),
     (diagnostics.stalled_shares, (STATE, STATE, PARAMS, 3), TypeError, 'storage must be'),
     (diagnostics.step_sizes, (PARAMS, 3), TypeError, r"labels\['dense'\].* must be a string"),
@@ -443,7 +443,7 @@ WRONG_FILES = [
         interchange.parameters_from,
         ({'dense.weight': [[1, 2], [3]], 'dense.bias': 'x', 'y': 1}, PARAMS, PAIRS),
         ValueError,
-        "'y' is in no pair(.|\\n)*'dense.bias' has dtype <U1(.|\\n)*'dense.weight' cannot be read",
+        "'y' is not in any pair(.|\\n)*'dense.bias' has dtype <U1(.|\\n)*'dense.weight' cannot be",
     ),
     (
         interchange.parameters_from,
@@ -466,7 +466,7 @@ WRONG_FILES = [
         interchange.from_torch,
         ({'param_groups': [3, {'params': 3}, {'params': [[]], 'param_names': [3]}]}, TX, 0, ()),
         ValueError,
-        "group 0 is a int(.|\\n)*group 1: 'params' is(.|\\n)*group 2: 'param_names' is no list",
+        "group 0 is a int(.|\\n)*group 1: 'params' is(.|\\n)*group 2: 'param_names' is not a list",
     ),
     *[
         (
@@ -496,13 +496,13 @@ WRONG_FILES = [
             message,
         )
         for wrong, message in [
-            ({'lr': 'x'}, "group 0: lr is 'x', which is no number"),
-            ({'centered': np.ones(3)}, 'group 0: centered is array.*, which is no number'),
+            ({'lr': 'x'}, "group 0: lr is 'x', which is not a number"),
+            ({'centered': np.ones(3)}, 'group 0: centered is array.*, which is not a number'),
             ({'alpha': 2}, 'group 0: alpha must be in'),
-            ({3: 3, 'z': 3}, "group 0: 3 is no setting(.|\\n)*group 0: 'z' is no setting"),
+            ({3: 3, 'z': 3}, "group 0: 3 is not a setting(.|\\n)*group 0: 'z' is not a s"),
         ]
     ],
-    (interchange.to_torch, (STATE, PARAMS, PAIRS, 3), ValueError, 'missing or no list'),
+    (interchange.to_torch, (STATE, PARAMS, PAIRS, 3), ValueError, 'missing or not a list'),
     (interchange.to_torch, (3, PARAMS, PAIRS, [GROUP]), ValueError, 'has step counts'),
     (
         lambda group: interchange.to_torch(STATE, PARAMS, PAIRS, [group], names=NAMES),
@@ -510,7 +510,7 @@ WRONG_FILES = [
         ValueError,
         "'dense.weight' has momentum=array.* in its group, which is no number",
     ),
-    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'no single step count'),
+    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'not exactly one'),
     (interchange.from_optax, (STATE, 3, PARAMS), TypeError, 'tx must be a gradient'),
     (
         interchange.from_optax,
@@ -526,7 +526,7 @@ WRONG_FILES = [
         interchange.from_keras,
         ({'iteration': np.ones(3, int)}, TX, PARAMS, PAIRS),
         ValueError,
-        "'iteration' is missing or no step count",
+        "'iteration' is missing or not a step count",
     ),
     (
         lambda steps: interchange.from_keras(
@@ -797,8 +797,8 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (diagnostics.saturated_shares, 'params'): ({}, ValueError, r"^params\['dense'\].* does not"),
     (diagnostics.stalled_shares, 'before'): (3, ValueError, '^the structure of after does not'),
     (diagnostics.stalled_shares, 'after'): (3, ValueError, '^the structure of after does not'),
-    (diagnostics.read, 'state'): (3, ValueError, '^the state holds the measurements of 0 meas'),
-    (diagnostics.read, 'params'): ({}, ValueError, '^.* was measured of 2 groups, but params'),
+    (diagnostics.read, 'state'): (3, ValueError, '^the state has measurements of 0 optimizers'),
+    (diagnostics.read, 'params'): ({}, ValueError, '^.* has 2 groups, but params and labels'),
     (interchange.Layout, 'axes'): (3, TypeError, '^axes must be a tuple of integers'),
     (interchange.Layout, 'split'): (('x',), TypeError, '^split must be a tuple of integers'),
     (interchange.Layout.to_ours, 'array'): (np.ones(3), ValueError, '^its 1 axes cannot be laid'),
@@ -870,7 +870,11 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     },
     (interchange.restore_port, 'learning_rate'): ('x', ValueError, 'not a port that was completed'),
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
-    (interchange.to_torch, 'param_groups'): (3, ValueError, "'param_groups' is missing or no list"),
+    (interchange.to_torch, 'param_groups'): (
+        3,
+        ValueError,
+        "'param_groups' is missing or not a list",
+    ),
     (interchange.to_torch, 'as_tensor'): (3, TypeError, '^as_tensor must be a function'),
     (interchange.to_optax, 'state'): (3, ValueError, STRAY),
     (interchange.to_keras, 'state'): (3, ValueError, STRAY),

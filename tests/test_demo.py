@@ -216,8 +216,10 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     file.write_text('mine')
     assert_refused(run('--output', file), 'File exists')
     assert_refused(run('--output', file / 'below'), 'Not a directory')
-    assert_refused(run('--output', tmp_path, '--overwrite'), 'holds other files and no run')
-    assert_refused(run('--output', tmp_path / 'new', '--resume'), 'no run to resume')
+    assert_refused(run('--output', tmp_path, '--overwrite'), 'contains other files, but not a run')
+    assert_refused(
+        run('--output', tmp_path / 'new', '--resume'), 'does not contain a run to resume'
+    )
     assert file.read_text() == 'mine'
 
 

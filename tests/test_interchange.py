@@ -230,7 +230,7 @@ def test_optax_round_trips(settings: dict[str, Any]):
 def test_optax_needs_a_count_and_a_decay_where_the_state_has_none():
     params = {'w': jnp.zeros(2)}
     theirs, here = optax.rmsprop(0.1), rmsprop_jax.rmsprop(0.1)
-    with pytest.raises(interchange.InterchangeError, match='no single step count'):
+    with pytest.raises(interchange.InterchangeError, match='not exactly one'):
         interchange.from_optax(theirs.init(params), here, params)
     state = interchange.from_optax(theirs.init(params), here, params, count=9)
     assert optax.tree.get(state, 'count') == 9
@@ -493,8 +493,9 @@ def test_a_velocity_does_not_go_to_the_other_side_of_a_changing_rate():
     tx = INSIDE['rmsprop'](optax.piecewise_constant_schedule(1e-2, {1000: 0.1}))
     (found,) = _problems(lambda: interchange.from_torch(theirs, tx, params, pairs))
     assert found == (
-        "'w': in PyTorch the learning rate is outside the velocity, and in tx inside the velocity, "
-        'where it changes in time: that is another algorithm, which cannot go on from this velocity'
+        "'w': in PyTorch the learning rate is outside the velocity, but in tx it is inside the "
+        'velocity and changes over time: that is another algorithm, which cannot continue from '
+        'this velocity'
     )
     state = tx.init(params)
     groups = theirs['param_groups']
@@ -506,7 +507,7 @@ def test_a_velocity_does_not_go_to_the_other_side_of_a_changing_rate():
     moved = {'w/RMSProp': np.ones(1, 'f'), 'w/RMSProp_1': np.ones(1, 'f')}
     (found,) = _problems(lambda: interchange.from_tensorflow(moved, tx, params, pairs, count=3))
     assert found.startswith(
-        "'w': in TensorFlow the learning rate is inside the velocity, and in tx"
+        "'w': in TensorFlow the learning rate is inside the velocity, but in tx"
     )
 
 
@@ -515,8 +516,8 @@ def test_a_side_that_cannot_be_found_is_refused_naming_both():
     plateau = optax.chain(dialects.torch(1e-2, momentum=0.9), optax.contrib.reduce_on_plateau())
     (found,) = _problems(lambda: interchange.from_torch(theirs, plateau, params, pairs))
     assert found.startswith(
-        "'w': in PyTorch the learning rate is outside the velocity, and whether it is in tx cannot "
-        'be found: it raises TypeError'
+        "'w': in PyTorch the learning rate is outside the velocity, and where it is in tx cannot "
+        'be found: tx raises TypeError'
     )
 
 
@@ -713,7 +714,7 @@ def test_every_offending_entry_is_listed():
         "are the names in the optimizer's order?",
         "exp_avg of 'fc.bias' is nothing that RMSProp keeps",
         "step of 'fc.bias' is missing or no step count",
-        'state 2 belongs to no parameter of the groups',
+        'state 2 does not belong to any parameter of the groups',
         'parameters have taken different numbers of steps (0: fc.bias; 7: fc.weight): pass count',
     }
 
@@ -791,7 +792,7 @@ def test_names_must_cover_the_numbers():
     for names, complaint in (
         (['fc.weight'], '2 parameters are in the groups, but 1 in names'),
         (['fc.weight', 'fc.weight'], "'fc.weight' is in names more than once"),
-        (['fc.weight', 'other'], "'other' is in no pair"),
+        (['fc.weight', 'other'], "'other' is not in any pair"),
     ):
         found = _problems(
             lambda names=names: interchange.from_torch(
@@ -838,7 +839,7 @@ def test_groups_of_another_optimizer_are_refused():
     theirs['param_groups'][0] |= {'betas': (0.9, 0.99), 'alpha': 2.0}
     del theirs['param_groups'][0]['eps']
     found = _problems(lambda: interchange.torch_optimizer(theirs, params, _fc()))
-    assert "group 0: 'betas' is no setting of torch.optim.RMSprop" in found
+    assert "group 0: 'betas' is not a setting of torch.optim.RMSprop" in found
     assert "group 0: 'eps' is missing" in found
     assert any('alpha must be in [0, 1]' in line for line in found)
 
@@ -861,7 +862,7 @@ def test_numbers_of_keras_must_be_numbers():
                 theirs | {'learning_rate': rate}, tx, params, pairs
             )
         )
-        assert found == ("'learning_rate' is no finite number",)
+        assert found == ("'learning_rate' is not a finite number",)
 
 
 @pytest.mark.parametrize(
@@ -939,9 +940,9 @@ def test_tensorflow_slots_left_over_are_refused_and_other_variables_are_not():
     del theirs['global_step']
     found = _problems(lambda: interchange.from_tensorflow(theirs, tx, params, pairs))
     assert set(found) == {
-        "'v/RMSProp' belongs to no pair",
-        "'w/RMSProp_2' belongs to no pair",
-        "'global_step' is missing or no step count: pass count",
+        "'v/RMSProp' does not belong to any pair",
+        "'w/RMSProp_2' does not belong to any pair",
+        "'global_step' is missing or not a step count: pass count",
     }
     slots = {'w/rms': np.ones(2, 'f'), 'w/momentum': np.zeros(2, 'f')}
     state = interchange.from_tensorflow(slots, tx, params, pairs, name=None, count=4)
@@ -956,8 +957,8 @@ def test_keras_variables_left_over_or_missing_are_refused():
     theirs = {'net_v_velocity': np.ones(2, 'f'), 'learning_rate': np.float32(0.1)}
     found = _problems(lambda: interchange.from_keras(theirs, dialects.keras(), params, pairs))
     assert set(found) == {
-        "'iteration' is missing or no step count",
-        "'net_v_velocity' belongs to no pair",
+        "'iteration' is missing or not a step count",
+        "'net_v_velocity' does not belong to any pair",
         "'net_w_velocity' is missing",
     }
 
@@ -971,7 +972,7 @@ def test_bias_correction_has_no_counterpart_in_the_other_frameworks():
         (lambda: interchange.to_tensorflow(state, params, pairs), 'TensorFlow'),
         (lambda: interchange.to_torch(state, params, pairs, groups), 'PyTorch'),
     ):
-        assert f"'w' is bias-corrected, which {name} has not" in _problems(convert)
+        assert f"'w' is bias-corrected, which {name} does not support" in _problems(convert)
 
 
 def test_a_variance_below_zero_is_zero_and_a_warning_says_where():
@@ -1027,7 +1028,7 @@ def test_a_flattened_image_meets_the_same_weights():
 def test_a_layout_refuses_axes_it_does_not_speak_of():
     with pytest.raises(ValueError, match='its 3 axes cannot be laid out'):
         interchange.Layout((1, 0)).to_ours(np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match='no matrix of 6 features'):
+    with pytest.raises(ValueError, match='not a matrix of 6 features'):
         interchange.flattened(2, 3).to_ours(np.zeros((4, 5)))
 
 
@@ -1044,12 +1045,12 @@ def test_parameters_go_both_ways_and_every_misfit_is_listed():
     assert set(_problems(lambda: interchange.parameters_from(theirs, like, pairs))) == {
         "'fc/bias' is the `ours` of more than one pair",
         "'out', paired with 'out', is not in params",
-        "'bn.weight' is in no pair",
+        "'bn.weight' is not in any pair",
         "'fc.weight' has shape (2, 4) where ours is (2, 3)",
         "'other', paired with 'fc/bias', is missing",
-        "'lone' is in no pair",
+        "'lone' is not in any pair",
     }
-    assert "'lone' is in no pair" in _problems(lambda: interchange.parameters_to(like, pairs))
+    assert "'lone' is not in any pair" in _problems(lambda: interchange.parameters_to(like, pairs))
 
 
 def test_ready_made_pairs():

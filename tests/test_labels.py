@@ -86,9 +86,9 @@ def test_what_does_not_match_is_named():
         ValueError, match=r"params\['layers'\]\[0\]\['bias'\].*'layers/0/bias', whi"
     ):
         labels_by_path({'kernel': 'k'})(PARAMS)
-    with pytest.raises(ValueError, match="the pattern 'heed' is the first match of no parameter"):
+    with pytest.raises(ValueError, match="the pattern 'heed' is not the first match of any "):
         labels_by_path({'heed': 'h', '': 'rest'})(PARAMS)
-    with pytest.raises(ValueError, match="the pattern 'bias' is the first match of no"):
+    with pytest.raises(ValueError, match="the pattern 'bias' is not the first match"):
         labels_by_path({'': 'rest', 'bias': 'late'})(PARAMS)
     with pytest.raises(ValueError, match=r"patterns has '\(', which is not a regular expression"):
         labels_by_path({'(': 'rest'})

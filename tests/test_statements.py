@@ -141,7 +141,7 @@ def test_classes_and_names_of_states():
 def test_multi_steps_and_keras_accumulation():
     assert_says(
         INTEGRATIONS,
-        "`optax.MultiSteps` accumulates in float32 and hands on the mean in the gradients' dtype; "
+        "`optax.MultiSteps` accumulates in float32 and passes the mean on in the gradients' dtype. "
         '`dialects.keras(gradient_accumulation_steps=...)` stays in float32 throughout.',
     )
     gradients = [jnp.bfloat16(g) for g in (1.0, 2.0**-9, 2.0**-9, 2.0**-9)]
@@ -173,8 +173,8 @@ def test_schedule_free_is_where_the_page_says():
 def test_lookahead_wants_two_copies():
     assert_says(
         INTEGRATIONS,
-        '`optax.lookahead` wants `params = optax.LookaheadParams.init_synced(params)`, and '
-        'gradients of `params.fast`.',
+        '`optax.lookahead` needs `params = optax.LookaheadParams.init_synced(params)`, and '
+        'gradients with respect to `params.fast`.',
     )
     tx, params = optax.lookahead(rmsprop_jax.rmsprop(0.1), 2, 0.5), jnp.ones(2)
     both = optax.LookaheadParams.init_synced(params)
@@ -187,8 +187,8 @@ def test_lookahead_wants_two_copies():
 def test_masked_hands_on_what_it_leaves_out():
     assert_says(
         INTEGRATIONS,
-        '`optax.masked` hands on the gradients of what it leaves out. To freeze that, use '
-        '`optax.partition` with `optax.set_to_zero()`.',
+        '`optax.masked` passes the gradients of masked-out parameters through unchanged. To freeze '
+        'those parameters, use `optax.partition` with `optax.set_to_zero()`.',
     )
     params, tx = {'a': jnp.ones(()), 'b': jnp.ones(())}, rmsprop_jax.rmsprop(0.1)
     assert final(optax.masked(tx, {'a': True, 'b': False}), [params])[0]['b'] == 1
@@ -201,12 +201,13 @@ def test_masked_hands_on_what_it_leaves_out():
 def test_injected_numbers_take_the_dtype_of_the_parameters_in_optax():
     assert_says(
         INTEGRATIONS,
-        'It is `optax.inject_hyperparams` with numbers in float32 whatever the parameters are',
+        'is `optax.inject_hyperparams` with two differences: hyperparameters are float32 whatever '
+        'the dtype of the parameters, and arguments such as `storage` and `mask` stay static.',
     )
     assert_says(
         INTEGRATIONS,
-        "With Optax's own, name these in `static_args`, and give `hyperparam_dtype=jnp.float32` "
-        'where parameters are narrower.',
+        "With Optax's own, list these arguments in `static_args`, and pass "
+        '`hyperparam_dtype=jnp.float32` if parameters are narrower.',
     )
     params = jnp.ones(2, jnp.bfloat16)
 
@@ -233,8 +234,8 @@ def test_injected_numbers_take_the_dtype_of_the_parameters_in_optax():
 def test_steps_that_bfloat16_parameters_do_not_notice():
     assert_says(
         INTEGRATIONS,
-        'Parameters of bfloat16 do not move by less than a 512th of their size, and some by less '
-        'than a 256th',
+        'a bfloat16 parameter does not move when its update is smaller than a 512th of it; for '
+        'some values the limit is a 256th.',
     )
     params = jnp.arange(128, 256, dtype=jnp.bfloat16) / 128
     moved = {
@@ -250,7 +251,7 @@ def test_steps_that_bfloat16_parameters_do_not_notice():
 def test_small_float16_gradients_vanish_in_the_division():
     assert_says(
         INTEGRATIONS,
-        'Where they are float16 themselves they would vanish again in that very division',
+        'float16 gradients would vanish again in that division',
     )
     scale, gradient = 2.0**15, [jnp.float16(1e-4)]
     assert final(optax.scale(1 / scale), gradient)[0] == 0
@@ -259,7 +260,7 @@ def test_small_float16_gradients_vanish_in_the_division():
 
 
 def test_the_state_in_nnx_is_read_as_pure():
-    assert_says(INTEGRATIONS, 'With `nnx.Optimizer` read `nnx.as_pure(optimizer.opt_state)`.')
+    assert_says(INTEGRATIONS, 'With `nnx.Optimizer`, read `nnx.as_pure(optimizer.opt_state)`.')
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, rmsprop_jax.rmsprop(0.1), wrt=nnx.Param)
     state = nnx.as_pure(optimizer.opt_state)

@@ -1,4 +1,4 @@
-"""Values inside a traced step: marked where they are used, found, and computed without the rest."""
+"""Marks values inside a traced step, finds them, and computes them without the rest."""
 
 import contextlib
 import contextvars
@@ -15,26 +15,26 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from rmsprop_jax._types import canonical
 
 _PREFIX = 'rmsprop_jax:'
-# An argument of `update` would not do: `optax.MultiSteps` drops what it does not know.
+# Not an argument of `update`, since `optax.MultiSteps` drops arguments that it does not know.
 _marking = contextvars.ContextVar('marking', default=False)
 
 
 def marked(value: Any, tree: Any) -> Any:
-    """`value`, which `marked_values` finds under the paths of the leaves of `tree`.
+    """Marks `value`, so that `marked_values` finds it under the paths of the leaves of `tree`.
 
-    Elsewhere it is `value` itself: programs that nobody looks into hold no mark.
+    Outside `marked_values` it returns `value` itself, and the program contains no mark.
     """
     if not _marking.get():
         return value
     paths = [keystr(canonical(path)) for path, _ in tree_flatten_with_path(tree)[0]]
-    # The name holds all there is to know, since JAX may keep the program for later.
+    # The name contains all the information, since JAX may cache the program.
     return checkpoint_name(jnp.asarray(value), f'{_PREFIX}{json.dumps(paths)}')
 
 
 def marked_values(function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
-    """The values that `function` marks, with the path of each leaf that they are marked for.
+    """The values that `function` marks, each with the path of the leaf that it is marked for.
 
-    The function is traced, and no more of it is run than these values need.
+    The function is traced; only what these values need is run.
     """
     with _marks():
         program = jax.make_jaxpr(function)(*args)
@@ -52,15 +52,15 @@ def _marks() -> Iterator[None]:
 
 
 def _named_values(program: Any, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """The values that have a name of ours in a closed jaxpr that is applied to `values`.
+    """The values that carry one of our marks in a closed jaxpr applied to `values`.
 
-    A branch of `lax.cond` is looked into whether it would be taken or not.
+    Every branch of `lax.cond` is searched, whether it would be taken or not.
     """
     for eqn in program.eqns:
         name = str(eqn.params.get('name', ''))
         if eqn.primitive.name == 'name' and name.startswith(_PREFIX):
             yield name.removeprefix(_PREFIX), *_computed(program, values, eqn.invars)
-        # The first operand of a condition chooses the branch.
+        # The first operand of `lax.cond` selects the branch.
         operands = eqn.invars[1:] if eqn.primitive.name == 'cond' else eqn.invars
         for inner in _programs(eqn.params):
             if _PREFIX in str(inner) and len(inner.jaxpr.invars) == len(operands):
@@ -68,7 +68,7 @@ def _named_values(program: Any, values: Sequence[Any]) -> Iterator[tuple[str, An
 
 
 def _programs(params: dict[str, Any]) -> Iterator[Any]:
-    # It loads Pallas, which takes as long as a quarter of this package.
+    # Imported here because it loads Pallas, a quarter of the import time of this package.
     from jax.extend.core import ClosedJaxpr
 
     for value in params.values():
@@ -78,7 +78,7 @@ def _programs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _computed(program: Any, values: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
-    """Those variables of a program, for which no more of it is run than they need."""
+    """The values of the wanted variables of a program; only what they need is run."""
     needed, equations = {*map(id, wanted)}, []
     for eqn in reversed(program.eqns):
         if needed & {*map(id, eqn.outvars)}:

@@ -1,17 +1,17 @@
 """Optimizer state and parameters to and from PyTorch, Keras 3, TensorFlow 1 and Optax.
 
-Everything passes as plain mappings of arrays: no framework is imported, and whatever `np.asarray`
-takes is taken. Only `read_checkpoint` opens files, and needs PyTorch for PyTorch's own. A sequence
-of `Pair`s says which of their names is which of our paths, and how the axes lie; `torch.linear`,
-`torch.conv`, `torch.norm` and their like in `keras` make the common ones. The same pairs move the
-parameters, with `parameters_from` and `parameters_to`.
+States are plain mappings of arrays: no framework is imported, and anything that `np.asarray`
+accepts can be passed. Only `read_checkpoint` opens files; it needs PyTorch for PyTorch's own files.
+A sequence of `Pair`s maps their names to our paths and describes how the axes differ.
+`torch.linear`, `torch.conv`, `torch.norm` and their counterparts in `keras` make the common pairs.
+With the same pairs, `parameters_from` and `parameters_to` convert the parameters.
 
-State goes into a transformation that you make, wherever in it the state sits: in a chain, under
-`optax.masked`, `optax.partition`, `optax.MultiSteps` or `inject_hyperparams`. All or nothing: one
-`InterchangeError` lists every entry that is missing, left over, of the wrong shape or kind, or not
-finite, and nothing is dropped, filled in or reshaped silently.
+You make the transformation that receives the state. Its RMSProp state may be anywhere: in a chain,
+under `optax.masked`, `optax.partition`, `optax.MultiSteps` or `inject_hyperparams`. A conversion is
+all or nothing: one `InterchangeError` lists every entry that is missing, left over, of the wrong
+shape or kind, or not finite. Nothing is dropped, filled in or reshaped silently.
 
-What differs between the frameworks' buffers and ours, and is taken care of:
+These differences between the frameworks' buffers and ours are converted:
 
 | theirs | ours |
 |---|---|
@@ -21,12 +21,13 @@ What differs between the frameworks' buffers and ours, and is taken care of:
 | Keras's and TensorFlow's `momentum` (learning rate inside it) | `-trace` of their dialects |
 | Optax's `trace` | `trace` of `rmsprop` |
 
-A velocity goes to the other side of the learning rate too, while that is constant: what `tx` makes
-of one is measured, and so is whether it contradicts what the checkpoint says of itself.
+If the learning rate is constant, a velocity is also converted to the other side of it. To do so,
+the conversion measures what `tx` does with a velocity. It also checks that `tx` does not contradict
+the settings in the checkpoint.
 
-`c` is 1, or with bias correction the sum of the weights, `1 - decay^count`. Where the variance is
-small beside `|mu|^2`, the difference has no more digits than their `nu` left in it. It is taken in
-float64, kept from falling below zero, and a `LossyConversionWarning` names where that happened.
+`c` is 1, or with bias correction the sum of the weights, `1 - decay^count`. If the variance is
+small compared with `|mu|^2`, the difference has only the digits that remain in their `nu`. It is
+computed in float64 and set to 0 where it is negative; a `LossyConversionWarning` says where.
 """
 
 from rmsprop_jax.interchange import keras as keras

@@ -1,8 +1,8 @@
-"""The optimizer on the other side, and the two ways that moments go between it and ours.
+"""The optimizer on the other side, and the conversion of moments in both directions.
 
-A velocity has the learning rate in it (Keras, TensorFlow, Optax, timm by default) or not (PyTorch,
-Stable-Baselines3). Both give the same steps while the rate is constant, and then one is the rate
-times the other. Where the rate changes they are different algorithms, and nothing is converted.
+A velocity includes the learning rate (Keras, TensorFlow, Optax, timm by default) or does not
+(PyTorch, Stable-Baselines3). With a constant rate both take the same steps, and one velocity is the
+rate times the other. With a changing rate they are different algorithms, and nothing is converted.
 """
 
 import dataclasses
@@ -41,19 +41,19 @@ _ROOTS = {True: 'inside the root', False: 'outside the root'}
 
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
-    """What is known of the optimizer on the other side, for one of our parameters.
+    """What is known about the optimizer on the other side, for one of our parameters.
 
     Attributes:
-      framework: Its name.
-      names: Its names of the parameter's moments; those that it does not have are missing.
+      framework: The name of the framework.
+      names: Its names for the moments of the parameter. Moments that it does not have are missing.
       inside: Whether the learning rate is inside the velocity.
-      sign: What the velocity is multiplied by on its way to the parameter, if so.
-      eps_in_sqrt: Where epsilon is; None where that is not known.
-      said: By attribute of `Action`: how they call it, and what it is there. None where that is
-        not known.
-      undo: How a contradiction is resolved.
-      climbs: Whether gradients are flipped first.
-      extras: Whether it may look ahead or be cautious, which is then not compared.
+      sign: If so, the factor between the velocity and the update of the parameter.
+      eps_in_sqrt: Whether epsilon is inside the root; None if unknown.
+      said: For each attribute of `Action`, the framework's name for it and its value there, or
+        None if unknown.
+      undo: How to resolve a contradiction, for messages.
+      climbs: Whether gradients are negated first.
+      extras: Whether it may use Nesterov momentum or caution, which are then not compared.
     """
 
     framework: str
@@ -68,17 +68,17 @@ class Counterpart:
 
     @property
     def rate(self) -> float | None:
-        """The learning rate, where that is known."""
+        """The learning rate, if known."""
         return self.said.get('rate', ('', None))[1]
 
 
 class Exchange(Conversion):
-    """A conversion of states, and the two ways of it.
+    """A conversion of states, in both directions.
 
-    In: `collected`, then `adopted`. Out: `our_moments`, then `released`.
+    From them: `collected`, then `adopted`. To them: `our_moments`, then `released`.
 
     Attributes:
-      counterparts: What is known of the other optimizer, by our paths.
+      counterparts: What is known about the other optimizer, by our paths.
     """
 
     counterparts: Mapping[str, Counterpart] = types.MappingProxyType({})
@@ -95,8 +95,8 @@ class Exchange(Conversion):
         Args:
           arrays: Their arrays by name.
           counts: Their step counts.
-          label: What messages call an array, by its name.
-          check: Refuses a label, a pair and an array by an `EntryError`.
+          label: Maps the name of an array to its name in messages.
+          check: Raises an `EntryError` for a label, a pair and an array that do not fit.
         """
         columns: Columns = {moment: {} for moment in MOMENTS}
         strays = dict(arrays)
@@ -109,7 +109,7 @@ class Exchange(Conversion):
                         check(*entry)
                         columns[moment][path] = in_our_axes(*entry)
         for name in sorted(strays):
-            self.add(f'{label(name)} belongs to no pair')
+            self.add(f'{label(name)} does not belong to any pair')
         return Moments(columns, counts)
 
     def adopted(
@@ -120,10 +120,10 @@ class Exchange(Conversion):
         fresh: Collection[str] = (),
         calls: int | None = None,
     ) -> Any:
-        """The state in which ours goes on: that of `trial`, with their moments in it.
+        """The state from which ours continues: the state of `trial` with their moments.
 
         Raises:
-          InterchangeError: For all that does not fit, noted before or now.
+          InterchangeError: If anything does not fit, including problems noted earlier.
         """
         self._settle(theirs, trial, to_ours=True)
         return Writer(theirs, describe, self, fresh).write(trial.start, calls)
@@ -131,32 +131,32 @@ class Exchange(Conversion):
     def our_moments(
         self, framework: str, tx: Any, state: Any, counts_calls: bool = False
     ) -> tuple[Moments, Trial | None]:
-        """The moments in our state, and our transformation, which may not be needed.
+        """The moments in our state, and our transformation; None if it is not needed.
 
-        A framework has one step count, or `counts_calls`, and no bias correction.
+        A framework has one step count and no bias correction. With `counts_calls`, it counts calls.
         """
         moments = moments_in(state, self)
         counts = sorted(moments.counts)
         if len(counts) != 1:
-            self.add(f'the state has step counts {counts}, and {framework} has one')
+            self.add(f'the state has step counts {counts}, but {framework} has exactly one')
         for path in sorted(moments.corrected):
-            self.add(f'{path!r} is bias-corrected, which {framework} has not')
+            self.add(f'{path!r} is bias-corrected, which {framework} does not support')
         if tx is None and counts_calls and accumulates(state):
             self.add(
                 'the state accumulates gradients: pass tx, the transformation whose state it is, '
-                'which says over how many calls'
+                'to show over how many calls'
             )
         return moments, self.our_trial('tx', tx, state, moments)
 
     def our_trial(self, name: str, tx: Any, state: Any, moments: Moments) -> Trial | None:
-        """Our transformation, which callers have to give, as `name`, if there are velocities."""
+        """Our transformation; callers must pass it, as `name`, if the state has velocities."""
         if tx is not None:
             return Trial(checked_transformation(name, tx), state, self.params)
         if moments.columns['trace']:
             listed = ', '.join(map(repr, sorted(moments.columns['trace'])))
             self.add(
-                f'the state has a velocity for {listed}, and does not tell whether the learning '
-                f'rate is inside it or outside: pass {name}, the transformation whose state it is'
+                f'the state has a velocity for {listed}, but does not show whether the learning '
+                f'rate is inside or outside it: pass {name}, the transformation whose state it is'
             )
         return None
 
@@ -170,8 +170,8 @@ class Exchange(Conversion):
 
         Args:
           moments: Our moments.
-          trial: Our transformation; None where it is not needed.
-          adapt: Gives an array its form there, or refuses it by an `EntryError`.
+          trial: Our transformation; None if it is not needed.
+          adapt: Converts an array to its form there, or raises an `EntryError`.
         """
         if trial is not None:
             self._settle(moments, trial, to_ours=False)
@@ -188,12 +188,12 @@ class Exchange(Conversion):
     def _settle(self, moments: Moments, trial: Trial, to_ours: bool) -> None:
         """Compares the counterparts with what our transformation does, and converts velocities.
 
-        Nothing is done where something is wrong already: the count may be.
+        Does nothing if a problem was noted before, since the step count may then be wrong.
 
         Args:
           moments: The step count, and the velocities, which are changed in place.
           trial: Our transformation.
-          to_ours: Whether the velocities are theirs and become ours, or ours and become theirs.
+          to_ours: True if their velocities become ours, False if ours become theirs.
         """
         if self.has_problems():
             return
@@ -209,7 +209,7 @@ class Exchange(Conversion):
                 ):
                     self.add(f'{path!r}: {line}')
             if velocity is None or (action is not None and action.gain is None):
-                continue  # A velocity without a place is told when it is written.
+                continue  # Writing reports a velocity without a place.
             with self.noted():
                 factor = _factor(path, theirs, action, trial.fault)
                 converted = _times(velocity, factor if to_ours else 1 / factor)
@@ -225,7 +225,7 @@ def _times(velocity: np.ndarray, factor: float) -> np.ndarray:
 def _contradictions(
     theirs: Counterpart, action: Action, last: Callable[[], Action | None], count: int
 ) -> Iterator[str]:
-    """The lines on what the two do differently; `last` gives what was done a step before."""
+    """A line for each difference between the two; `last` returns the action one step earlier."""
     for name, (key, there) in theirs.said.items():
         here = getattr(action, name)
         if there is None or math.isnan(here) or _agree(name, there, here):
@@ -242,7 +242,7 @@ def _contradictions(
     if action.rate < 0 and theirs.rate is None:
         yield f'tx climbs, and {theirs.framework} descends'
     if action.nesterov:
-        yield f'tx looks one step ahead (nesterov), which {theirs.framework} has not'
+        yield f'tx looks one step ahead (nesterov), which {theirs.framework} does not'
     if action.cautious and 'cautious' not in theirs.said:
         yield f'tx is cautious, which {theirs.framework} is not'
 
@@ -252,32 +252,32 @@ def _agree(name: str, theirs: float, ours: float) -> bool:
         return abs(theirs - ours) <= 1e-3 * abs(theirs) + 1e-12
     if name == 'decay':
         return abs(theirs - ours) <= 1e-4 * abs(1 - theirs) + 1e-7
-    # What is seen of weight decay has the rounding of an update that may have been scaled.
+    # Measured weight decay has the rounding error of an update that may have been scaled.
     least = 1e-6 if name == 'coupled' else 1e-9
     return math.isnan(theirs) or abs(theirs - ours) <= 1e-4 * abs(theirs) + least
 
 
 def _factor(path: str, theirs: Counterpart, action: Action | None, fault: str | None) -> float:
-    """Our velocity by theirs.
+    """The ratio of our velocity to theirs.
 
     Raises:
-      EntryError: If the one cannot be made of the other.
+      EntryError: If one cannot be converted to the other.
     """
     line = f'{path!r}: in {theirs.framework} the learning rate is {_SIDES[theirs.inside]}'
-    other = f'{line}, and in tx {_SIDES[not theirs.inside]}, where it'
+    other = f'{line}, but in tx it is {_SIDES[not theirs.inside]}'
     if action is None or math.isnan(action.response + action.momentum):
-        reason = fault or 'its updates do not show it'
-        raise EntryError(f'{line}, and whether it is in tx cannot be found: {reason}')
+        reason = fault or 'the updates of tx do not show it'
+        raise EntryError(f'{line}, and where it is in tx cannot be found: {reason}')
     if not (action.steady if theirs.inside else action.steady_gain):
         raise EntryError(
-            f'{other} changes in time: that is another algorithm, which cannot go on from this '
-            'velocity'
+            f'{other} and changes over time: that is another algorithm, which cannot continue '
+            'from this velocity'
         )
     gain = -(action.gain or 0.0) if theirs.climbs else action.gain or 0.0
     if not theirs.inside and near(abs(gain), 1):
         return math.copysign(1, gain)
     if not action.response:
-        raise EntryError(f'{other} is 0 now: nothing tells what it has been')
+        raise EntryError(f'{other} and is 0 now: its earlier value is unknown')
     downhill = action.rate if theirs.rate is None else theirs.rate
     outside = downhill if theirs.climbs else -downhill
     factor = (theirs.sign if theirs.inside else outside) / action.response

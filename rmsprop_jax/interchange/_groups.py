@@ -1,4 +1,4 @@
-"""PyTorch's parameter groups: which parameters are in them, and what the state holds of each."""
+"""PyTorch's parameter groups: which parameters they contain, and the state of each parameter."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -23,11 +23,11 @@ class Member(NamedTuple):
     """A parameter of a PyTorch optimizer.
 
     Attributes:
-      number: Its number there.
-      name: Its name there.
+      number: Its number in the optimizer.
+      name: Its name in PyTorch.
       path: Our path.
-      group: The place of its group.
-      entry: What the state holds for it; empty where that is nothing.
+      group: The index of its group.
+      entry: Its entry in the state; empty if it has none.
     """
 
     number: Any
@@ -49,10 +49,10 @@ def checked_run(
     frozen: Collection[str],
     conversion: Conversion,
 ) -> tuple[Sequence[Group], list[Member]]:
-    """The groups and the members of a state dictionary, with what does not fit noted.
+    """The groups and the members of a state dictionary. Notes everything that does not fit.
 
     Raises:
-      InterchangeError: If there are no groups in it, or no entries.
+      InterchangeError: If the groups or the entries are missing or malformed.
     """
     groups = checked_groups(state_dict.get('param_groups'), conversion)
     state = _checked_state(state_dict.get('state'), conversion)
@@ -62,10 +62,10 @@ def checked_run(
             with conversion.noted():
                 pair_of(name, conversion.by_name, f', said to be {label},')
     for name in sorted(set(fresh) & set(frozen), key=str):
-        conversion.add(f'{name!r} is said to be fresh and to be frozen')
+        conversion.add(f'{name!r} is said to be both fresh and frozen')
     numbers = {number for group in groups for number in group['params']}
     for number in sorted(state.keys() - numbers, key=str):
-        conversion.add(f'state {number!r} belongs to no parameter of the groups')
+        conversion.add(f'state {number!r} does not belong to any parameter of the groups')
     for member in members:
         if member.name in fresh and member.entry:
             conversion.add(f'{member.name!r}, said to be fresh, has an entry in the state')
@@ -76,14 +76,14 @@ def checked_run(
 
 
 def _checked_state(state: Any, conversion: Conversion) -> Mapping[Any, Mapping[str, Any]]:
-    """What a state dictionary holds for each parameter.
+    """The entry of each parameter in a state dictionary.
 
     Raises:
-      InterchangeError: Listing what is not a dictionary.
+      InterchangeError: Listing everything that is not a dictionary.
     """
     with conversion.at_once():
         if not isinstance(state, Mapping):
-            conversion.add("'state' is missing or no dictionary")
+            conversion.add("'state' is missing or not a dictionary")
             state = {}
         for number, entry in state.items():
             if not isinstance(entry, Mapping):
@@ -92,11 +92,11 @@ def _checked_state(state: Any, conversion: Conversion) -> Mapping[Any, Mapping[s
 
 
 def check_shape(conversion: Conversion, label: str, pair: Pair, value: Any) -> None:
-    """Refuses an array whose shape, with our axes, is not that of the parameter."""
+    """Raises an `EntryError` if an array, with our axes, differs in shape from its parameter."""
     try:
         shape = np.shape(value)
     except (TypeError, ValueError, RuntimeError):
-        return  # Reading it will say why.
+        return  # Reading the array will report why.
     if pair.ours not in conversion.leaves:
         return
     wanted = np.shape(conversion.leaves[str(pair.ours)])
@@ -117,7 +117,7 @@ def members_of(
     names: Sequence[str] | None,
     conversion: Conversion,
 ) -> list[Member]:
-    """The parameters of the groups that are in a pair."""
+    """The parameters of the groups that have a pair."""
     members: list[Member] = []
     for number, (name, group) in _numbered(groups, names, conversion).items():
         with conversion.noted():
@@ -130,20 +130,20 @@ def checked_groups(groups: Any, conversion: Conversion) -> Sequence[Group]:
     """The parameter groups of a state dictionary.
 
     Raises:
-      InterchangeError: Listing those that are none.
+      InterchangeError: Listing everything that is not a valid group.
     """
     with conversion.at_once():
         if not isinstance(groups, Sequence):
-            conversion.add("'param_groups' is missing or no list")
+            conversion.add("'param_groups' is missing or not a list")
             groups = ()
         for i, group in enumerate(groups):
             if not isinstance(group, Mapping):
                 conversion.add(f'group {i} is a {type(group).__name__}, not a dictionary')
                 continue
             if not _is_list_of(int | str | np.integer, group.get('params')):
-                conversion.add(f"group {i}: 'params' is missing or no list of numbers")
+                conversion.add(f"group {i}: 'params' is missing or not a list of numbers")
             if not _is_list_of(str, group.get('param_names', ())):
-                conversion.add(f"group {i}: 'param_names' is no list of names")
+                conversion.add(f"group {i}: 'param_names' is not a list of names")
     return groups
 
 
@@ -158,7 +158,7 @@ def _is_list_of(kind: Any, value: Any) -> bool:
 def _numbered(
     groups: Sequence[Group], names: Sequence[str] | None, conversion: Conversion
 ) -> dict[Any, tuple[str, int]]:
-    """The name and the place in `groups` of every parameter, by its number."""
+    """The name of every parameter and the index of its group, by its number."""
     if names is not None and not _is_list_of(str, names):
         raise TypeError(f'names must be a list of names, got {names!r}.')
     numbers = [number for group in groups for number in group['params']]
@@ -170,7 +170,7 @@ def _numbered(
             return {}
     group_names = [name for group in groups for name in group.get('param_names', ())]
     if list(names) != group_names and sorted(names) == sorted(group_names):
-        conversion.add('names has the names of the groups in another order: leave it out')
+        conversion.add("names has the groups' own names in another order: leave it out")
     if len(names) != len(numbers):
         conversion.add(f'{len(numbers)} parameters are in the groups, but {len(names)} in names')
         return {}

@@ -1,4 +1,4 @@
-"""Which of their arrays is which of ours, and how the axes of each lie."""
+"""Pairs of their arrays and ours, and how the axes of the two differ."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,10 @@ from rmsprop_jax._types import canonical
 
 
 class InterchangeError(ValueError):
-    """What was to be converted does not fit; the message lists every entry at fault.
+    """A conversion failed. The message lists every faulty entry.
 
     Attributes:
-      problems: One line for each.
+      problems: One line for each faulty entry.
     """
 
     def __init__(self, task: str, problems: Sequence[str]):
@@ -30,18 +30,18 @@ class InterchangeError(ValueError):
 
 
 class EntryError(ValueError):
-    """What is wrong with one entry: a line of the `InterchangeError`."""
+    """A fault of one entry: a line of the `InterchangeError`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the axes of their array become those of ours.
+    """How the axes of their array become the axes of ours.
 
     Attributes:
       axes: Our axes in terms of theirs, as for `np.transpose`. An Ellipsis stands for all axes that
-        are not named, in their order, so that one layout serves every rank.
-      split: The lengths their second axis is split into before the axes move; they are merged again
-        afterwards, in our order.
+        are not listed, in their order, so that one layout serves every rank.
+      split: The lengths that their second axis is split into before the axes are transposed. The
+        parts are then merged again, in our order.
 
     Example:
       >>> import numpy as np
@@ -63,7 +63,7 @@ class Layout:
         """Their array with our axes.
 
         Raises:
-          ValueError: If the array has not the axes that the layout speaks of.
+          ValueError: If the array does not have the axes of the layout.
         """
         array = np.asarray(array)
         if not self.split:
@@ -101,7 +101,7 @@ class Layout:
         wanted = math.prod(self.split)
         if array.ndim != 2 or array.shape[features] != wanted:
             raise ValueError(
-                f'of shape {array.shape}, it is no matrix of {wanted} features ({self.split})'
+                f'shape {array.shape} is not a matrix of {wanted} features ({self.split})'
             )
         return array.shape[outputs], wanted
 
@@ -113,8 +113,8 @@ KERNEL = Layout((..., 1, 0))
 def flattened(channels: int, *window: int) -> Layout:
     """The layout of a linear kernel that reads a flattened image.
 
-    PyTorch flattens channels first, Flax and Keras channels last, so that their features come in
-    another order, and not just their axes.
+    PyTorch flattens an image channels first, Flax and Keras channels last. So the order of the
+    features differs, not only the order of the axes.
 
     Example:
       >>> import numpy as np
@@ -128,11 +128,12 @@ def flattened(channels: int, *window: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One array under both its names.
+    """The two names of one array.
 
     Attributes:
-      theirs: Its name there: PyTorch's `'fc.weight'`, Keras's `'dense/kernel'`.
-      ours: Its path in the tree of parameters, `('fc', 'kernel')` or `'fc/kernel'`; kept as the
+      theirs: Its name in the other framework, such as PyTorch's `'fc.weight'` or Keras's
+        `'dense/kernel'`.
+      ours: Its path in the tree of parameters, `('fc', 'kernel')` or `'fc/kernel'`; stored as the
         latter.
       layout: How the axes differ.
 
@@ -162,7 +163,7 @@ def layer(
     bias: bool,
     layout: Layout = AS_IS,
 ) -> tuple[Pair, ...]:
-    """The pairs of a layer: of its weights and, where it has one, of its bias."""
+    """The pairs of a layer: one for its weights and, if it has a bias, one for the bias."""
     if not isinstance(theirs, str):
         raise TypeError(f'theirs must be a name, got {theirs!r}.')
     names = [(*weights, layout), (*biases, AS_IS)][: 1 + checked_flag('bias', bias)]
@@ -177,28 +178,28 @@ def joined(path: str | Sequence[Any]) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their joined paths, without the `.value` of a Flax NNX variable."""
+    """The leaves of a tree by joined path, without the `.value` of Flax NNX variables."""
     return {path_name(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as `named_leaves` writes it."""
+    """A key path as a string, as in `named_leaves`."""
     return keystr(canonical(path), simple=True, separator='/')
 
 
 class Conversion:
-    """Knows the pairs of a conversion and gathers what is wrong, so that one error names it all.
+    """The pairs of a conversion and a list of its problems, so that one error names them all.
 
     Attributes:
       params: Our parameters.
-      leaves: Those by path.
+      leaves: Our parameters by path.
       by_path: The pairs by our path.
       by_name: The pairs by their name.
     """
 
     def __init__(self, task: str, params: Any, mapping: Iterable[Pair] = ()):
         self._task = task
-        # A dictionary as an ordered set: two moments of one array often share their fault.
+        # A dictionary as an ordered set: two moments of one array often have the same problem.
         self._lines: dict[str, None] = {}
         self.params, self.leaves = params, named_leaves(params)
         pairs = list(mapping) if isinstance(mapping, Iterable) else [mapping]
@@ -216,12 +217,12 @@ class Conversion:
                 self.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
 
     def add(self, line: str) -> None:
-        """Notes that something is wrong."""
+        """Notes a problem."""
         self._lines[line] = None
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Adds the `EntryError` that is raised within, after which the caller goes on."""
+        """Notes an `EntryError` raised inside, and lets the caller continue."""
         try:
             yield
         except EntryError as error:
@@ -229,18 +230,18 @@ class Conversion:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raises at the end if a line was added within: what follows could not go on."""
+        """Raises at the end if a problem was noted inside, since the caller could not continue."""
         before = len(self._lines)
         yield
         if len(self._lines) > before:
             self.raise_if_any()
 
     def has_problems(self) -> bool:
-        """Whether something is wrong."""
+        """Whether a problem was noted."""
         return bool(self._lines)
 
     def raise_if_any(self) -> None:
-        """Raises an `InterchangeError` if something is wrong."""
+        """Raises an `InterchangeError` if a problem was noted."""
         if self._lines:
             raise InterchangeError(self._task, list(self._lines))
 
@@ -249,15 +250,15 @@ def pair_of(key: str, pairs: Mapping[str, Pair], said: str = '') -> Pair:
     """The pair of a name or of a path.
 
     Raises:
-      EntryError: If there is none. The line gives what the caller has `said` of the key.
+      EntryError: If there is no such pair. The line includes `said`, a remark about the key.
     """
     if key not in pairs:
-        raise EntryError(f'{key!r}{said} is in no pair')
+        raise EntryError(f'{key!r}{said} is not in any pair')
     return pairs[key]
 
 
 def checked_names(name: str, value: Any) -> Mapping[str, Any]:
-    """Returns `value`, refusing what is no mapping with names as keys."""
+    """Returns `value`, which must be a mapping with names as keys."""
     if not isinstance(value, Mapping):
         raise TypeError(f'{name} must be a mapping from names, got {type(value).__name__}.')
     for key in value:
@@ -267,14 +268,14 @@ def checked_names(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def checked_collection(name: str, value: Any) -> Collection[str]:
-    """Returns `value`, refusing what is not a collection of names."""
+    """Returns `value`, which must be a collection of names."""
     if isinstance(value, str) or not isinstance(value, Collection):
         raise TypeError(f'{name} must be a collection of names, got {value!r}.')
     return value
 
 
 def checked_count(count: Any) -> int:
-    """A number of steps that the caller gives, as an int."""
+    """A step count given by the caller, as an int."""
     try:
         number = operator.index(count)
     except TypeError:
@@ -285,13 +286,13 @@ def checked_count(count: Any) -> int:
 
 
 def as_number(value: Any) -> float | None:
-    """A real number or flag of a checkpoint, as PyTorch may hold it, or None if it is none."""
+    """A real number or flag from a checkpoint, also as a PyTorch tensor; None for other values."""
     number = _as_scalar(value, 'biuf')
     return None if number is None else float(number)
 
 
 def as_count(value: Any, dtype_kinds: str = 'iu') -> int | None:
-    """A number of steps that a checkpoint gives, or None if it is none."""
+    """A step count from a checkpoint; None for other values."""
     number = _as_scalar(value, dtype_kinds)
     if number is None or not 0 <= number < np.inf or number % 1:
         return None
@@ -310,12 +311,12 @@ def as_array(label: str, value: Any) -> np.ndarray:
     """`value` as a finite array of floating or complex numbers.
 
     Raises:
-      EntryError: If it is none.
+      EntryError: If `value` is not such an array.
     """
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        # Of PyTorch, for dtypes that NumPy does not have, such as bfloat16.
+        # PyTorch says this for dtypes that NumPy does not have, such as bfloat16.
         unknown = 'unsupported ScalarType' in str(error)
         advice = '. Pass tensor.float(), which loses nothing' if unknown else ''
         raise EntryError(f'{label} cannot be read as an array: {error}{advice}') from None
@@ -339,7 +340,7 @@ def in_our_axes(label: str, pair: Pair, value: Any) -> np.ndarray:
     """Their array with our axes.
 
     Raises:
-      EntryError: If it is not an array of finite numbers with the axes that the pair speaks of.
+      EntryError: If it is not an array of finite numbers with the axes of the pair's layout.
     """
     return _laid_out(label, pair.layout.to_ours, as_array(label, value))
 
@@ -348,7 +349,7 @@ def in_their_axes(label: str, pair: Pair, array: np.ndarray) -> np.ndarray:
     """A copy of our array with their axes.
 
     Raises:
-      EntryError: If it has not the axes that the pair speaks of.
+      EntryError: If it does not have the axes of the pair's layout.
     """
     return np.array(_laid_out(label, pair.layout.to_theirs, array), order='C')
 
@@ -370,8 +371,8 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
       mapping: The pairs.
 
     Raises:
-      InterchangeError: Listing every parameter without a pair or an entry, entry without a pair,
-        and array that does not fit.
+      InterchangeError: Listing every parameter without a pair or an entry, every entry without a
+        pair, and every array that does not fit.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -420,7 +421,7 @@ def as_leaf_like(like: Any, label: str, array: np.ndarray) -> Any:
     """`array` with the dtype, sharding and memory of `like`.
 
     Raises:
-      EntryError: If it cannot stand in the place of `like`.
+      EntryError: If it cannot replace `like`.
     """
     if not (hasattr(like, 'shape') and hasattr(like, 'dtype')):
         raise EntryError(f'{label} has no place: ours is a {type(like).__name__}, not an array')
@@ -436,6 +437,6 @@ def as_leaf_like(like: Any, label: str, array: np.ndarray) -> Any:
 
 
 def sharding_of(like: Any) -> Any:
-    """Where an array has been put; None where it may go wherever others are, as a count may."""
+    """The sharding of an array; None if it is not committed to devices, as a count may be."""
     free = isinstance(like, jax.Array) and not like.committed
     return None if free else getattr(like, 'sharding', None)

@@ -1,11 +1,11 @@
 """What a transformation does to each parameter, measured by trying it out.
 
-States do not tell on which side of the learning rate a velocity is: `chain(rms, clip, trace,
-scale)` and `chain(rms, scale, trace, clip)` have states of the same structure. The update does.
-With a gradient and a parameter so small that nothing is clipped or decayed, it is linear in the
-velocity, so that one call of `tx.update` shows its derivative without rounding; likewise those by
-the gradient and by the parameter. Second moments are set to what shows the learning rate (so large
-that epsilon does not matter) or epsilon.
+A state does not show on which side of the learning rate its velocity is: `chain(rms, clip, trace,
+scale)` and `chain(rms, scale, trace, clip)` have states of the same structure. The update does show
+it. If the gradient and the parameter are so small that nothing is clipped or decayed, the update is
+linear in the velocity, and one call of `tx.update` shows that derivative without rounding. The
+derivatives by the gradient and by the parameter are found in the same way. Second moments are so
+large that epsilon does not matter, to show the learning rate, or small, to show epsilon.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from rmsprop_jax.interchange._state import (
 )
 
 _GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
-# How many steps after today's a learning rate is looked at.
+# How many steps after the current one to look at the learning rate.
 _LATER = (1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10**4, 10**5, 10**6, 10**9)
 _MOST_CALLS = 2**20
 _LAST = 2**31 - 2
@@ -44,23 +44,23 @@ _LAST = 2**31 - 2
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """What happens to one parameter at one step. NaN is what could not be found.
+    """What happens to one parameter at one step. NaN marks values that could not be found.
 
     Attributes:
-      rate: How far a direction of one moves the parameter downhill; negative where it climbs.
-      decay: That of the second moment.
-      eps: In the unit of the gradient outside the root, in its square inside.
-      eps_in_sqrt: Where it is; None where it is too small to tell.
+      rate: How far a unit direction moves the parameter downhill; negative if it climbs.
+      decay: The decay of the second moment.
+      eps: Epsilon, in the unit of the gradient outside the root, in its square inside.
+      eps_in_sqrt: Whether epsilon is inside the root; None if it is too small to tell.
       coupled: The weight decay that is added to the gradient.
-      decoupled: The one that is not, times the learning rate.
-      momentum: That of the velocity, 0 where there is none.
-      response: The derivative of the update by the new velocity: one where the learning rate has
-        gone into the velocity, minus the rate where it comes after.
+      decoupled: The decoupled weight decay, times the learning rate.
+      momentum: The decay of the velocity; 0 without a velocity.
+      response: The derivative of the update by the new velocity: one if the learning rate is inside
+        the velocity, minus the rate if it is applied after it.
       nesterov: Whether the update looks one step ahead.
-      cautious: Whether entries that do not oppose the gradient are held back.
-      gain: What a direction of one adds to the velocity; None where there is no velocity.
-      steady: Whether the response stays what it is, at later steps.
-      steady_gain: Whether the gain does.
+      cautious: Whether entries of the update that do not oppose the gradient are set to zero.
+      gain: What a unit direction adds to the velocity; None without a velocity.
+      steady: Whether the response is the same at later steps.
+      steady_gain: Whether the gain is the same at later steps.
     """
 
     rate: float
@@ -79,14 +79,14 @@ class Action:
 
 
 class _Step(NamedTuple):
-    """What one update does to one parameter, where all entries are the same number.
+    """What one update does to one parameter whose entries are all the same number.
 
     Attributes:
       update: The update.
-      moment: The second moment after it.
-      weight: What that is divided by.
-      mean: The mean gradient after it; None where there is none.
-      velocity: The velocity after it; None where there is none.
+      moment: The second moment after the update.
+      weight: The divisor of the second moment.
+      mean: The mean gradient after the update; None if there is none.
+      velocity: The velocity after the update; None if there is none.
     """
 
     update: float
@@ -102,12 +102,12 @@ class _Step(NamedTuple):
 
 
 class Trial:
-    """A transformation at a state, to be tried out.
+    """A transformation and a state at which to try it out.
 
     Attributes:
       start: The state.
       calls: How many calls make a step.
-      fault: Why it could not be tried; None where it could.
+      fault: Why the trial failed; None if it did not.
     """
 
     def __init__(self, tx: optax.GradientTransformation, state: Any, params: Any):
@@ -115,35 +115,35 @@ class Trial:
         self.start, self.calls, self.fault = state, 1, None
         self._decays: dict[str, float] = {}
         try:
-            # Accumulators are wide whatever the parameters are, and so are then the updates.
+            # Wide parameters, so that updates are as wide as the accumulators always are.
             self._params = jax.tree.map(_zeros, params)
             self._ranks = {path: p.ndim for path, p in named_leaves(self._params).items()}
             start = tx.init(self._params)
             if by_path(start).keys() != by_path(state).keys():
-                self.fault = 'its init makes a state of another structure'
+                self.fault = 'tx.init makes a state of another structure'
                 return
-            # That of an nnx.Optimizer has the same leaves within variables of its own.
+            # The state of an nnx.Optimizer has the same leaves, inside its own variables.
             state = jax.tree.unflatten(jax.tree.structure(start), jax.tree.leaves(state))
             self._state = _with_scalars_of(state, start)
             if any(map(is_compact, nodes_of(self._state))):
-                self.fault = 'its statistics are rounded'
+                self.fault = 'the statistics of tx are rounded'
                 return
-            # With `lax.cond` in it, a step outside of jit would be compiled at each call.
+            # Outside jit, a step that contains `lax.cond` would be compiled at each call.
             if leaves_named(state, 'mini_step', 'notfinite_count'):
                 self._update = jax.jit(self._update)
             self.calls = self._found_calls()
-        except Exception as error:  # Whatever a foreign transformation raises.
-            self.fault = f'it raises {type(error).__name__}: {error}'
+        except Exception as error:  # A foreign transformation may raise anything.
+            self.fault = f'tx raises {type(error).__name__}: {error}'
 
     def actions(self, count: int) -> dict[str, Action]:
-        """What is done after so many steps to each parameter that has a second moment; empty where
-        there is a fault."""
+        """The action after `count` steps on each parameter with a second moment; empty after a
+        fault."""
         if self.fault is not None:
             return {}
         try:
             return self._measured(min(count, _LAST))
         except Exception as error:  # As above.
-            self.fault = f'it raises {type(error).__name__}: {error}'
+            self.fault = f'tx raises {type(error).__name__}: {error}'
             return {}
 
     def _measured(self, count: int) -> dict[str, Action]:
@@ -159,7 +159,7 @@ class Trial:
             found[path] = _with_epsilon(found[path], root, small[path], at_root[path])
         responses = _responses(large, felt)
         if responses:
-            # What is held back by caution has the gradient's sign, that is, moves uphill.
+            # Caution zeroes entries that have the gradient's sign, that is, entries that climb.
             uphill = {p: -_VELOCITY if x.response < 0 else _VELOCITY for p, x in responses.items()}
             pushed = at(velocity=lambda path: uphill.get(path, _VELOCITY))
             for path, now in responses.items():
@@ -168,7 +168,7 @@ class Trial:
         return found
 
     def _felt(self, large: _Step, small: _Step) -> float:
-        """The gradient that reaches the second moment, which may have been scaled before."""
+        """The gradient that reaches the second moment; it may have been scaled before."""
         complement = 1 - large.moment / _MOMENT
         if not complement > 0:
             return math.nan
@@ -182,12 +182,12 @@ class Trial:
         return felt
 
     def _follow(self, found: dict[str, Action], felt: Mapping[str, float], count: int) -> None:
-        """Notes in the actions whether they stay on their side of the learning rate."""
+        """Records in each action whether its response and gain are the same at later steps."""
         for later in _LATER:
             steps = self._at(min(count + later, _LAST))
             for path, then in _responses(steps, felt).items():
                 action, response = found[path], then.response
-                # Where momentum is not what it was, that looks like another response.
+                # A momentum that has changed looks like another response.
                 response /= 1 + action.momentum * action.nesterov
                 found[path] = dataclasses.replace(
                     action,
@@ -203,8 +203,8 @@ class Trial:
         velocity: Callable[[str], float] = lambda path: 0.0,
         parameter: float = 0.0,
     ) -> dict[str, _Step]:
-        """One update of each parameter with a second moment, at these values of everything."""
-        # Before its first call an average copies, so that it cannot be seen in the update.
+        """One update of each parameter with a second moment, starting from these values."""
+        # An average copies the parameters at its first call, so it does not affect the update.
         state = _with_mini_step(with_counts(self._state, count, -1), self.calls - 1)
 
         def fill(node: Any) -> Any:
@@ -232,7 +232,7 @@ class Trial:
             for name, values in columns.items():
                 is_var = name == 'nu' and is_centered(node)
                 found = self._values(node.var if is_var else getattr(node, name, None))
-                # Two of a kind cannot be told apart.
+                # Two moments of the same kind cannot be distinguished.
                 values.update({k: math.nan if k in values else v for k, v in found.items()})
                 if name == 'nu':
                     if shows_decay:
@@ -249,7 +249,7 @@ class Trial:
         return {path: _uniform(x, self._ranks.get(path, 0)) for path, x in leaves.items()}
 
     def _found_calls(self) -> int:
-        """How many calls make a step, by bisection: before the last one `mini_step` goes up."""
+        """How many calls make a step, by bisection: every call but the last raises `mini_step`."""
 
         def waits(mini_step: int) -> bool:
             state = _with_mini_step(with_counts(self._state, 0, 0), mini_step)
@@ -265,7 +265,7 @@ class Trial:
             if most > _MOST_CALLS:
                 raise ValueError(f'it does not step in {most} calls')
         least = most // 2
-        # Waits at least - 1, and not at most - 1.
+        # Invariant: `waits(least - 1)` is true and `waits(most - 1)` is false.
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if waits(middle - 1) else (least, middle)
@@ -299,10 +299,10 @@ def _filled(tree: Any, value: Callable[[str], float]) -> Any:
 
 
 def _uniform(x: Any, rank: int) -> float:
-    """The one real number that all entries are, or NaN."""
+    """The real number that all entries equal, or NaN."""
     values = np.real(np.asarray(x))
     if values.ndim > rank:
-        values = values[..., 0]  # Complex numbers as pairs of reals.
+        values = values[..., 0]  # Complex numbers are stored as pairs of reals.
     if not values.size:
         return math.nan
     low, high = float(values.min()), float(values.max())
@@ -310,7 +310,7 @@ def _uniform(x: Any, rank: int) -> float:
 
 
 def _weight(node: Any, decay: float) -> float:
-    """What the moments are divided by."""
+    """The divisor of the moments."""
     if not is_corrected(node):
         return 1.0
     if isinstance(node, RmsState):
@@ -319,8 +319,8 @@ def _weight(node: Any, decay: float) -> float:
 
 
 class _Response(NamedTuple):
-    """The update by the velocity, where a gradient moves both, and what a direction of one adds to
-    the latter."""
+    """The ratio of the update to the velocity when a gradient moves both, and what a unit direction
+    adds to the velocity."""
 
     response: float
     gain: float
@@ -337,8 +337,8 @@ def _responses(steps: Mapping[str, _Step], felt: Mapping[str, float]) -> dict[st
 
 
 def _plain(felt: float, large: _Step, decayed: _Step) -> Action:
-    """What is done without a velocity, but for epsilon."""
-    # Zero is what rounding leaves where an update is made of a parameter and taken apart again.
+    """The action without a velocity and epsilon."""
+    # Rounding leaves zero if an update is computed from a parameter and then separated again.
     more = decayed.update - large.update if decayed.update else math.nan
     return Action(
         rate=_ratio(-large.update * large.root, felt),
@@ -349,10 +349,11 @@ def _plain(felt: float, large: _Step, decayed: _Step) -> Action:
 
 
 def _with_velocity(action: Action, now: _Response, before: float, pushed: _Step) -> Action:
-    """The action with what is seen from a velocity that was `before` the step."""
+    """The action with what a velocity that was `before` shows after the step."""
     after = math.nan if pushed.velocity is None else pushed.velocity
     momentum = 0.0 if abs(after / before) < 1e-6 else after / before
-    # By the stored velocity: with Nesterov less, by the momentum, than by the gradient's share.
+    # The response to the stored velocity. With Nesterov it is smaller than the response to the
+    # gradient, by the factor momentum.
     stored = _ratio(pushed.update, after) if momentum else math.nan
     cautious = bool(now.response) and stored == 0
     nesterov = bool(now.response) and bool(stored) and not _near_or_nan(stored, now.response)
@@ -369,8 +370,8 @@ def _with_velocity(action: Action, now: _Response, before: float, pushed: _Step)
 
 
 def _with_epsilon(action: Action, root: float, small: _Step, at_root: _Step) -> Action:
-    """The action with epsilon, which with a second moment of its square is twice itself outside the
-    root, and a square root of two times inside."""
+    """The action with epsilon. If the second moment is epsilon squared, the denominator doubles
+    with epsilon outside the root, and grows by the square root of two inside."""
     own = small.root
     if not root > 4 * own:
         return action if math.isnan(root) else dataclasses.replace(action, eps=0.0)
@@ -390,7 +391,7 @@ def _ratio(x: float, y: float) -> float:
 
 
 def near(x: float, y: float) -> bool:
-    """Whether two measured numbers are the same but for rounding."""
+    """Whether two measured numbers are the same up to rounding."""
     return abs(x - y) <= 1e-5 * max(abs(x), abs(y))
 
 

@@ -1,4 +1,4 @@
-"""What a PyTorch parameter group says: whose optimizer it belongs to, its rate and its settings."""
+"""Reads a PyTorch parameter group: the library that wrote it, its rate and its settings."""
 
 import dataclasses
 import itertools
@@ -21,11 +21,11 @@ class Library:
     """An optimizer with parameter groups like PyTorch's.
 
     Attributes:
-      dialect: Our function.
+      dialect: Our function for it.
       optimizer: Its name.
       counterpart: What it does unless its groups say otherwise.
-      flags: Its settings that are flags.
-      marks: The keys of groups that only it writes.
+      flags: The settings that are flags.
+      marks: Keys of groups that identify it.
     """
 
     dialect: Callable[..., optax.GradientTransformation]
@@ -64,12 +64,12 @@ _UNTOLD = dataclasses.replace(
     counterpart=dataclasses.replace(_PYTORCH.counterpart, eps_in_sqrt=None),
     marks=frozenset(),
 )
-# New releases of timm write foreach too, so that its own marks come first.
+# New releases of timm write foreach too, so timm's own marks are checked first.
 _LIBRARIES = (_TIMM, _PYTORCH, _STABLE_BASELINES3)
 _NUMBERS = frozenset({'lr', 'alpha', 'eps', 'weight_decay', 'momentum'})
-# What the first releases of an optimizer did not write, and what it then is.
+# Settings that the first releases of an optimizer did not write; they are then off.
 _LATER = frozenset({'maximize', 'corrected_weight_decay', 'caution'})
-# Names, how the framework runs the update, and what schedulers remember.
+# Keys with no effect on the update: names, execution options, and the memory of schedulers.
 _CYCLED = ('base_momentum', 'max_momentum')
 _IMMATERIAL = frozenset(
     {
@@ -82,13 +82,13 @@ _IMMATERIAL = frozenset(
 def _library_of(
     groups: Sequence[Group], dialect: Any, needed: bool, conversion: Conversion
 ) -> Library:
-    """The optimizer that wrote the groups, by their keys or as the caller names it.
+    """The optimizer that wrote the groups, found by their keys or given by the caller.
 
     Args:
       groups: The parameter groups.
-      dialect: Whose optimizer it is, where the groups do not tell.
-      needed: Whether something depends on it.
-      conversion: Where contradictions go.
+      dialect: The optimizer's dialect, for groups that do not identify it.
+      needed: Whether the answer matters.
+      conversion: Collects contradictions.
 
     Raises:
       TypeError: If `dialect` is not the dialect of an optimizer with such groups.
@@ -104,12 +104,12 @@ def _library_of(
     if named is not None and named is not found:
         marks = ', '.join(map(repr, sorted(found.marks & keys)))
         conversion.add(
-            f'dialect is that of {named.optimizer}, but the groups have {marks}, which it does not '
+            f'dialect is for {named.optimizer}, but the groups have {marks}, which it does not '
             f'write and {found.optimizer} does'
         )
     if found is _UNTOLD and needed:
         conversion.add(
-            'the groups do not tell whose they are: PyTorch before 1.12 and '
+            'the groups do not show which optimizer wrote them: PyTorch before 1.12 and '
             f'{_STABLE_BASELINES3.optimizer}, whose second moment starts at one and whose epsilon '
             'is inside the root, write the same settings. Pass dialect=dialects.torch or '
             'dialect=dialects.stable_baselines3'
@@ -124,21 +124,21 @@ def counterparts_of(
     dialect: Any,
     conversion: Conversion,
 ) -> dict[str, Counterpart]:
-    """What the groups say of the optimizer of each of our parameters.
+    """What the groups say about the optimizer of each of our parameters.
 
     Args:
       groups: The parameter groups.
       members: The parameters in them.
-      lr_in_momentum: What the caller says of that; None means what the groups say.
-      dialect: Whose optimizer it is, where the groups do not tell.
-      conversion: Where contradictions go.
+      lr_in_momentum: The caller's setting; None means the setting in the groups.
+      dialect: The optimizer's dialect, for groups that do not identify it.
+      conversion: Collects contradictions.
 
     Raises:
-      TypeError: If `lr_in_momentum` is no flag or `dialect` not one of three functions.
+      TypeError: If `lr_in_momentum` is not a flag, or `dialect` is not one of three functions.
     """
     if lr_in_momentum is not None:
         lr_in_momentum = checked_flag('lr_in_momentum', lr_in_momentum)
-    # Whose a group is only matters where it has an epsilon.
+    # Which optimizer wrote a group matters only if the group has an epsilon.
     needed = not lr_in_momentum and any('eps' in group for group in groups)
     library = _library_of(groups, dialect, needed, conversion)
     usual = (_TIMM if library is _UNTOLD and lr_in_momentum else library).counterpart
@@ -204,14 +204,14 @@ def transforms_of(
 def _with_rates(
     groups: Sequence[Group], learning_rate: Any, conversion: Conversion
 ) -> Sequence[Group]:
-    """The groups with the caller's learning rates, which scheduled runs must have."""
+    """The groups with the caller's learning rates, which are required for scheduled runs."""
     if learning_rate is None:
         for i, group in enumerate(groups):
             if 'initial_lr' in group and not callable(group.get('lr')):
                 conversion.add(
-                    f'group {i}: initial_lr tells that a scheduler changes lr, which is '
+                    f'group {i}: initial_lr shows that a scheduler changes lr, which is '
                     f'{reprlib.repr(group.get("lr"))} now: pass learning_rate, a schedule of the '
-                    'step count, or a number for a rate that stays'
+                    'step count, or a number for a constant rate'
                 )
         return groups
     if isinstance(learning_rate, list | tuple):
@@ -224,8 +224,8 @@ def _with_rates(
         theirs = {_rates_of(group) for group in groups}
         if len(theirs) > 1:
             conversion.add(
-                'learning_rate is one for all groups, whose own differ: give a list with one for '
-                'each'
+                'learning_rate is a single rate, but the groups have different ones: give a list '
+                'with one for each'
             )
     if len(rates) != len(groups):
         conversion.add(f'learning_rate has {len(rates)} entries for {len(groups)} groups')
@@ -234,7 +234,7 @@ def _with_rates(
 
 
 def _rates_of(group: Group) -> tuple[str, ...]:
-    """Today's and the first learning rate of a group, as something that can be compared."""
+    """The current and the first learning rate of a group, in a form that can be compared."""
     rates = (group.get('lr'), group.get('initial_lr'))
     return tuple(repr(rate if callable(rate) else as_number(rate)) for rate in rates)
 
@@ -245,13 +245,13 @@ def _optimizer_of(
     """The transformation that a group describes."""
     setting_names = _NUMBERS | library.flags
     for key in sorted(group.keys() - setting_names - _IMMATERIAL, key=str):
-        conversion.add(f'{label}: {key!r} is no setting of {library.optimizer}')
+        conversion.add(f'{label}: {key!r} is not a setting of {library.optimizer}')
     for key in sorted(setting_names - group.keys() - _LATER):
         conversion.add(f'{label}: {key!r} is missing')
     cycled = [key for key in _CYCLED if key in group]
     if cycled and not callable(group.get('momentum')):
         conversion.add(
-            f'{label}: {cycled[0]} tells that a scheduler changes momentum: put a schedule of the '
+            f'{label}: {cycled[0]} shows that a scheduler changes momentum: put a schedule of the '
             "step count in the group's 'momentum'"
         )
     settings: dict[str, Any] = {}
@@ -272,10 +272,10 @@ def _optimizer_of(
 
 
 def _setting(label: str, value: Any, is_flag: bool) -> Any:
-    """A setting as a Python number or flag; a schedule as it is."""
+    """A setting as a Python number or flag; a schedule is returned unchanged."""
     if callable(value):
         return value
     number = as_number(value)
     if number is None:
-        raise EntryError(f'{label} is {reprlib.repr(value)}, which is no number')
+        raise EntryError(f'{label} is {reprlib.repr(value)}, which is not a number')
     return bool(number) if is_flag else number

@@ -1,4 +1,4 @@
-"""Reads moments out of optimizer states and writes them in, wherever in a state they sit."""
+"""Reads moments from optimizer states and writes them into states, at any depth."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from rmsprop_jax.interchange._mapping import (
 )
 from rmsprop_jax.storage._formats import STATISTICS, Means
 
-# By name, since Optax exports only two of these classes.
+# Names, since Optax exports only two of these classes.
 _OPTAX_RMS = frozenset(
     {
         'ScaleByRmsState',
@@ -42,37 +42,37 @@ _OPTAX_RMS = frozenset(
     }
 )
 MOMENTS = ('nu', 'mu', 'trace', 'ema')
-# How moments travel: by name and by path, nu always the raw second moment; None where one is there
-# but at fault, which has been noted.
+# Moments by name and by path. nu is always the raw second moment. None marks an entry whose fault
+# was already noted.
 Columns = dict[str, dict[str, Any]]
 COMPACT = (
-    'the state is in compact storage: storage.read decodes it, and storage.convert brings a '
-    'float32 state into other formats'
+    'the state is in compact storage: decode it with storage.read; storage.convert converts a '
+    'float32 state to other formats'
 )
 
 NO_STATISTICS = (
-    'the state has no statistics of RMSProp in it: pass what tx.init or tx.update returned, or '
-    'opt_state of an nnx.Optimizer; in nnx.state of one they cannot be told apart'
+    'the state has no RMSProp statistics: pass what tx.init or tx.update returned, or opt_state of '
+    'an nnx.Optimizer; its nnx.state does not tell statistics apart'
 )
 
 
 class LossyConversionWarning(UserWarning):
-    """A second moment is smaller than the square of its mean; its variance was taken as zero.
+    """A second moment is smaller than the square of its mean; the variance was set to zero.
 
-    The framework computes `nu - mu^2` and would have gone on to the root of a negative number, or
-    of noise. Nothing is wrong with the conversion; the digits were lost before it.
+    The framework computes `nu - mu^2` and would have taken the root of a negative number, or of
+    noise. The conversion is correct; the digits were lost before it.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What a state holds.
+    """The contents of a state.
 
     Attributes:
-      columns: Arrays by moment and path, in the dtype they have in the state.
+      columns: Arrays by moment and path, in the dtype that they have in the state.
       counts: All step counts in the state.
       corrected: The step counts of the bias-corrected second moments, by path.
-      weights: The sums of their averaging weights, where the state has them.
+      weights: The sums of their averaging weights, if the state has them.
     """
 
     columns: Columns
@@ -86,7 +86,7 @@ class Moments:
 
 
 def is_node(node: Any) -> bool:
-    """Whether a part of a state is one that holds moments."""
+    """Whether a part of a state contains moments."""
     return (
         is_average(node)
         or isinstance(node, RmsState | TraceState | optax.TraceState)
@@ -95,22 +95,22 @@ def is_node(node: Any) -> bool:
 
 
 def described(moment: str, path: str) -> str:
-    """What messages call a moment of a parameter, where its framework has no better name."""
+    """The name of a parameter's moment in messages, if its framework has no better name."""
     return f'{moment} of {path!r}'
 
 
 def nodes_of(state: Any) -> list[Any]:
-    """The parts of a state that hold moments."""
+    """The parts of a state that contain moments."""
     return [node for node in jax.tree.leaves(state, is_leaf=is_node) if is_node(node)]
 
 
 def map_nodes(change: Callable[[Any], Any], state: Any) -> Any:
-    """`state` with the parts changed that hold moments."""
+    """`state` with `change` applied to the parts that contain moments."""
     return jax.tree.map(lambda x: change(x) if is_node(x) else x, state, is_leaf=is_node)
 
 
 def is_compact(node: Any) -> bool:
-    """Whether some statistic is kept in a storage format that is to be decoded first."""
+    """Whether some statistic is in a storage format that must be decoded first."""
     if not isinstance(node, RmsState | TraceState):
         return False
     trees = [getattr(node, name, None) for name in STATISTICS]
@@ -119,29 +119,29 @@ def is_compact(node: Any) -> bool:
 
 
 def is_average(node: Any) -> bool:
-    """Whether it holds an average of the parameters, whose count is of calls, not of steps."""
+    """Whether a node contains an average of parameters, whose count counts calls, not steps."""
     return isinstance(node, AverageState)
 
 
 def is_named(path: tuple[Any, ...], *fields: str) -> bool:
-    """Whether a leaf is one of these fields of a state, also within the variables of Flax NNX."""
+    """Whether a path ends in one of these fields of a state, also inside Flax NNX variables."""
     return bool(path) and canonical(path)[-1] in map(GetAttrKey, fields)
 
 
 def leaves_named(state: Any, *fields: str) -> list[Any]:
-    """The leaves of a state that are one of these fields."""
+    """The leaves of a state in these fields."""
     return [leaf for path, leaf in tree_flatten_with_path(state)[0] if is_named(path, *fields)]
 
 
 def is_count(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a leaf counts steps: those are integers, and parameters are none."""
+    """Whether a leaf is a step count: an integer, which parameters are not."""
     return is_named(path, 'count', 'gradient_step') and jnp.issubdtype(
         jnp.result_type(leaf), jnp.integer
     )
 
 
 def is_centered(node: Any) -> bool:
-    """Whether a node holds a variance in the place of a raw second moment."""
+    """Whether a node contains a variance instead of a raw second moment."""
     return isinstance(node, RmsState) and node.var is not None
 
 
@@ -154,8 +154,8 @@ def moments_in(state: Any, conversion: Conversion, name: str = 'state') -> Momen
     """The moments in `state`.
 
     Raises:
-      TypeError: For a leaf that is no array; the message gives `name` and the leaf's path.
-      ValueError: For what is no tree.
+      TypeError: If a leaf is not an array; the message gives `name` and the path of the leaf.
+      ValueError: If `state` is not a tree.
     """
     checked_leaves(name, state)
     columns: Columns = {moment: {} for moment in MOMENTS}
@@ -186,19 +186,19 @@ def _step_counts(state: Any, conversion: Conversion) -> Collection[int]:
         if is_average(leaf) or not (is_mini or is_count(path, leaf)):
             continue
         if jnp.shape(leaf):
-            conversion.add(f'{keystr(path)} has shape {jnp.shape(leaf)}: it is no number of steps')
+            conversion.add(f'{keystr(path)} has shape {jnp.shape(leaf)}: it is not a step count')
         elif not is_mini:
             counts.add(int(leaf))
         elif int(leaf) != 0:
             conversion.add(
-                f'{keystr(path)} is {int(leaf)}: gradients are being accumulated, and have no '
-                'counterpart there. Convert when it is 0'
+                f'{keystr(path)} is {int(leaf)}: the state contains accumulated gradients, which '
+                'have no counterpart there. Convert when it is 0'
             )
     return counts
 
 
 def _node_columns(node: Any, conversion: Conversion) -> Columns:
-    """One node's moments, with the raw second moment in the place of a variance."""
+    """The moments of one node, with the raw second moment instead of a variance."""
     columns: Columns = {moment: {} for moment in MOMENTS if moment in node._fields}
     with conversion.at_once():
         for moment, column in columns.items():
@@ -216,14 +216,14 @@ def _node_columns(node: Any, conversion: Conversion) -> Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Writes moments into a state that a transformation's `init` has made.
+    """Writes moments into a state that was made by the `init` of a transformation.
 
     Attributes:
-      moments: What is to be written.
-      describe: Names their entry for a moment and a path, for messages.
-      conversion: Where faults go.
+      moments: The moments to write.
+      describe: Maps a moment and a path to the name of their entry in messages.
+      conversion: Collects problems.
       fresh: Paths that keep their start values.
-      used: The moments and paths that have been written.
+      used: The moments and paths that were written.
       clamped: The paths whose variance would have been negative.
     """
 
@@ -235,14 +235,15 @@ class Writer:
     clamped: list[str] = dataclasses.field(default_factory=list, init=False)
 
     def write(self, state: Any, calls: int | None = None) -> Any:
-        """`state` with the moments and counts in it.
+        """`state` with the moments and counts.
 
         Args:
-          state: What `init` returned.
-          calls: The number of calls, where steps are accumulated over several.
+          state: The result of `init`.
+          calls: The number of calls, if a step accumulates several.
 
         Raises:
-          InterchangeError: For all that is missing, left over or misshapen, noted before or now.
+          InterchangeError: If anything is missing, left over or misshapen, including problems noted
+            earlier.
         """
         written = map_nodes(self._node, state)
         for moment, column in self.moments.columns.items():
@@ -253,8 +254,8 @@ class Writer:
         self.conversion.raise_if_any()
         if self.clamped:
             warnings.warn(
-                f'the second moment is smaller than the squared mean, so that the variance was '
-                f'taken as 0, somewhere in {", ".join(self.clamped)}',
+                'the variance was set to 0 where the second moment is smaller than the squared '
+                f'mean, in {", ".join(self.clamped)}',
                 LossyConversionWarning,
                 stacklevel=4,
             )
@@ -335,23 +336,23 @@ def wide(array: Any) -> np.ndarray:
 
 
 def square(mean: Any, weight: float) -> np.ndarray:
-    """`|mean|^2 / weight`, and 0 where nothing has been averaged yet."""
+    """`|mean|^2 / weight`; 0 if nothing has been averaged yet."""
     exact = wide(mean)
     return (np.real(exact) ** 2 + np.imag(exact) ** 2) / (weight or 1.0)
 
 
 def refilled(leaf: Any, value: Any) -> Any:
-    """A number in the place of a leaf, with its dtype and sharding."""
+    """`value` with the dtype and sharding of `leaf`."""
     return jax.device_put(np.asarray(value).astype(leaf.dtype), sharding_of(leaf))
 
 
 def _as_stored(array: np.ndarray, ours: Any) -> np.ndarray:
-    """Complex numbers as pairs of reals, or as reals, where the state has them so."""
+    """Converts complex numbers to pairs of reals, or to reals, if the state stores them so."""
     if not np.iscomplexobj(array) or jnp.issubdtype(ours.dtype, jnp.complexfloating):
         return array
     if ours.shape == (*array.shape, 2):
         return np.stack([np.real(array), np.imag(array)], -1)
-    # Optax keeps the real second moment of a complex array in a complex one.
+    # Optax stores the real second moment of a complex array as a complex array.
     return array if np.imag(array).any() else np.real(array)
 
 
@@ -369,12 +370,12 @@ def _saturated(leaf: Any, count: int) -> Any:
 
 
 def accumulates(state: Any) -> bool:
-    """Whether some wrapper gathers the gradients of several calls."""
+    """Whether a wrapper accumulates the gradients of several calls."""
     return bool(leaves_named(state, 'mini_step'))
 
 
 def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:
-    """The constants called `name` that `inject_hyperparams` holds in a state, by key path."""
+    """The constants called `name` that `inject_hyperparams` keeps in a state, by key path."""
     ends = (GetAttrKey('hyperparams'), DictKey(name))
     scheduled = (GetAttrKey('hyperparams_states'), DictKey(name))
     leaves = tree_flatten_with_path(state)[0]
@@ -386,6 +387,6 @@ def injected(state: Any, name: str) -> dict[tuple[Any, ...], Any]:
 
 
 def with_injected(state: Any, name: str, value: float) -> Any:
-    """`state` with that constant set, where there is one."""
+    """`state` with the injected constants called `name` set to `value`, if there are any."""
     places = injected(state, name)
     return tree_map_with_path(lambda path, x: refilled(x, value) if path in places else x, state)

@@ -6,9 +6,9 @@ Collect them by name, and put them back the same way::
     for v in optimizer.variables:
         v.assign(converted[v.name])
 
-Keras names a slot after the path of its variable, `sequential/dense/kernel`, with underscores:
-`sequential_dense_kernel_velocity`. Pairs have that path as `theirs`; `v.path` of the optimizer's
-variables, which starts with the optimizer's own name, is understood too.
+Keras names a slot after the path of its variable, such as `sequential/dense/kernel`, with
+underscores: `sequential_dense_kernel_velocity`. In a `Pair`, `theirs` is that path. Keys may also
+be the `v.path` of the optimizer's variables, which starts with the optimizer's own name.
 """
 
 import math
@@ -45,7 +45,7 @@ _ACCUMULATOR = 'gradient_accumulator'
 def dense(
     theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True, layout: Layout = AS_IS
 ) -> tuple[Pair, ...]:
-    """The pairs of Keras's `Dense` or `Conv` with Flax's: the axes lie alike.
+    """The pairs of Keras's `Dense` or `Conv` and Flax's. Their axes have the same order.
 
     Example:
       >>> from rmsprop_jax import interchange
@@ -59,7 +59,7 @@ conv = dense
 
 
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
-    """The pairs of Keras's normalisation layers with Flax's: `gamma` is `scale`."""
+    """The pairs of Keras's normalisation layers and Flax's: `gamma` is `scale`."""
     return layer(theirs, ours, ('/gamma', 'scale'), ('/beta', 'bias'), bias)
 
 
@@ -71,29 +71,30 @@ def from_keras(
     *,
     gradient_accumulation_steps: int | None = None,
 ) -> Any:
-    """The state of `tx` that goes on where Keras's optimizer stopped.
+    """The state with which `tx` continues where Keras's optimizer stopped.
 
     Args:
       variables: The optimizer's variables by name.
-      tx: `dialects.keras(...)` with the optimizer's settings, inside whatever wrappers.
+      tx: `dialects.keras(...)` with the optimizer's settings, inside any wrappers.
       params: Our parameters.
       mapping: The pairs.
-      gradient_accumulation_steps: As the optimizer has it, if it is to be compared with what `tx`
-        does, which is what counts. Keras's `iteration` counts calls, of which so many make a step;
-        between them there is nothing to convert to.
+      gradient_accumulation_steps: The optimizer's setting, to check it against `tx`, which decides.
+        Keras's `iteration` counts calls, and this many calls make one step. A state in the middle
+        of an accumulation cannot be converted.
 
     Returns:
       A state like `tx.init(params)`. The `trace` of `dialects.keras` is the negative of Keras's
-      `momentum`. The variable `learning_rate` goes where `inject_hyperparams` holds one; otherwise
-      make `tx` with it: `dialects.keras(float(variables['learning_rate']))`.
+      `momentum`. The variable `learning_rate` is written to the state of `inject_hyperparams`, if
+      `tx` uses that; otherwise make `tx` with it:
+      `dialects.keras(float(variables['learning_rate']))`.
 
     Raises:
       InterchangeError: Listing every entry that is missing, left over, misshapen, of the wrong kind
-        or not finite, a `learning_rate` or a number of accumulated calls that `tx` contradicts, and
-        every velocity that is on the other side of a learning rate that changes.
+        or not finite; a `learning_rate` or a number of accumulated calls that `tx` contradicts; and
+        every velocity on the other side of a learning rate that changes.
 
     Warns:
-      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
+      LossyConversionWarning: If a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -115,12 +116,12 @@ def from_keras(
     checked_names('variables', variables)
     entries = {name.rpartition('/')[2]: value for name, value in variables.items()}
     if len(entries) < len(variables):
-        exchange.add('names of variables are the same but for what is before the last slash')
+        exchange.add('some variable names differ only before their last slash')
     rate, start = None, tx.init(params)
     if 'learning_rate' in entries:
         rate = as_number(entries.pop('learning_rate'))
         if rate is None or not math.isfinite(rate):
-            exchange.add("'learning_rate' is no finite number")
+            exchange.add("'learning_rate' is not a finite number")
         else:
             start = with_injected(start, 'learning_rate', rate)
     trial = Trial(tx, start, params)
@@ -156,7 +157,7 @@ def _slot(pair: Pair, slot: str) -> str:
 
 
 def _calls_a_step(trial: Trial | None, given: Any, exchange: Exchange) -> int:
-    """How many calls make a step of `tx`; without a `tx`, what is given."""
+    """How many calls make a step of `tx`; without `tx`, the given number."""
     if given is not None:
         given = checked_steps('gradient_accumulation_steps', given, least=1)
     if trial is None:
@@ -175,20 +176,20 @@ def _take_accumulators(entries: dict[str, Any], every: int, exchange: Exchange) 
     held = any(name.endswith(_ACCUMULATOR) for name in entries)
     if entries and held != (every > 1):
         exchange.add(
-            f'Keras {"has" if held else "has no"} gradient accumulators, and tx {_taking(every)}: '
+            f'Keras {"has" if held else "has no"} gradient accumulators, but tx {_taking(every)}: '
             'give tx the gradient_accumulation_steps of the optimizer'
         )
     for pair in exchange.by_path.values():
         name = _slot(pair, _ACCUMULATOR)
         with exchange.noted():
             if name in entries and as_array(repr(name), entries.pop(name)).any():
-                raise EntryError(f'{name!r} holds gradients: convert at the end of an accumulation')
+                raise EntryError(f'{name!r} is not zero: convert at the end of an accumulation')
 
 
 def _iteration(entries: dict[str, Any], every: int, exchange: Exchange) -> int:
     count = as_count(entries.pop('iteration', entries.pop('iterations', None)))
     if count is None:
-        exchange.add("'iteration' is missing or no step count")
+        exchange.add("'iteration' is missing or not a step count")
         return 0
     if count % every:
         exchange.add(
@@ -207,23 +208,23 @@ def to_keras(
     learning_rate: Any = None,
     gradient_accumulation_steps: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The variables of a Keras optimizer, by `v.name`, that goes on where our state stopped.
+    """The variables, by `v.name`, with which a Keras optimizer continues from our state.
 
     Args:
       state: The state of our transformation.
       params: Our parameters.
       mapping: The pairs.
-      tx: The transformation whose state it is; needed where that has a velocity or accumulates
-        gradients.
-      learning_rate: What Keras's variable of that name is to hold. If not given: what
-        `inject_hyperparams` holds in the state; if there is none either, no such entry is written,
-        as Keras has none where the learning rate is a schedule.
+      tx: The transformation that `state` belongs to. Needed if the state has a velocity or
+        accumulates gradients.
+      learning_rate: The value of Keras's variable `learning_rate`. Defaults to the rate that
+        `inject_hyperparams` keeps in the state. Without either, no such variable is written; Keras
+        has none if the learning rate is a schedule.
       gradient_accumulation_steps: As for `from_keras`.
 
     Raises:
-      InterchangeError: Listing every moment without a pair or a counterpart in Keras, a learning
-        rate or number of accumulated calls that `tx` contradicts, and every velocity that is on the
-        other side of a learning rate that changes.
+      InterchangeError: Listing every moment without a pair or a counterpart in Keras; a learning
+        rate or a number of accumulated calls that `tx` contradicts; and every velocity on the other
+        side of a learning rate that changes.
     """
     exchange = Exchange('the state cannot be written for Keras', params, mapping)
     moments, trial = exchange.our_moments('Keras', tx, state, counts_calls=True)

@@ -1,7 +1,7 @@
 """Optax: the states of `optax.rmsprop`, `optax.scale_by_rms` and `optax.scale_by_stddev`.
 
-All four of its state classes are read and written: with and without a count (that is, bias
-correction), centered and not. Names and layouts are ours already, and so is the sign of `trace`.
+All four of its state classes are read and written: with and without a count (for bias correction),
+centered and not. Names, layouts and the sign of `trace` are the same as ours.
 """
 
 import dataclasses
@@ -32,28 +32,28 @@ def from_optax(
     decay: float | None = None,
     count: int | None = None,
 ) -> Any:
-    """The state of our `tx` that goes on where an Optax optimizer stopped.
+    """The state with which our `tx` continues where an Optax optimizer stopped.
 
     Args:
-      theirs: The state of `optax.rmsprop`, or of a chain or wrapper that holds one.
-      tx: `rmsprop_jax.rmsprop` with the same arguments, inside whatever wrappers.
+      theirs: The state of `optax.rmsprop`, or of a chain or wrapper that contains it.
+      tx: `rmsprop_jax.rmsprop` with the same arguments, inside any wrappers.
       params: The parameters.
-      source: The transformation whose state `theirs` is. Needed where that may have its velocity
-        before the learning rate, as a chain of your own may; `optax.rmsprop` has it after.
-      decay: The constant decay of a bias-corrected one, which divides by `1 - decay^count`.
-      count: The step count for schedules. Needed where `theirs` has none, as with a constant
-        learning rate and no bias correction; if nothing depends on it, pass 0.
+      source: The transformation that `theirs` belongs to. Needed if its velocity may come before
+        the learning rate, as in a chain of your own; in `optax.rmsprop` it comes after.
+      decay: The constant decay of a bias-corrected state, which is divided by `1 - decay^count`.
+      count: The step count for schedules. Needed if `theirs` has none, as with a constant learning
+        rate and no bias correction. If nothing depends on it, pass 0.
 
     Returns:
       A state like `tx.init(params)`.
 
     Raises:
       InterchangeError: Listing every moment that is missing, left over, misshapen, of the wrong
-        kind or not finite, a count or decay that is needed, and every velocity that is on the other
-        side of a learning rate that changes.
+        kind or not finite; a count or decay that is needed; and every velocity on the other side of
+        a learning rate that changes.
 
     Warns:
-      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
+      LossyConversionWarning: If a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -73,8 +73,8 @@ def from_optax(
     if count is not None:
         moments = dataclasses.replace(moments, counts=[count])
     elif len(moments.counts) != 1:
-        found = f'has step counts {sorted(moments.counts)}' if moments.counts else 'has none'
-        exchange.add(f'no single step count: the state {found}: pass count')
+        found = f'step counts {sorted(moments.counts)}' if moments.counts else 'no step count'
+        exchange.add(f'the state has {found}, not exactly one: pass count')
     weights = {**_weights_there(moments, decay, exchange), **moments.weights}
     exchange.counterparts = dict.fromkeys(moments.columns['trace'], _OPTAX)
     if source is not None:
@@ -85,7 +85,7 @@ def from_optax(
 
 
 def _checked(tx: Any, params: Any, decay: float | None) -> float | None:
-    """Returns `decay`, having checked what both directions are given."""
+    """Checks the arguments that both directions share, and returns `decay`."""
     checked_transformation('tx', tx)
     checked_leaves('params', params)
     return None if decay is None else float(decay_rate('decay', decay).value)
@@ -102,10 +102,10 @@ def _weights_there(moments: Moments, decay: float | None, exchange: Exchange) ->
 
 
 def _measured(trial: Trial, count: int) -> dict[str, Counterpart]:
-    """What a transformation at hand does after `count` steps, by path."""
+    """What a given transformation does after `count` steps, by path."""
     counterparts: dict[str, Counterpart] = {}
     for path, action in trial.actions(count).items():
-        # PyTorch's side: the gradient goes into the velocity as it is.
+        # As in PyTorch: the gradient enters the velocity unscaled.
         outside = (
             action.steady_gain and near(abs(action.gain or 0.0), 1) and not near(action.response, 1)
         )
@@ -130,36 +130,36 @@ def to_optax(
     source: optax.GradientTransformation | None = None,
     decay: float | None = None,
 ) -> Any:
-    """The state of an Optax optimizer `tx` that goes on where our state stopped.
+    """The state with which an Optax optimizer `tx` continues where our state stopped.
 
     Args:
       state: The state of our transformation.
-      tx: `optax.rmsprop` with the same arguments, inside whatever wrappers.
+      tx: `optax.rmsprop` with the same arguments, inside any wrappers.
       params: The parameters.
-      source: Our transformation, whose state it is; needed where that has a velocity.
-      decay: The constant decay of a bias-corrected one. Ours keeps the sum of its weights, Optax
-        computes `1 - decay^count` instead: they must agree, and do not after a changing decay.
+      source: Our transformation, which `state` belongs to. Needed if the state has a velocity.
+      decay: The constant decay of a bias-corrected state. Our state keeps the sum of the weights;
+        Optax computes `1 - decay^count` instead. The two must agree, which they do not if the decay
+        changed.
 
     Returns:
-      A state like `tx.init(params)`. Where that has no step count, ours is not needed.
+      A state like `tx.init(params)`. If `tx` has no step count, ours is not used.
 
     Raises:
       InterchangeError: Listing every moment that is missing, left over or misshapen, weights that
-        Optax could not find again, and all that `source` does otherwise than `tx`.
+        Optax would not reproduce, and every difference between `source` and `tx`.
     """
     decay = _checked(tx, params, decay)
     exchange = Exchange('the state cannot be written for Optax', params)
     moments = moments_in(state, exchange)
     if len(moments.counts) != 1:
-        exchange.add(f'the state has step counts {sorted(moments.counts)}: not one')
+        exchange.add(f'the state has step counts {sorted(moments.counts)}, not exactly one')
     there = _weights_there(moments, decay, exchange)
     for path, held in moments.weights.items():
         # A float32 weight is a sum of up to 1 / (1 - decay) rounded terms.
         if decay is not None and abs(held - there[path]) > 1e-4 * held:
             exchange.add(
-                f'{path!r}: its weights add up to {held:.6g}, not to 1 - {decay}^'
-                f'{moments.corrected[path]} as Optax would have it: the decay was another one, or '
-                'changed'
+                f'{path!r}: its weights add up to {held:.6g}, but Optax computes 1 - {decay}^'
+                f'{moments.corrected[path]}: the decay was different, or changed'
             )
     trial = exchange.our_trial('source', source, state, moments)
     if trial is not None:

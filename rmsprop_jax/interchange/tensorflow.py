@@ -1,12 +1,12 @@
 """TensorFlow 1: the slots of `tf.compat.v1.train.RMSPropOptimizer`, as checkpoints name them.
 
-A checkpoint holds the slots beside the variables, under names that only their order explains:
-`dense/kernel/RMSProp` is `rms`, then `..._1` and so on are `mg` (where centered) and `momentum`::
+A checkpoint contains the slots next to the variables and numbers them in order:
+`dense/kernel/RMSProp` is `rms`; `..._1` and so on are `mg` (if centered) and `momentum`::
 
     reader = tf.train.load_checkpoint(path)
     variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
-The layers' pairs are those of `interchange.keras`, whose axes and names TensorFlow shares.
+Make the pairs of layers with `interchange.keras`: axes and names are the same in TensorFlow.
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ def from_tensorflow(
     name: str | None = 'RMSProp',
     count: int | None = None,
 ) -> Any:
-    """The state of `tx` that goes on where TensorFlow's optimizer stopped.
+    """The state with which `tx` continues where TensorFlow's optimizer stopped.
 
     Args:
-      variables: A checkpoint's arrays by name. What is not named as one of this optimizer's slots
-        (the variables themselves, another optimizer's slots) is not its state and is left alone.
-      tx: `dialects.tensorflow(...)` with the optimizer's settings, inside whatever wrappers.
+      variables: The arrays of a checkpoint by name. Arrays that are not named like slots of this
+        optimizer (the variables themselves, slots of another optimizer) are ignored.
+      tx: `dialects.tensorflow(...)` with the optimizer's settings, inside any wrappers.
       params: Our parameters.
-      mapping: The pairs; `theirs` is the variable's name, `dense/kernel`.
-      centered: Whether the optimizer is, which decides what the numbered slots are.
-      name: The optimizer's name. None for slots named after what they are, as `get_slot` does:
+      mapping: The pairs; `theirs` is the name of the variable, such as `dense/kernel`.
+      centered: Whether the optimizer is centered, which decides what the numbered slots mean.
+      name: The optimizer's name. None for slots with the names that `get_slot` uses:
         `dense/kernel/rms`, `dense/kernel/mg`, `dense/kernel/momentum`.
-      count: The step count for schedules; `global_step` among the variables if not given.
+      count: The step count for schedules. Defaults to `global_step` in `variables`.
 
     Returns:
       A state like `tx.init(params)`. The `trace` of `dialects.tensorflow` is the negative of the
@@ -65,10 +65,10 @@ def from_tensorflow(
 
     Raises:
       InterchangeError: Listing every slot that is missing, left over, misshapen, of the wrong kind
-        or not finite, and every velocity that is on the other side of a learning rate that changes.
+        or not finite, and every velocity on the other side of a learning rate that changes.
 
     Warns:
-      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
+      LossyConversionWarning: If a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -88,7 +88,7 @@ def from_tensorflow(
     means = exchange.by_path if checked_flag('centered', centered) else ()
     count = as_count(variables.get(_STEP)) if count is None else checked_count(count)
     if count is None:
-        exchange.add(f'{_STEP!r} is missing or no step count: pass count')
+        exchange.add(f'{_STEP!r} is missing or not a step count: pass count')
     exchange.counterparts = _counterparts(exchange, name, means)
     slots = {entry: value for entry, value in variables.items() if _is_slot(entry, name)}
     theirs = exchange.collected(slots, [count or 0])
@@ -107,7 +107,7 @@ def from_tensorflow(
 def _counterparts(
     exchange: Exchange, name: str | None, centered: Collection[str]
 ) -> dict[str, Counterpart]:
-    """The counterparts, of which those at the `centered` paths have a mean."""
+    """The counterparts by path. Those at the `centered` paths have a mean."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be the optimizer's name or None, got {name!r}.")
 
@@ -125,7 +125,8 @@ def _counterparts(
 def _with_epsilon(
     counterparts: Mapping[str, Counterpart], moments: Moments
 ) -> dict[str, Counterpart]:
-    """Without momentum, OptimizerV2 has epsilon outside the root, and no slot `momentum`."""
+    """Sets where epsilon is. OptimizerV2 without momentum has it outside the root, and no slot
+    `momentum`."""
     return {
         path: dataclasses.replace(theirs, eps_in_sqrt=path in moments.columns['trace'])
         for path, theirs in counterparts.items()
@@ -145,30 +146,31 @@ def to_tensorflow(
     tx: optax.GradientTransformation | None = None,
     name: str | None = 'RMSProp',
 ) -> dict[str, np.ndarray]:
-    """The slots of a TensorFlow optimizer that goes on where our state stopped, and `global_step`.
+    """The slots, and `global_step`, with which TensorFlow's optimizer continues from our state.
 
     Args:
       state: The state of our transformation.
       params: Our parameters.
       mapping: The pairs.
-      tx: The transformation whose state it is, which has a velocity.
+      tx: The transformation that `state` belongs to; needed, since the state has a velocity.
       name: As for `from_tensorflow`.
 
     Raises:
-      InterchangeError: Listing every moment without a pair, a companion or a counterpart there.
-        TensorFlow always has a `momentum`, as has `dialects.tensorflow`. Likewise every velocity
-        that is on the other side of a learning rate that changes.
+      InterchangeError: Listing every moment without a pair or a counterpart in TensorFlow, every
+        parameter that has only one of `nu` and `trace` (TensorFlow always has a `momentum`, as does
+        `dialects.tensorflow`), and every velocity on the other side of a learning rate that
+        changes.
     """
     exchange = Exchange('the state cannot be written for TensorFlow', params, mapping)
     moments, trial = exchange.our_moments('TensorFlow', tx, state)
     for path in sorted(moments.columns['nu'].keys() ^ moments.columns['trace'].keys()):
-        exchange.add(f'{path!r} has not both a nu and a trace, and TensorFlow has')
+        exchange.add(f'{path!r} lacks a nu or a trace, but TensorFlow has both')
     counterparts = _counterparts(exchange, name, moments.columns['mu'])
     exchange.counterparts = _with_epsilon(counterparts, moments)
 
     def adapt(moment: str, path: str, array: np.ndarray) -> np.ndarray:
         if path not in counterparts or moment not in _SLOTS:
-            raise EntryError(f'{described(moment, path)} has no counterpart there')
+            raise EntryError(f'{described(moment, path)} has no counterpart in TensorFlow')
         return array
 
     slots = exchange.released(moments, trial, adapt)
