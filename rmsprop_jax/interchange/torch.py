@@ -214,7 +214,7 @@ def from_torch(
         side of a learning rate that changes.
 
     Warns:
-      LossyExchangeWarning: Where a centered second moment is smaller than its squared mean.
+      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
