@@ -103,7 +103,7 @@ def from_checkpoint(
       checkpoint: The file, or what `read_checkpoint` returned.
       params: Our parameters, or a tree of `jax.ShapeDtypeStruct`s like them. Flax NNX:
         `nnx.state(model, nnx.Param)`.
-      buffers: The same of what is no parameter: `nnx.state(model, nnx.BatchStat)`.
+      buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`.
       known: Pairs that you know, as for `propose_pairs`.
       ignore: Names of theirs that are to be left out.
       accept_guesses: Whether guesses may be taken. See them first: the error lists them, as does
@@ -213,7 +213,7 @@ def save_template(path: str | os.PathLike[str], params: Any, buffers: Any = None
     Args:
       path: The file to write.
       params: The parameters, or shapes: `nnx.state(model, nnx.Param)`, `variables['params']`.
-      buffers: The same of what is no parameter.
+      buffers: The same for arrays that are not parameters.
 
     Example:
       >>> import pathlib, tempfile
@@ -334,7 +334,7 @@ def restore_port(
     Args:
       folder: The folder.
       params: Our parameters, or shapes, as in the template. Arrays come where these are.
-      buffers: The same of what is no parameter.
+      buffers: The same for arrays that are not parameters.
       learning_rate: A schedule of the number of updates, or a number; or a list with one of them
         for each group. Needed if the groups tell of a scheduler; otherwise the rates stay what
         they are.

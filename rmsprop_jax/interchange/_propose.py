@@ -98,7 +98,7 @@ def propose_pairs(
     Args:
       theirs: Arrays by name, as `read_checkpoint(path).arrays` or `model.state_dict()`.
       params: Our parameters, or a tree of `jax.ShapeDtypeStruct`s like them.
-      buffers: The same of what is no parameter: `nnx.state(model, nnx.BatchStat)`, or Linen's
+      buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`, or Linen's
         `variables['batch_stats']`.
       known: Pairs that you know. They are sure, and their arrays are proposed for nothing else.
       ignore: Names of theirs that are to be left out.
@@ -171,7 +171,7 @@ class _Search:
 
     Attributes:
       pairs: The pairs by our path.
-      guesses: Why one of them is no more than a guess.
+      guesses: The reason why each of these is a guess.
       unused: Why arrays of theirs are left out.
     """
 
