@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import public_api
 import pytest
+from flax import nnx
 from jax.typing import ArrayLike
 
 import rmsprop_jax
@@ -66,6 +67,7 @@ FROM_TORCH = {
     'mapping': PAIRS,
     'names': NAMES,
 }
+NNX = nnx.Optimizer(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rmsprop(0.1), wrt=nnx.Param)
 WITH_VELOCITY = {
     'state': WITH_TRACE,
     'params': PARAMS,
@@ -506,6 +508,9 @@ WRONG_FILES = [
         ValueError,
         "'dense.weight' has momentum=array.* in its group, which is no number",
     ),
+    (interchange.nnx.set_state, (3, STATE), TypeError, 'optimizer must be an nnx.Optimizer, got'),
+    (interchange.nnx.set_state, (NNX, {'x': 3}), ValueError, "'x' is not in the optimizer"),
+    (interchange.nnx.set_state, (NNX, {'x': 'x'}), TypeError, r"state\['x'\] is a str, not an"),
     (interchange.from_optax, (3, TX, PARAMS), ValueError, 'no single step count'),
     (interchange.from_optax, (STATE, 3, PARAMS), TypeError, 'tx must be a gradient'),
     (
@@ -658,6 +663,7 @@ VALID: dict[Any, dict[str, Any]] = {
         'param_groups': [GROUP],
         'names': NAMES,
     },
+    interchange.nnx.set_state: {'optimizer': NNX, 'state': NNX.opt_state},
     interchange.from_optax: {'theirs': STATE, 'tx': TX, 'params': PARAMS},
     interchange.to_optax: {'state': STATE, 'tx': optax.rmsprop(0.1), 'params': PARAMS},
     interchange.from_keras: {
@@ -817,6 +823,12 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
     (interchange.to_torch, 'param_groups'): (3, ValueError, "'param_groups' is missing or no list"),
     (interchange.to_torch, 'as_tensor'): (3, TypeError, '^as_tensor must be a function'),
+    (interchange.nnx.set_state, 'optimizer'): (3, TypeError, '^optimizer must be an nnx.Optimizer'),
+    (interchange.nnx.set_state, 'state'): (
+        WORDS,
+        TypeError,
+        r"^state\['w'\] is a str, not an array",
+    ),
     (interchange.to_optax, 'state'): (3, ValueError, STRAY),
     (interchange.to_keras, 'state'): (3, ValueError, STRAY),
     (interchange.to_tensorflow, 'state'): (3, ValueError, STRAY),

@@ -29,6 +29,7 @@ float64, kept from falling below zero, and a `LossyConversionWarning` names wher
 """
 
 from rmsprop_jax.interchange import keras as keras
+from rmsprop_jax.interchange import nnx as nnx
 from rmsprop_jax.interchange import optax as optax
 from rmsprop_jax.interchange import tensorflow as tensorflow
 from rmsprop_jax.interchange import torch as torch
@@ -64,6 +65,7 @@ __all__ = [
     'from_tensorflow',
     'from_torch',
     'keras',
+    'nnx',
     'optax',
     'parameters_from',
     'parameters_to',

@@ -163,10 +163,19 @@ def torch_optimizer(
     }
     transforms = transforms_of(groups, learning_rate, dialect, conversion)
     conversion.raise_if_any()
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, _: labels.get(path_name(path), _FROZEN), params
+    labels = {path: labels.get(path, _FROZEN) for path in conversion.leaves}
+
+    # By path, since an nnx.Optimizer gives `init` variables and `update` plain arrays.
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        name = path_name(path)
+        if name not in labels:
+            raise ValueError(f'{name!r} is not in the params that torch_optimizer was given.')
+        return labels[name]
+
+    return optax.partition(
+        {**transforms, _FROZEN: optax.set_to_zero()},
+        lambda tree: jax.tree_util.tree_map_with_path(label, tree),
     )
-    return optax.partition({**transforms, _FROZEN: optax.set_to_zero()}, lambda _: tree)
 
 
 def from_torch(

@@ -1,0 +1,212 @@
+"""Runs of PyTorch go on in a Flax NNX model and its optimizer, and go back."""
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from interchange_data import ours, problem
+
+import rmsprop_jax
+from rmsprop_jax import dialects, interchange, storage
+
+EXACT = 1e-10
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+class Net(nnx.Module):
+    """The network of `problem`, as its PyTorch run has it."""
+
+    def __init__(self):
+        wide: dict[str, Any] = {'param_dtype': jnp.float64, 'rngs': nnx.Rngs(0)}
+        self.Conv_0 = nnx.Conv(1, problem.CHANNELS, (3, 3), padding='VALID', **wide)
+        self.Dense_0 = nnx.Linear(problem.CHANNELS * problem.SIDE**2, 5, **wide)
+        self.LayerNorm_0 = nnx.LayerNorm(5, epsilon=1e-5, **wide)
+        self.Dense_1 = nnx.Linear(5, 1, **wide)
+
+    def __call__(self, x: Any) -> Any:
+        x = jnp.tanh(self.Conv_0(x.transpose(0, 2, 3, 1))).reshape(len(x), -1)
+        return self.Dense_1(jnp.tanh(self.LayerNorm_0(self.Dense_0(x))))
+
+
+@nnx.jit
+def _step(model: Any, optimizer: Any, step: Any) -> None:
+    batch = step % problem.BATCHES
+    inputs, targets = (jnp.asarray(x)[batch] for x in (problem.INPUTS, problem.TARGETS))
+    loss = lambda model: jnp.mean((model(inputs) - targets) ** 2)  # noqa: E731
+    optimizer.update(model, nnx.grad(loss)(model))
+
+
+def _halfway(run: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The recorded run halfway as a model and its optimizer, and the dictionary it came from."""
+    groups = [g | {'lr': problem.DROP * g['lr']} for g in run['state']['param_groups']]
+    checkpoint, names = run['state'] | {'param_groups': groups}, problem.NET_NAMES
+    model = Net()
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, interchange.parameters_from(run['params'], params, ours.NET_PAIRS))
+    params = nnx.state(model, nnx.Param)
+    tx = interchange.torch_optimizer(checkpoint, params, ours.NET_PAIRS, names=names)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = interchange.from_torch(checkpoint, tx, params, ours.NET_PAIRS, names=names)
+    interchange.nnx.set_state(optimizer, state)
+    return model, optimizer, checkpoint
+
+
+@pytest.mark.extended
+@pytest.mark.usefixtures('x64')
+def test_a_run_of_pytorch_goes_on_in_an_nnx_optimizer_and_back():
+    run = problem.read(problem.FOLDER / 'torch.npz', 'net')
+    model, optimizer, checkpoint = _halfway(run)
+    back = interchange.to_torch(
+        optimizer.opt_state,
+        nnx.state(model, nnx.Param),
+        ours.NET_PAIRS,
+        checkpoint['param_groups'],
+        names=problem.NET_NAMES,
+        tx=optimizer.tx,
+    )
+    for number, entry in checkpoint['state'].items():
+        for slot, array in entry.items():
+            np.testing.assert_allclose(back['state'][number][slot], array, rtol=1e-15)
+    for step in range(problem.HANDOVER, problem.END):
+        _step(model, optimizer, step)
+    found = interchange.parameters_to(nnx.state(model, nnx.Param), ours.NET_PAIRS)
+    assert ours.worst(found, run['end']) < EXACT
+
+
+GROUP = {'lr': 0.1, 'alpha': 0.9, 'eps': 1e-8, 'weight_decay': 0.1, 'momentum': 0.9}
+GROUP |= {'centered': True, 'maximize': False, 'params': [0, 1]}
+
+
+def _with_frozen_bias() -> Any:
+    return interchange.torch_optimizer(
+        {'param_groups': [GROUP]},
+        {'fc': {'kernel': 0, 'bias': 0}},
+        interchange.torch.linear('fc', 'fc'),
+        names=['fc.weight', 'fc.bias'],
+        frozen=['fc.bias'],
+    )
+
+
+MADE = {
+    'momentum': lambda: dialects.keras(0.1, momentum=0.9),
+    'bias correction': lambda: rmsprop_jax.rmsprop(0.1, centered=True, bias_correction=True),
+    'bytes': lambda: rmsprop_jax.rmsprop(0.1, storage=storage.uint8()),
+    'factored': lambda: rmsprop_jax.rmsprop(0.1, storage=storage.factored()),
+    'MultiSteps': lambda: optax.MultiSteps(rmsprop_jax.rmsprop(0.1), 2).gradient_transformation(),
+    'injected': lambda: rmsprop_jax.inject_hyperparams(dialects.torch)(0.1, momentum=0.9),
+    'frozen': _with_frozen_bias,
+}
+
+
+def _fresh(tx: Any) -> tuple[Any, Any]:
+    model = nnx.Dict(fc=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def _gradients(params: Any) -> Any:
+    return jax.tree.map(jnp.cos, params)
+
+
+def _stepped(tx: Any) -> tuple[Any, Any, Any]:
+    """A model, its optimizer after two updates, and the same state without Flax."""
+    model, optimizer = _fresh(tx)
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(_gradients(params), state, params)
+        params = optax.apply_updates(params, updates)
+        optimizer.update(model, _gradients(nnx.state(model, nnx.Param)))
+    return model, optimizer, state
+
+
+def _assert_equal(found: Any, wanted: Any) -> None:
+    found, wanted = (jax.tree.leaves(nnx.as_pure(x)) for x in (found, wanted))
+    # Flax turns the two means of a factored statistic around.
+    order = lambda leaves: sorted(map(np.asarray, leaves), key=lambda x: (x.shape, x.tobytes()))  # noqa: E731
+    for a, b in zip(order(found), order(wanted), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize('make', MADE.values(), ids=MADE)
+def test_a_state_put_into_an_optimizer_is_what_it_goes_on_from(make: Any):
+    tx = make()
+    model, optimizer, plain = _stepped(tx)
+    params = jax.tree.map(lambda x: x, nnx.state(model, nnx.Param))
+    gradients = _gradients(params)
+    before = jax.tree.map(lambda x: x, optimizer.opt_state)
+    optimizer.update(model, gradients)
+    for state in (plain, before):
+        other, restored = _fresh(tx)
+        nnx.update(other, params)
+        interchange.nnx.set_state(restored, state)
+        _assert_equal(restored.opt_state, before)
+        restored.update(other, gradients)
+        _assert_equal(restored.opt_state, optimizer.opt_state)
+        _assert_equal(nnx.state(other), nnx.state(model))
+
+
+def test_a_state_is_put_into_an_optimizer_under_jit():
+    tx = rmsprop_jax.rmsprop(0.1, momentum=0.9)
+    _, _, state = _stepped(tx)
+    _, restored = _fresh(tx)
+    nnx.jit(interchange.nnx.set_state)(restored, state)
+    _assert_equal(restored.opt_state, state)
+
+
+FORMATS = {'float32': None, 'bytes': storage.uint8(), 'factored': storage.factored()}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize('kept', FORMATS.values(), ids=FORMATS)
+def test_formats_are_read_and_converted_as_in_a_plain_state(kept: Any):
+    tx = rmsprop_jax.rmsprop(0.1, centered=kept is None, storage=kept)
+    model, optimizer, state = _stepped(tx)
+    params = nnx.state(model, nnx.Param)
+    _assert_equal(storage.read(optimizer.opt_state, kept), storage.read(state, kept))
+    into = storage.bfloat16()
+    converted = storage.convert(optimizer.opt_state, params, kept, into)
+    _assert_equal(converted, storage.convert(state, nnx.as_pure(params), kept, into))
+    _, other = _fresh(rmsprop_jax.rmsprop(0.1, centered=kept is None, storage=into))
+    interchange.nnx.set_state(other, converted)
+    _assert_equal(other.opt_state, converted)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    tx = rmsprop_jax.rmsprop(0.1)
+    _, optimizer, state = _stepped(tx)
+    before = jax.tree.map(lambda x: x, optimizer.opt_state)
+    nu = {'fc': {'kernel': jnp.zeros((64, 3)), 'other': jnp.zeros(64)}}
+    count = np.zeros([], np.int64)
+    with pytest.raises(interchange.InterchangeError) as error:
+        interchange.nnx.set_state(optimizer, (state[0]._replace(nu=nu, count=count), *state[1:]))
+    assert error.value.problems == (
+        "'0/count' is int64[] where the optimizer has int32[]",
+        "'0/nu/fc/bias' is missing",
+        "'0/nu/fc/kernel' is float32[64, 3] where the optimizer has float32[64, 64]",
+        "'0/nu/fc/other' is not in the optimizer",
+    )
+    _assert_equal(optimizer.opt_state, before)
+
+
+def test_without_flax_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, 'flax', None)
+    with pytest.raises(ImportError, match=re.escape("pip install '.[flax]'")):
+        interchange.nnx.set_state(3, 3)
+
+
+def test_labels_refuse_what_torch_optimizer_did_not_see():
+    with pytest.raises(ValueError, match="'fc/scale' is not in the params that torch_optimizer"):
+        _with_frozen_bias().init({'fc': {'scale': jnp.zeros(2)}})
