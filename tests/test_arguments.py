@@ -77,6 +77,7 @@ WITH_VELOCITY = {
 LAYERS = (
     *(interchange.torch.linear, interchange.torch.conv, interchange.torch.norm),
     *(interchange.keras.dense, interchange.keras.norm),
+    *(interchange.torch.batch_stats, interchange.keras.batch_stats),
 )
 PLACE = jax.sharding.NamedSharding(jax.make_mesh((1,), ('data',)), jax.sharding.PartitionSpec())
 NUMBER = 'must be a real scalar'

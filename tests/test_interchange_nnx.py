@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from interchange_data import ours, problem
+from interchange_data import ours, problem, record_layers
 
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
@@ -83,6 +83,61 @@ def test_a_run_of_pytorch_goes_on_in_an_nnx_optimizer_and_back():
         _step(model, optimizer, step)
     found = interchange.parameters_to(nnx.state(model, nnx.Param), ours.NET_PAIRS)
     assert ours.worst(found, run['end']) < EXACT
+
+
+def _recorded(layer: str) -> dict[str, Any]:
+    return problem.read(problem.FOLDER / 'layers.npz', layer)
+
+
+def _assert_near(found: Any, wanted: Any) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.extended
+@pytest.mark.usefixtures('x64')
+def test_batch_norm_goes_on_with_its_buffers():
+    run, half = _recorded('batch_norm'), record_layers.HALF
+    wide: dict[str, Any] = {'param_dtype': jnp.float64, 'rngs': nnx.Rngs(0)}
+    model = nnx.Dict(bn=nnx.BatchNorm(record_layers.FEATURES, momentum=0.9, epsilon=1e-5, **wide))
+    pairs = interchange.torch.norm('batch_norm', 'bn')
+    buffers = interchange.torch.batch_stats('batch_norm', 'bn')
+    arrays = nnx.Any(nnx.Param, nnx.BatchStat)
+    # Flax starts statistics in float32, whatever param_dtype is.
+    like = jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, arrays))
+    nnx.update(model, interchange.parameters_from(run['weights'], like, (*pairs, *buffers)))
+
+    def forward(model: Any, **mode: bool) -> Any:
+        x = jnp.asarray(record_layers.inputs('batch_norm', half)).transpose(0, 2, 3, 1)
+        return model.bn(x, **mode).transpose(0, 3, 1, 2)
+
+    _assert_near(forward(model, use_running_average=True), run['output']['y'])
+    params = nnx.state(model, nnx.Param)
+    tx = interchange.torch_optimizer(run['state'], params, pairs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    interchange.nnx.set_state(optimizer, interchange.from_torch(run['state'], tx, params, pairs))
+
+    def loss(model: Any) -> Any:
+        y = forward(model, use_running_average=False)
+        return jnp.mean((y - record_layers.target(y)) ** 2)
+
+    optimizer.update(model, nnx.grad(loss)(model))
+    found = interchange.parameters_to(nnx.state(model, arrays), (*pairs, *buffers))
+    # PyTorch's share of the batch is unbiased, Flax's is not.
+    n = record_layers.BATCH * 2 * 2
+    old, new = found.pop('batch_norm.running_var'), run['end'].pop('batch_norm.running_var')
+    kept = 0.9 * run['weights']['batch_norm.running_var']
+    _assert_near((old - kept) * n / (n - 1), new - kept)
+    del run['end']['batch_norm.num_batches_tracked']
+    assert ours.worst(found, run['end']) < 1e-12
+
+
+def test_only_the_count_of_a_paired_buffer_is_passed_over():
+    buffers = {f'{x}.num_batches_tracked': np.int64(3) for x in ('bn', 'other')}
+    buffers |= {'bn.running_mean': np.ones(2, 'f'), 'bn.running_var': np.ones(2, 'f')}
+    like = {'bn': {'mean': jnp.zeros(2), 'var': jnp.zeros(2)}}
+    with pytest.raises(interchange.InterchangeError) as error:
+        interchange.parameters_from(buffers, like, interchange.torch.batch_stats('bn', 'bn'))
+    assert error.value.problems == ("'other.num_batches_tracked' is in no pair",)
 
 
 GROUP = {'lr': 0.1, 'alpha': 0.9, 'eps': 1e-8, 'weight_decay': 0.1, 'momentum': 0.9}

@@ -365,7 +365,8 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
 
     Args:
       theirs: Arrays by name: `{k: v.detach() for k, v in model.named_parameters()}` in PyTorch,
-        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras.
+        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras. PyTorch's
+        `num_batches_tracked` is passed over where its `running_mean` is in a pair.
       like: A tree of arrays (or `jax.ShapeDtypeStruct`s) with our structure, shapes and dtypes.
       mapping: The pairs.
 
@@ -383,7 +384,10 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
       (2, 3)
     """
     conversion = Conversion('parameters cannot be converted', like, mapping)
-    for name in sorted(checked_names('theirs', theirs)):
+    # PyTorch counts batches for a momentum of None only, and Flax has no such momentum.
+    means = [name for name in conversion.by_name if name.endswith('.running_mean')]
+    counts = {name.removesuffix('running_mean') + 'num_batches_tracked' for name in means}
+    for name in sorted(checked_names('theirs', theirs).keys() - counts):
         with conversion.noted():
             pair_of(name, conversion.by_name)
     converted: list[Any] = []

@@ -50,7 +50,7 @@ from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._settings import counterparts_of, transforms_of
 from rmsprop_jax.interchange._state import Moments, described
 
-__all__ = ['conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
+__all__ = ['batch_stats', 'conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
 __dir__ = __all__.copy
 
 _BIAS = ('.bias', 'bias')
@@ -87,6 +87,32 @@ def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tupl
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of PyTorch's normalisation layers with Flax's: `weight` is `scale`."""
     return layer(theirs, ours, ('.weight', 'scale'), _BIAS, bias)
+
+
+def batch_stats(theirs: str, ours: str | tuple[Any, ...]) -> tuple[Pair, ...]:
+    """The pairs of the buffers of PyTorch's `BatchNorm` with the statistics of Flax's.
+
+    `running_mean` is `mean` and `running_var` is `var`. `num_batches_tracked` has no counterpart.
+    They are not parameters, so give them to `parameters_from` and `parameters_to` only, with a tree
+    that has statistics: `nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))`. `norm` makes the
+    pairs of the parameters.
+
+    PyTorch's `momentum` is one minus Flax's. PyTorch averages the unbiased variance of each batch
+    and Flax the biased one, so from the next update on Flax's `var` moves towards a value that is
+    `(n - 1) / n` of PyTorch's, for n numbers per channel in a batch.
+
+    Args:
+      theirs: The module's name, `'bn'`.
+      ours: The path of its statistics.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> [(pair.theirs, pair.ours) for pair in interchange.torch.batch_stats('bn', 'bn')]
+      [('bn.running_mean', 'bn/mean'), ('bn.running_var', 'bn/var')]
+
+    Source: PyTorch 2.13, torch/nn/modules/batchnorm.py; Flax 0.12.8, flax/nnx/nn/normalization.py.
+    """
+    return layer(theirs, ours, ('.running_mean', 'mean'), ('.running_var', 'var'), True)
 
 
 def torch_optimizer(
