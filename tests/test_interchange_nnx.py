@@ -1,5 +1,6 @@
 """Runs of PyTorch go on in a Flax NNX model and its optimizer, and go back."""
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -129,6 +130,119 @@ def test_batch_norm_goes_on_with_its_buffers():
     _assert_near((old - kept) * n / (n - 1), new - kept)
     del run['end']['batch_norm.num_batches_tracked']
     assert ours.worst(found, run['end']) < 1e-12
+
+
+def _lstm(cell: Any) -> Any:
+    def make(rngs: Any) -> Any:
+        sizes, wide = (record_layers.FEATURES, record_layers.HIDDEN), {'param_dtype': jnp.float64}
+        made = cell(*sizes, **wide, rngs=rngs)
+        layers = ('dense_i',) if hasattr(made, 'dense_i') else ('ii', 'if_', 'ig', 'io')
+        for name in layers:
+            shape = getattr(made, name).kernel.shape
+            setattr(made, name, nnx.Linear(*shape, **wide, rngs=rngs))
+        return made
+
+    return make
+
+
+def _gru(rngs: Any) -> Any:
+    hidden, wide = record_layers.HIDDEN, {'param_dtype': jnp.float64}
+    made = nnx.GRUCell(record_layers.FEATURES, hidden, **wide, rngs=rngs)
+    made.dense_h = nnx.Linear(hidden, 3 * hidden, **wide, rngs=rngs)
+    return made
+
+
+CELLS = {
+    'nnx.LSTMCell': ('lstm', _lstm(nnx.LSTMCell)),
+    'nnx.OptimizedLSTMCell': ('lstm', _lstm(nnx.OptimizedLSTMCell)),
+    'nnx.GRUCell': ('gru', _gru),
+}
+
+
+def _cell_outputs(layer: str, cell: Any) -> dict[str, Any]:
+    x = jnp.asarray(record_layers.inputs(layer, record_layers.HALF))
+    h, c = record_layers.carry(0), record_layers.carry(1)
+    if layer == 'gru':
+        return {'h': cell(h, x)[1]}
+    (c, h), _ = cell((c, h), x)
+    return {'h': h, 'c': c}
+
+
+@pytest.mark.extended
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('name', CELLS)
+def test_a_cell_goes_on_from_pytorch_and_goes_back(name: str):
+    layer, make = CELLS[name]
+    run, model = _recorded(layer), nnx.Dict(cell=make(nnx.Rngs(0)))
+    pairs = interchange.torch.recurrent(layer, 'cell', name)
+    like = nnx.state(model, nnx.Param)
+    nnx.update(model, interchange.parameters_from(run['weights'], like, pairs))
+    found = _cell_outputs(layer, model.cell)
+    assert ours.worst(found, run['output']) < 1e-12
+    params = nnx.state(model, nnx.Param)
+    tx = interchange.torch_optimizer(run['state'], params, pairs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    interchange.nnx.set_state(optimizer, interchange.from_torch(run['state'], tx, params, pairs))
+    groups = run['state']['param_groups']
+    back = interchange.to_torch(optimizer.opt_state, params, pairs, groups, tx=tx)
+    for number, entry in run['state']['state'].items():
+        for slot, array in entry.items():
+            np.testing.assert_array_equal(back['state'][number][slot], array)
+
+    def loss(model: Any) -> Any:
+        outputs = _cell_outputs(layer, model.cell).values()
+        return sum(jnp.mean((y - record_layers.target(y)) ** 2) for y in outputs)
+
+    optimizer.update(model, nnx.grad(loss)(model))
+    found = interchange.parameters_to(nnx.state(model, nnx.Param), pairs)
+    assert ours.worst(found, run['end']) < 1e-12
+
+
+def test_parts_are_split_and_joined_in_order():
+    cell: dict[str, Any] = {f'i{gate}': {'kernel': jnp.zeros((2, 3))} for gate in 'ifgo'}
+    of_hidden = {'kernel': jnp.zeros((3, 3)), 'bias': jnp.zeros(3)}
+    gates = {'cell': cell | {f'h{gate}': dict(of_hidden) for gate in 'ifgo'}}
+    pairs = interchange.torch.recurrent('rnn', 'cell', 'linen.LSTMCell', biases=['hh'])
+    shapes = {'rnn.weight_ih': (12, 2), 'rnn.weight_hh': (12, 3), 'rnn.bias_hh': (12,)}
+    theirs = {name: problem.wave(shape, 0.7).astype('f') for name, shape in shapes.items()}
+    params = interchange.parameters_from(theirs, gates, pairs)
+    np.testing.assert_array_equal(params['cell']['ig']['kernel'], theirs['rnn.weight_ih'][6:9].T)
+    np.testing.assert_array_equal(params['cell']['ho']['bias'], theirs['rnn.bias_hh'][9:])
+    back = interchange.parameters_to(params, pairs)
+    assert list(back) == list(theirs)
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(back[name], array)
+    narrow = theirs | {'rnn.bias_hh': np.zeros(10, 'f')}
+    with pytest.raises(interchange.InterchangeError, match=r'\(10,\) has not 4 equal parts'):
+        interchange.parameters_from(narrow, gates, pairs)
+
+    tx = dialects.torch(0.1)
+    state = tx.init(params)
+    groups = [{'params': [0, 1, 2], 'param_names': list(theirs)}]
+    written = interchange.to_torch(state, params, pairs, groups)['state']
+    assert [entry['square_avg'].shape for entry in written.values()] == list(shapes.values())
+
+    # A gate that is left out, of the pairs and of the state.
+    for function in (
+        interchange.parameters_to,
+        lambda p, pairs: interchange.from_torch(
+            {'state': written, 'param_groups': groups}, tx, p, pairs
+        ),
+    ):
+        with pytest.raises(interchange.InterchangeError) as error:
+            function(params, [pair for pair in pairs if pair.ours != 'cell/if/kernel'])
+        assert "part 1 of 4 of 'rnn.weight_ih' is in no pair" in error.value.problems
+    del state[0].nu['cell']['hg']
+    with pytest.raises(interchange.InterchangeError) as error:
+        interchange.to_torch(state, params, pairs, groups)
+    for name, path in (('weight', 'kernel'), ('bias', 'bias')):
+        line = f"'rnn.{name}_hh' is one array there, and there is nothing for 'cell/hg/{path}'"
+        assert line in error.value.problems
+    twice = [*pairs, dataclasses.replace(pairs[0], ours='cell/ig/kernel')]
+    with pytest.raises(
+        interchange.InterchangeError, match="'rnn.weight_ih' is the `theirs` of more"
+    ):
+        interchange.parameters_to(params, twice)
 
 
 def test_only_the_count_of_a_paired_buffer_is_passed_over():
