@@ -379,3 +379,77 @@ def test_without_flax_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 def test_labels_refuse_what_torch_optimizer_did_not_see():
     with pytest.raises(ValueError, match="'fc/scale' is not in the params that torch_optimizer"):
         _with_frozen_bias().init({'fc': {'scale': jnp.zeros(2)}})
+
+
+def test_every_group_has_its_schedule_in_an_nnx_optimizer():
+    """The closed form: with a second moment and a gradient of one, a step is the rate."""
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    params, pairs = nnx.state(model, nnx.Param), interchange.torch.linear('fc', 'fc')
+    plain = GROUP | {'centered': False, 'momentum': 0, 'weight_decay': 0, 'initial_lr': 1.0}
+    groups = [
+        plain | {'lr': rate, 'params': [i], 'param_names': [name]}
+        for i, (name, rate) in enumerate({'fc.weight': 0.5, 'fc.bias': 0.25}.items())
+    ]
+    shapes = ((3, 2), (3,))
+    entries = {
+        i: {'step': np.float32(3), 'square_avg': np.ones(shape, 'f')}
+        for i, shape in enumerate(shapes)
+    }
+    checkpoint = {'state': entries, 'param_groups': groups}
+
+    def halving(start: float) -> Any:
+        return lambda count: start * 0.5 ** (count - 3.0)
+
+    schedules = [halving(0.5), halving(0.25)]
+    tx = interchange.torch_optimizer(checkpoint, params, pairs, learning_rate=schedules)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    interchange.nnx.set_state(optimizer, interchange.from_torch(checkpoint, tx, params, pairs))
+    for factor in (1.0, 0.5):
+        updates = optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+        np.testing.assert_allclose(updates['fc']['kernel'], -0.5 * factor, rtol=1e-6)
+        np.testing.assert_allclose(updates['fc']['bias'], -0.25 * factor, rtol=1e-6)
+
+    for rates, lines in (
+        (None, ['group 0: initial_lr tells that a scheduler', 'group 1: initial_lr tells']),
+        (schedules[:1], ['learning_rate has 1 entries for 2 groups']),
+        (schedules[0], ['learning_rate is one for all groups, whose own differ']),
+    ):
+        with pytest.raises(interchange.InterchangeError) as error:
+            interchange.torch_optimizer(checkpoint, params, pairs, learning_rate=rates)
+        problems = error.value.problems
+        assert len(problems) == len(lines)
+        assert all(map(str.startswith, problems, lines))
+    groups[0]['lr'] = schedules[0]
+    with pytest.raises(interchange.InterchangeError, match='group 1: initial_lr tells'):
+        interchange.torch_optimizer(checkpoint, params, pairs)
+
+
+def test_a_frozen_layer_stands_still_in_an_nnx_optimizer():
+    """Weight decay would move it, and `fresh` writes it back without state, as PyTorch has it."""
+    model = nnx.Dict(fc=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    params, pairs = nnx.state(model, nnx.Param), interchange.torch.linear('fc', 'fc')
+    names, slots = ['fc.weight', 'fc.bias'], ('grad_avg', 'momentum_buffer')
+    entry = {'step': np.float32(3), 'square_avg': np.ones((3, 2), 'f')}
+    entry |= {slot: np.zeros((3, 2), 'f') for slot in slots}
+    checkpoint = {'state': {0: entry}, 'param_groups': [GROUP]}  # No gradient for the bias so far.
+    tx = interchange.torch_optimizer(checkpoint, params, pairs, names=names)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = interchange.from_torch(checkpoint, tx, params, pairs, names=names)
+    interchange.nnx.set_state(optimizer, state)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    layer = nnx.as_pure(nnx.state(model, nnx.Param))['fc']
+    assert (layer['bias'] == 1).all()
+    assert (layer['kernel'] != 1).all()
+    back = interchange.to_torch(
+        optimizer.opt_state,
+        nnx.state(model, nnx.Param),
+        pairs,
+        [GROUP],
+        names=names,
+        fresh=['fc.bias'],
+        tx=tx,
+    )
+    # A gradient of one and a weight decay of 0.1.
+    np.testing.assert_allclose(back['state'][0]['square_avg'], 0.9 + 0.1 * 1.1**2, rtol=1e-6)
+    assert back['state'].keys() == {0}
