@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from interchange_data import ours, problem, record_layers
 
 import rmsprop_jax
@@ -196,6 +196,22 @@ def test_a_cell_goes_on_from_pytorch_and_goes_back(name: str):
     optimizer.update(model, nnx.grad(loss)(model))
     found = interchange.parameters_to(nnx.state(model, nnx.Param), pairs)
     assert ours.worst(found, run['end']) < 1e-12
+
+
+@pytest.mark.extended
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('cell', [linen.LSTMCell, linen.OptimizedLSTMCell])
+def test_a_linen_cell_has_the_output_with_both_biases_in_one(cell: Any):
+    run, made = _recorded('lstm'), cell(record_layers.HIDDEN, param_dtype=jnp.float64)
+    x = jnp.asarray(record_layers.inputs('lstm', record_layers.HALF))
+    carry = (record_layers.carry(1), record_layers.carry(0))
+    like = made.init(jax.random.key(0), carry, x)['params']
+    weights = run['weights']
+    weights['lstm.bias_hh'] = weights['lstm.bias_hh'] + weights.pop('lstm.bias_ih')
+    pairs = interchange.torch.recurrent('lstm', 'cell', 'linen.LSTMCell', biases=['hh'])
+    params = interchange.parameters_from(weights, {'cell': like}, pairs)['cell']
+    (c, h), _ = made.apply({'params': params}, carry, x)
+    assert ours.worst({'h': h, 'c': c}, run['output']) < 1e-12
 
 
 def test_parts_are_split_and_joined_in_order():
