@@ -69,10 +69,8 @@ def set_state(optimizer: Any, state: Any) -> None:
             problems.append(f'{path!r} is {new} where the optimizer has {old}')
     if problems:
         raise InterchangeError('the state does not fit the optimizer', sorted(problems))
-    pure = tree_map_with_path(
-        lambda path, _: jnp.asarray(given[_name(path)]), nnx.as_pure(optimizer.opt_state)
-    )
-    nnx.update(optimizer.opt_state, nnx.state(pure))
+    new = tree_map_with_path(lambda path, _: jnp.asarray(given[_name(path)]), optimizer.opt_state)
+    nnx.update(optimizer.opt_state, nnx.state(new))
 
 
 def _by_path(name: str, tree: Any) -> dict[str, Any]:
