@@ -33,8 +33,8 @@ BENCH_TORCH = $(FRAMEWORK_VENVS)/torch
 # The compiled step is a distribution of its own, so that nothing else needs a compiler.
 FUSED := .venv/fused-$(notdir $(PYTHON))
 
-.PHONY: help demo test test-all slow laws bench storage-study accelerator aot check format notebooks docs golden parity fused bench-fused
-.PHONY: coverage dist released fuzz mutation clean
+.PHONY: help demo test test-all slow laws bench storage-study accelerator aot check format notebooks notebooks-write notebooks-prose docs golden parity fused bench-fused
+.PHONY: coverage upstream dist released fuzz mutation clean
 .DEFAULT_GOAL := help
 
 help:  ## Explain each target
@@ -72,6 +72,9 @@ accelerator:  ## Check and time a real accelerator with the JAX that PYTHON has 
 aot: $(AOT_VENV)/.installed  ## Compile for TPU and GPU, which need not be there, and look at the programs
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -n auto tests/aot $(ARGS)
 
+upstream: $(VENV)/.test  ## Say which faults of Optax still stand in the installed version (ARGS=--write for the page)
+	cd tests && $(CACHING) JAX_PLATFORMS=cpu $(CURDIR)/$(BIN)/python -m upstream $(ARGS)
+
 check: $(VENV)/.dev  ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -81,20 +84,27 @@ format: $(VENV)/.dev  ## Format the sources and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: $(VENV)/.notebooks  ## Build the notebooks from their sources and run them
-	rm -rf build/notebooks && mkdir -p build/notebooks
-	cp -R notebooks/data build/notebooks/
-	for source in notebooks/*.py; do \
-	  $(BIN)/jupytext --quiet --output "build/notebooks/$$(basename "$$source" .py).ipynb" "$$source"; \
-	done
-	$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=600 build/notebooks
-	@touch build/notebooks/.executed
+notebooks: $(VENV)/.notebooks  ## See that notebooks and their sources are in step, and run the sources
+	$(BIN)/python tests/notebook_pairs.py check
+	$(execute_notebooks)
 
-build/notebooks/.executed: $(wildcard notebooks/*.py notebooks/data/*)
-	$(MAKE) notebooks
+notebooks-write: $(VENV)/.notebooks  ## Run the sources and write the notebooks with their outputs (NOTEBOOKS=03_vision)
+	$(execute_notebooks)
+	$(BIN)/python tests/notebook_pairs.py write build/notebooks
+
+notebooks-prose: $(VENV)/.notebooks  ## Bring prose of the sources into the notebooks, whose outputs stay
+	$(foreach name,$(NOTEBOOKS),$(BIN)/jupytext --quiet --update --to ipynb --output notebooks/$(name).ipynb notebooks/sources/$(name).py &&) true
+	$(BIN)/python tests/notebook_pairs.py write notebooks
+
+NOTEBOOKS ?= $(basename $(notdir $(wildcard notebooks/sources/*.py)))
+define execute_notebooks
+rm -rf build/notebooks && mkdir -p build/notebooks && cp -R notebooks/data build/notebooks/
+$(foreach name,$(NOTEBOOKS),$(BIN)/jupytext --quiet --output build/notebooks/$(name).ipynb notebooks/sources/$(name).py &&) true
+$(BIN)/python -m pytest -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=600 build/notebooks
+endef
 
 # The variable silences the theme's advertisement of its successor.
-docs: $(DOCS_VENV)/.installed build/notebooks/.executed  ## Build the documentation into build/site/
+docs: $(DOCS_VENV)/.installed  ## Build the documentation into build/site/
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --config-file docs/site/mkdocs.yml
 
 golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces in tests/ anew
@@ -102,11 +112,13 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) golden.record_worked_example ../notebooks/data/worked_example.npz)
 	$(if $(filter tensorflow,$(FRAMEWORKS)),$(call in,tensorflow) golden.record_embeddings golden/embeddings.json)
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_averages,$(name)))
+	$(foreach name,$(filter torch keras,$(MOVED)),$(call record_schedules,$(name)))
 	$(foreach name,$(MOVED),$(call record_run,$(name),interchange_data/$(name).npz))
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_groups interchange_data/groups.npz)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_layers interchange_data/layers.npz)
+	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_files interchange_data/files)
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_float64,$(name)))
 
 parity: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Compare drawn configurations and moved checkpoints with the frameworks
@@ -131,6 +143,10 @@ $1 identify_data.record_$2
 endef
 define record_averages
 $(call in,$1) golden.record_averages $1 golden/averages_$1.json
+
+endef
+define record_schedules
+$(call in,$1) golden.record_schedules $1 golden/schedules_$1.json
 
 endef
 define record_float64

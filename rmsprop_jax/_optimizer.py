@@ -15,11 +15,18 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax._checks import checked_flag, checked_mask, checked_updates, whole_mask
+from rmsprop_jax._checks import (
+    checked_flag,
+    checked_mask,
+    checked_state,
+    checked_updates,
+    whole_mask,
+)
 from rmsprop_jax._core.chains import chain, for_state, with_checks
 from rmsprop_jax._core.edge import compiled_alone, public
 from rmsprop_jax._core.leaves import cast_like, widen
 from rmsprop_jax._core.moments import componentwise
+from rmsprop_jax._core.programs import marked
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._types import (
@@ -138,17 +145,36 @@ def rmsprop(
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate` in the updates' precision, whatever the rate's dtype."""
+    """`optax.scale_by_learning_rate`, in the updates' precision whatever an array's dtype.
+
+    The rate is marked for `diagnostics.learning_rates`, since a constant or a schedule is nowhere
+    in the state.
+    """
     rate = Hyperparameter('learning_rate', learning_rate, lower=-math.inf)
-    if callable(learning_rate):
-        schedule = optax.scale_by_schedule(lambda count: -rate.at(count))
-        return with_checks(schedule, optax.ScaleByScheduleState)
-    number = rate.at(0)
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(
+    is_scheduled = callable(learning_rate)
+
+    def init(params: optax.Params) -> Any:
+        del params
+        if is_scheduled:
+            return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        if is_scheduled:
+            checked_updates(updates)
+            checked_state(state, optax.ScaleByScheduleState)
+        number = marked(rate.at(state.count if is_scheduled else 0), updates)
+        new_updates = jax.tree.map(
             lambda u: componentwise(operator.mul, u, -cast(number, u.real.dtype)), updates
         )
-    )
+        if is_scheduled:
+            state = optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+        return new_updates, state
+
+    return optax.GradientTransformation(init, update)
 
 
 class DecoupledDecayState(NamedTuple):

@@ -84,10 +84,10 @@ def reset(
     checked_transformation('tx', tx)
     check_storage(storage)
     chosen = _chosen(params, mask)
-    start = _with_average(tx.init(params), params)
+    start = fresh(tx, params)
     check_alike('state', state, 'tx.init(params)', start)
-    start = _in_units_of(state, start, params, storage)
-    marks = map_rms_states(_with_weight, like_state(tx, state, chosen, False))
+    start = in_units_of(state, start, params, storage)
+    marks = map_rms_states(with_weight, like_state(tx, state, chosen, False))
     return unshared(jax.tree.map(select, marks, start, state), state, params)
 
 
@@ -108,25 +108,31 @@ def _chosen(params: Any, mask: Any) -> Any:
     return tree_map_with_path(leaf, broadcast_prefix('mask', given, params), params)
 
 
-def _with_weight(node: RmsState) -> RmsState:
+def with_weight(node: RmsState) -> RmsState:
+    """Marks of what starts again, of which that of the sum of weights follows from the others."""
     if node.weight is None:
         return node
     marks = [mark if isinstance(mark, bool) else mark.all() for mark in jax.tree.leaves(node[1:4])]
     return node._replace(weight=functools.reduce(operator.and_, marks, True))
 
 
-def _in_units_of(state: Any, start: Any, params: Any, storage: Storage | None) -> Any:
-    """`start`, with its statistics as multiples of the units that those of `state` have by now."""
-    if all(node.unit is None for node in rms_states(state)):
+def in_units_of(running: Any, start: Any, params: Any, storage: Storage | None) -> Any:
+    """`start`, with its statistics as multiples of the units that those of `running` have."""
+    if all(node.unit is None for node in rms_states(running)):
         return start
-    check_storage_is_given(state, storage)
-    decoded = map_rms_states(
-        lambda node, running: node._replace(unit=running.unit), read(start, storage), state
-    )
-    return convert(decoded, params, None, storage)
+    check_storage_is_given(running, storage)
+    return encoded(read(start, storage), running, params, storage)
 
 
-def _with_average(start: Any, params: Any) -> Any:
+def encoded(decoded: Any, running: Any, params: Any, storage: Storage | None) -> Any:
+    """A decoded state in the formats of `storage`, in the units of the running state."""
+    in_units = map_rms_states(lambda node, other: node._replace(unit=other.unit), decoded, running)
+    return convert(in_units, params, None, storage)
+
+
+def fresh(tx: optax.GradientTransformation, params: Any) -> Any:
+    """What `tx.init` makes, with averages of parameters that start from them."""
+
     def is_average(node: Any) -> bool:
         return isinstance(node, AverageState)
 
@@ -136,4 +142,4 @@ def _with_average(start: Any, params: Any) -> Any:
         ema = map_with_moments(lambda p, _: p, widen(params), node.ema)
         return node._replace(ema=ema)
 
-    return jax.tree.map(leaf, start, is_leaf=is_average)
+    return jax.tree.map(leaf, tx.init(params), is_leaf=is_average)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import (
@@ -15,11 +16,15 @@ from rmsprop_jax._checks import (
     checked_params,
     checked_state,
     checked_steps,
+    checked_transformation,
+    checked_updates,
     whole_mask,
 )
+from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._optimizer import in_accumulator_precision
 from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
@@ -104,17 +109,49 @@ def clip_parameters(name: str, limit: ArrayLike) -> Optimizer:
     return optax.with_extra_args_support(optax.stateless(clip))
 
 
-def cautious(inner: Step) -> Optimizer:
-    """Sets entries of an update to zero where their sign does not oppose the gradient's.
+@public
+def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Holds back the entries of an update whose sign does not oppose the gradient's.
 
-    The others are divided by the share of entries that is left in their array, and thus grow at
-    most 1000 times.
+    ::
 
-    Source: Liang et al., Cautious Optimizers, arXiv:2411.16085.
+        u <- inner(g)
+        m  = 1 where u g < 0, else 0
+        u <- u m / max(mean of m over the array, 0.001)
+
+    The gradient is what this transformation is given, so clipping belongs before it. The state of
+    `inner`, its velocity included, does not change. Without momentum and weight decay every update
+    opposes its gradient, and only entries whose gradient is zero make a difference.
+
+    Args:
+      inner: A descent: an optimizer whose updates are added to the parameters.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state of `inner`. The mean is that of the
+      whole array under `jit` on any mesh, and of one device's share under `jax.shard_map`.
+
+    Raises:
+      TypeError: For an `inner` that is not a transformation, or for complex gradients, which have
+        no sign.
+
+    Example:
+      >>> import jax.numpy as jnp, rmsprop_jax
+      >>> tx = rmsprop_jax.cautious(rmsprop_jax.rmsprop(0.1, momentum=0.9))
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(jnp.array([1.0, 1.0]), tx.init(params))
+      >>> updates, state = tx.update(jnp.array([1.0, -0.1]), state)
+      >>> print(updates.round(2))  # the velocity of the second still points the other way
+      [-1.03 -0.  ]
+
+    Source: Liang et al., Cautious Optimizers, arXiv:2411.16085, as in timm 1.0.31's `caution`.
+      Optax has it as a proposal only (optax#1690).
     """
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
+            if jnp.iscomplexobj(g):
+                raise TypeError(f'updates{keystr(path)} is complex, and cautious needs a sign.')
         new, state = inner_.update(updates, state, params, **extra_args)
 
         def leaf(u: jax.Array, g: jax.Array) -> jax.Array:
@@ -123,7 +160,7 @@ def cautious(inner: Step) -> Optimizer:
 
         return jax.tree.map(leaf, new, updates), state
 
-    return optax.GradientTransformationExtraArgs(inner_.init, update)
+    return in_accumulator_precision(optax.GradientTransformationExtraArgs(inner_.init, update))
 
 
 def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:

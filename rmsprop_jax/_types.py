@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 Scalar = float | jax.Array
@@ -76,6 +76,11 @@ def canonical(path: tuple[Any, ...]) -> tuple[Any, ...]:
     `nnx.Optimizer` gives `init` trees of variables, and `update` trees of arrays.
     """
     return path[:-1] if len(path) > 1 and path[-1] == GetAttrKey('value') else path
+
+
+def path_name(path: KeyPath) -> str:
+    """A path as a name with slashes, such as `dense/kernel`."""
+    return keystr(path, simple=True, separator='/')
 
 
 def by_path(tree: Any) -> dict[tuple[Any, ...], Any]:

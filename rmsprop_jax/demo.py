@@ -272,6 +272,15 @@ class Experiment:
         }
         return TrainState(state.epoch + 1, params, opt_state), metrics
 
+    def epoch_with_rate(self, key: jax.Array, state: TrainState) -> Any:
+        """An epoch, with the learning rate of its first step among the metrics.
+
+        For optimizers of this package, all of whose parameters share one rate.
+        """
+        rates = diagnostics.learning_rates(self.tx, state.opt_state, state.params)
+        state, metrics = self.epoch(key, state)
+        return state, metrics | {'learning_rate': next(iter(rates.values()))}
+
 
 def open_checkpoints(folder: Path) -> Any:
     """An Orbax manager that keeps the last two complete checkpoints, by number of epochs."""
@@ -326,7 +335,7 @@ def train(config: Config, digits: Digits, output: Path, every: int) -> list[dict
     optimizer = Optimizer('RMSProp', config.learning_rate, build)
     experiment = Experiment(digits, optimizer, config.epochs, config.batch_size)
     key, path = jax.random.key(config.seed), output / METRICS
-    run_epoch = jax.jit(experiment.epoch, donate_argnums=1)
+    run_epoch = jax.jit(experiment.epoch_with_rate, donate_argnums=1)
     with open_checkpoints(output / CHECKPOINTS) as checkpoints:
         state = restore(checkpoints, lambda: experiment.init(key))
         state = jax.jit(experiment.init)(key) if state is None else state

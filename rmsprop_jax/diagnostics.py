@@ -30,10 +30,19 @@ from rmsprop_jax._checks import (
     checked_updates,
     is_function,
 )
-from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._core.programs import marked_values
+from rmsprop_jax._core.wrapped import as_pure, rms_states
 from rmsprop_jax._quantiles import as_float32, checked_quantiles, count_true, whole_size
 from rmsprop_jax._quantiles import quantiles as quantiles_of
-from rmsprop_jax._types import Hyperparameter, KeyPath, ScalarOrSchedule, by_path, canonical, cast
+from rmsprop_jax._types import (
+    Hyperparameter,
+    KeyPath,
+    ScalarOrSchedule,
+    by_path,
+    canonical,
+    cast,
+    path_name,
+)
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read as decoded
 from rmsprop_jax.storage._convert import stored_leaves
@@ -44,6 +53,7 @@ __all__ = [
     'Measurements',
     'by_depth',
     'epsilon_shares',
+    'learning_rates',
     'measured',
     'nonfinite_counts',
     'read',
@@ -74,7 +84,66 @@ def by_depth(depth: int) -> Callable[[Any], Any]:
       {'dense': {'bias': 'dense', 'kernel': 'dense'}}
     """
     depth = checked_steps('depth', depth, least=1)
-    return lambda params: tree_map_with_path(lambda path, _: _name(canonical(path)[:depth]), params)
+    return lambda params: tree_map_with_path(
+        lambda path, _: path_name(canonical(path)[:depth]), params
+    )
+
+
+def learning_rates(tx: Any, state: Any, params: Any, **extra_args: Any) -> dict[str, jax.Array]:
+    """The learning rates of the next step.
+
+    They are read where the step uses them, in any optimizer of this package: whether its rate is a
+    constant, a schedule or a number in the state of `inject_hyperparams`, and within chains,
+    `optax.masked`, `optax.partition`, `optax.MultiSteps` and other wrappers. The step is traced,
+    but only the rates are computed. It may be called within jit.
+
+    Args:
+      tx: The optimizer.
+      state: Its state, also that of an `nnx.Optimizer`: `optimizer.opt_state`.
+      params: The parameters.
+      extra_args: What `tx.update` needs besides, such as `value` for `reduce_on_plateau`.
+
+    Returns:
+      By path of the parameter, of shape (), in the unit of the parameter. A rate that is a Python
+      number has the default floating dtype. Parameters that no optimizer of this package steps are
+      left out. What Optax does to updates afterwards, as `optax.scale` does, is not in it.
+
+    Raises:
+      TypeError: For a `tx` that is not a transformation, or parameters that are not arrays.
+      ValueError: If there is no learning rate of this package, as in
+        `optax.chain(rmsprop_jax.scale_by_rms(), optax.scale(-0.1))`, or if a parameter has two.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, rmsprop_jax
+      >>> from rmsprop_jax import diagnostics
+      >>> schedule = optax.linear_schedule(0.5, 0.0, 4)
+      >>> tx = optax.chain(optax.clip(1.0), rmsprop_jax.rmsprop(schedule))
+      >>> params = {'w': jnp.ones(2)}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     print(diagnostics.learning_rates(tx, state, params)['w'])
+      ...     _, state = tx.update(params, state, params)
+      0.5
+      0.375
+      0.25
+    """
+    checked_transformation('tx', tx)
+    state, params = as_pure(state), as_pure(params)
+    checked_leaves('params', params)
+    paths = {keystr(path): path_name(path) for path in by_path(params)}
+
+    def step(state: Any, params: Any) -> Any:
+        # No rate depends on the gradients, which have these shapes and dtypes.
+        return tx.update(params, state, params, **extra_args)
+
+    found: dict[str, jax.Array] = {}
+    for path, rate in marked_values(step, state, params):
+        if path in found:
+            raise ValueError(f'params{path} has more than one learning rate in tx.')
+        found[path] = rate
+    if not found:
+        raise ValueError('tx has no learning rate that an optimizer of this package uses.')
+    return {name: found[path] for path, name in paths.items() if path in found}
 
 
 def step_sizes(
@@ -528,14 +597,10 @@ def _leaves(name: str, tree: Any) -> list[tuple[KeyPath, Any]]:
     return [(canonical(path), jnp.asarray(leaf)) for path, leaf in checked_leaves(name, tree)]
 
 
-def _name(path: KeyPath) -> str:
-    return keystr(path, simple=True, separator='/')
-
-
 def _groups(params: Any, labels: Labels) -> dict[KeyPath, str]:
     """The name of the group that each leaf belongs to."""
     if labels is None:
-        return {path: _name(path) for path in by_path(params)}
+        return {path: path_name(path) for path in by_path(params)}
     chosen = broadcast_prefix('labels', labels(params) if is_function(labels) else labels, params)
     groups = by_path(chosen)
     for path, label in groups.items():

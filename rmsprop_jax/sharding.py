@@ -28,8 +28,17 @@ from rmsprop_jax._types import KeyPath, by_path, canonical
 from rmsprop_jax.storage._formats import Means, factored
 from rmsprop_jax.storage._place import axis_names, varying_axes
 
-__all__ = ['abstract_state', 'reduce_scatter', 'state_shardings', 'zero1', 'zero1_shardings']
+__all__ = [
+    'abstract_state',
+    'offload',
+    'reduce_scatter',
+    'state_shardings',
+    'zero1',
+    'zero1_shardings',
+]
 __dir__ = __all__.copy
+
+_HOST = 'pinned_host'
 
 
 def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
@@ -74,10 +83,20 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     constrained = _constraints(program.jaxpr)
     leaves, treedef = jax.tree.flatten(_of_state(tx, state, params, places))
     chosen = [own or place for own, place in zip(constrained, leaves, strict=True)]
+    # And `offload` puts it into the host's memory.
+    spaces = [getattr(aval, 'memory_space', None) for aval in program.out_avals]
+    chosen = [
+        place.with_memory_kind(_HOST) if _is_host(space) and isinstance(place, Sharding) else place
+        for place, space in zip(chosen, spaces, strict=True)
+    ]
     return treedef.unflatten(
         own.spec if isinstance(place, PartitionSpec) and isinstance(own, NamedSharding) else own
         for own, place in zip(chosen, leaves, strict=True)
     )
+
+
+def _is_host(space: Any) -> bool:
+    return hasattr(jax, 'memory') and space == jax.memory.Space.Host
 
 
 def _constraints(program: Any) -> list[Any]:
@@ -95,6 +114,11 @@ def _constraints(program: Any) -> list[Any]:
             mesh = eqn.params.get('concrete_mesh') or getattr(found, 'mesh', None)
             if isinstance(mesh, Mesh):
                 given[eqn.outvars[0]] = NamedSharding(mesh, found.spec)
+        elif eqn.primitive.name == 'device_put':
+            moved = zip(eqn.outvars, eqn.invars, strict=True)
+            given |= {
+                out: given[x] for out, x in moved if not isinstance(x, Literal) and x in given
+            }
     return [None if isinstance(out, Literal) else given.get(out) for out in program.outvars]
 
 
@@ -251,6 +275,66 @@ def zero1(
             params = place(checked_params('zero1', updates, params), split)
         new, after = inner.update(share, own, params, **extra_args)
         return place(new, whole), place_state(after, updates)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def offload(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Keeps the state of an optimizer in the host's memory between steps.
+
+    ::
+
+        state                 in pinned host memory
+        update, new state  =  inner.update(gradients, state in device memory, params)
+        new state             back in pinned host memory
+
+    Numbers are those of `inner`. Statistics are moved, and scalars such as counts stay on the
+    device. The device memory that this frees is free between steps and while gradients are
+    computed; during the update, the state, or the part of it that the compiler loads ahead, is on
+    the device again. Each step moves the whole state over the host's link twice. docs/scaling.md
+    has the bytes that compilers plan for, and storage formats make them fewer.
+
+    Call `update` under `jax.jit` with `out_shardings` that say where the state goes, and donate the
+    parameters together with the state: XLA otherwise may want to reuse a donated host buffer for
+    an update on the device, and fails.
+
+    Args:
+      inner: The optimizer. `offload` goes around all of it: `offload(zero1(tx, params))`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state of `inner`. `state_shardings` and
+      `abstract_state` know where it is.
+
+    Raises:
+      TypeError: For an `inner` that is not a transformation.
+      NotImplementedError: With a JAX that has no `jax.memory`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rmsprop_jax
+      >>> from rmsprop_jax import sharding
+      >>> tx = sharding.offload(rmsprop_jax.rmsprop(1e-3))
+      >>> params = {'kernel': jnp.ones((8, 8))}
+      >>> state = jax.jit(tx.init)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+      >>> state[0].nu['kernel'].sharding.memory_kind, updates['kernel'].sharding.memory_kind
+      ('pinned_host', 'device')
+
+    Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857; `jax.memory` of JAX 0.10.
+    """
+    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
+    if not hasattr(jax, 'memory'):
+        raise NotImplementedError(f'offload needs jax.memory, which JAX {jax.__version__} lacks.')
+
+    def moved(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if jnp.ndim(x) else x, state)
+
+    def init(params: optax.Params) -> Any:
+        return moved(inner_.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        state = moved(state, jax.memory.Space.Device)
+        new, after = inner_.update(updates, state, params, **extra_args)
+        return new, moved(after, jax.memory.Space.Host)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -288,6 +288,13 @@ _CASES = (
         compact=True,
     ),
     Case(
+        'cautious',
+        lambda: rmsprop_jax.cautious(rmsprop_jax.rmsprop(_halved, momentum=0.9)),
+        ('nu', 'trace'),
+        elementwise=False,
+        real_only=True,
+    ),
+    Case(
         'round_parameters',
         lambda: rmsprop_jax.round_parameters(
             rmsprop_jax.rmsprop(_halved, momentum=0.5, weight_decay=1e-3)

@@ -139,6 +139,7 @@ DERIVED = (*CROSSED, *CLIPPING)
 MODES = ('forward', 'reverse')
 # Where derivatives are finite, but not those of differences.
 JUMPS = {
+    'cautious': 'caution holds entries back by their sign',
     'timm': 'caution holds entries back by their sign',
     'tensorflow': 'sparse holds rows of zeros back',
     'hinton': 'has no epsilon: a second moment of zero gives zero, and any other one does not',
@@ -233,7 +234,7 @@ EXCEPTIONS = (
     ),
     Row(
         'a norm, or a share of entries, is that of the shard: dialects do not talk across devices',
-        lambda c: c.is_mapped and c.case in ('torch_clip_grad_norm', 'keras', 'timm'),
+        lambda c: c.is_mapped and c.case in ('torch_clip_grad_norm', 'keras', 'timm', 'cautious'),
     ),
     Row(
         'means over split axes are refused by name, as test_sharding.py looks at',

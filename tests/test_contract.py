@@ -394,7 +394,7 @@ def test_converges(case):
 def test_every_public_factory_has_a_case():
     made = {case.name.split('-')[0].removeprefix('optax.') for case in CASES}
     public = {**vars(rmsprop_jax), **vars(rmsprop_jax.dialects)}
-    others = {'identify_dialect', 'nonfinite_entries', 'reset'}
+    others = {'carry_over', 'identify_dialect', 'labels_by_path', 'nonfinite_entries', 'reset'}
     factories = {
         name
         for name, value in public.items()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import optax
 import pytest
 import small_demo
 
@@ -116,6 +117,11 @@ def test_writes_metrics_a_figure_and_a_checkpoint(finished: Path) -> None:
     assert [record['epoch'] for record in records] == [1, 2, 3, 4]
     assert [record['step'] for record in records] == [3, 6, 9, 12]
     assert records[-1]['loss'] < records[0]['loss']
+    # The first step of each epoch of three.
+    peak = demo.Config.learning_rate
+    rates = optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps=1, decay_steps=12)
+    found = [record['learning_rate'] for record in records]
+    assert found == [float(rates(step)) for step in (0, 3, 6, 9)]
     assert (finished / demo.FIGURES[0]).read_bytes().startswith(b'\x89PNG')
     assert not (finished / demo.FIGURES[1]).exists()
     assert restored(finished)[0] == 4

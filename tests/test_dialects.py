@@ -413,6 +413,23 @@ def test_mxnet_uses_momentum_only_when_centered():
     assert_same(dialects.mxnet1(RATE, gamma2=0.5), dialects.mxnet1(RATE))
 
 
+def test_cautious_is_the_caution_of_timm_around_any_optimizer():
+    inner = dialects.timm(RATE, momentum=0.9)
+    assert_same(rmsprop_jax.cautious(inner), dialects.timm(RATE, momentum=0.9, caution=True))
+    tx, params = rmsprop_jax.cautious(optax.sgd(1.0, momentum=0.5)), {'w': jnp.zeros(4)}
+    state = tx.init(params)
+    for gradient in ([1.0, 1.0, -1.0, 1.0], [-0.25, 1.0, 2.0, 0.0]):
+        updates, state = tx.update({'w': jnp.array(gradient)}, state)
+    # The velocity is (0.25, 1.5, 1.5, 0.5), and half the entries agree with the gradient.
+    np.testing.assert_array_equal(updates['w'], [0, -3, -3, 0])
+    # Where few agree, the others grow no more than a thousand times.
+    few = {'w': jnp.zeros(10000).at[0].set(1.0)}
+    updates, _ = tx.update(few, tx.init(few))
+    np.testing.assert_allclose(updates['w'][0], -1000, rtol=1e-6)
+    with pytest.raises(TypeError, match=r"updates\['w'\] is complex"):
+        tx.update({'w': jnp.ones(4, jnp.complex64)}, state)
+
+
 def test_caution_needs_momentum():
     assert_same(dialects.timm(RATE, caution=True), dialects.timm(RATE))
 

@@ -137,6 +137,16 @@ def test_every_make_target_that_is_named_exists():
     assert [(page, name) for page, name in sorted(named) if name not in targets] == []
 
 
+def test_no_line_of_code_is_wider_than_the_page():
+    # docs/site/site.css makes room for 100 columns in a window of 1280 pixels.
+    blocks = 0
+    for path in (*DOCS.glob('*.md'), *(ROOT / name for name in TEXTS)):
+        for block in re.findall(r'^```.*?\n(.*?)^```', path.read_text(), re.DOTALL | re.MULTILINE):
+            blocks += 1
+            assert [line for line in block.splitlines() if len(line) > 100] == [], path.name
+    assert blocks > 50
+
+
 TEXTS = ('README.md', 'CHANGELOG.md', 'benchmarks/README.md', 'tests/mutation/README.md')
 
 

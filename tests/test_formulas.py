@@ -19,7 +19,8 @@ import rmsprop_jax
 
 pytestmark = pytest.mark.extended
 
-NOTEBOOK = Path(__file__).parents[1] / 'notebooks' / '01_rmsprop_from_the_formulas.py'
+NOTEBOOKS = Path(__file__).parents[1] / 'notebooks'
+NOTEBOOK = NOTEBOOKS / 'sources' / '01_rmsprop_from_the_formulas.py'
 RATE, DECAY, EPS = 0.01, 0.9, 1e-8
 
 Direction = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -31,7 +32,7 @@ def notebook() -> Iterator[dict[str, Any]]:
     matplotlib.use('Agg')
     with matplotlib.rc_context():
         # Notebooks are run where they are, and read what lies beside them.
-        with contextlib.chdir(NOTEBOOK.parent):
+        with contextlib.chdir(NOTEBOOKS):
             defined = runpy.run_path(str(NOTEBOOK))
         yield defined
         plt.close('all')
@@ -129,7 +130,7 @@ def test_the_pytorch_defaults_are_another_rule(notebook):
 @pytest.fixture(scope='module')
 def recorded() -> dict[str, np.ndarray]:
     """What golden/record_worked_example.py wrote."""
-    with np.load(NOTEBOOK.parent / 'data' / 'worked_example.npz') as file:
+    with np.load(NOTEBOOKS / 'data' / 'worked_example.npz') as file:
         return dict(file)
 
 

@@ -18,6 +18,7 @@ TRUNK = [
     '_core.moments',
     'storage',
     '_core.wrapped',
+    '_core.programs',
     '_core.leaves',
     '_core.edge',
     '_core.chains',
@@ -30,7 +31,9 @@ TRUNK = [
 ]
 # What nothing in the trunk imports.
 BRANCHES = {
+    '_carry_over',
     '_command',
+    '_labels',
     '_nonfinite',
     '_parameters',
     '_quantiles',

@@ -1,5 +1,8 @@
 """Checkpoints move between numbers of devices and lose nothing; what does not fit is refused."""
 
+import re
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -186,3 +189,26 @@ def test_what_does_not_fit_is_refused(saved, tx, choice, changes, paths, line):
     lines = str(refusal.value).splitlines()[1:]
     assert {line.strip().partition(': ')[0] for line in lines} == paths
     assert f'  {line}' in lines
+
+
+def test_the_checkpoint_of_the_page():
+    """Saved on eight devices, restored on two, split over the data axis on both."""
+    page = (Path(__file__).parents[1] / 'docs' / 'scaling.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    names = {}
+    for block in blocks:
+        if block.startswith('import'):
+            exec(block, names)
+    run, restored = names['run'], names['restored']
+    chex.assert_trees_all_equal(restored, run)
+    for part, devices in ((run, 8), (restored, 2), (names['continued'], 2)):
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(part)} == {devices}
+        (nu, _, velocity), kernel = part['state'], (512 // devices, 256)
+        assert nu.nu['kernel'].dtype == jnp.uint8
+        for x in (nu.nu['kernel'], velocity.trace['kernel']):
+            assert x.sharding.shard_shape(x.shape) == kernel
+        assert part['params']['kernel'].sharding.is_fully_replicated
+    # The next step is the one that eight devices take, random bits included.
+    tx, places = names['on'](jax.devices())
+    expected = names['step'](tx, places, run)
+    chex.assert_trees_all_equal(names['continued'], expected)

@@ -26,7 +26,6 @@ from rmsprop_jax import dialects
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / 'rmsprop_jax'
-EXECUTED = ROOT / 'build' / 'notebooks'
 # Files elsewhere in the repository that are pages too, so that links to them lead somewhere.
 ELSEWHERE = {
     'CHANGELOG.md': 'changelog.md',
@@ -35,14 +34,21 @@ ELSEWHERE = {
 }
 LINK = re.compile(r'\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)')
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-TABLE = re.compile(r'<!-- table: (\w+) -->')
+# A table, and what the page says where there is none.
+TABLE = re.compile(
+    r'<!-- table: (\w+) -->(\s*^\(The site shows .*?\.\)$)?', re.DOTALL | re.MULTILINE
+)
 
 
 def on_config(config: Any) -> Any:
     """Fills the folders of the navigation, and adds pages that nobody has placed."""
     folders = {
-        'api/': [f'api/{name}.md' for name in sorted(public_modules())],
-        'notebooks/': [f'notebooks/{path.stem}.md' for path in notebook_sources()],
+        # Under short names: long ones would be cut off where they differ.
+        'api/': [
+            {name.removeprefix(f'{PACKAGE.name}.'): f'api/{name}.md'}
+            for name in sorted(public_modules())
+        ],
+        'notebooks/': [f'notebooks/{path.stem}.md' for path in notebooks()],
     }
     sections = {title: entries for entry in config.nav for title, entries in entry.items()}
     for entry in config.nav:
@@ -61,8 +67,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, content=text))
     for name, text in public_modules().items():
         files.append(File.generated(config, f'api/{name}.md', content=text))
-    for source in notebook_sources():
-        for page, content in notebook_files(source):
+    for path in notebooks():
+        for page, content in notebook_files(path):
             files.append(File.generated(config, page, content=content))
     for name, content in assets():
         files.append(File.generated(config, f'assets/{name}', content=content))
@@ -79,7 +85,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns formulas into MathML, which browsers render by themselves, and marks long cells."""
+    """Turns formulas into MathML, which browsers render by themselves, and marks wide cells."""
     maths = math_core.LatexToMathML(fancy_error=False)
 
     def rendered(match: re.Match[str]) -> str:
@@ -89,7 +95,15 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def marked(match: re.Match[str]) -> str:
         words = re.sub('<[^>]*>', '', match[1])
-        return f'<td class="long">{match[1]}</td>' if len(words) > 60 else match[0]
+        codes = re.findall('<code>([^<]*)', match[1])
+        kind = (
+            'long'
+            if len(words) > 60
+            else 'code'
+            if len(max(codes, key=len, default='')) > 30
+            else ''
+        )
+        return f'<td class="{kind}">{match[1]}</td>' if kind else match[0]
 
     return re.sub('<td>(.*?)</td>', marked, MATHS.sub(rendered, content), flags=re.DOTALL)
 
@@ -125,31 +139,26 @@ def place_of(target: str, source: str) -> str:
     if folder == 'docs' and rest:
         return rest
     if folder == 'notebooks' and rest:
-        return target.removesuffix('.py') + '.md'
+        return target.removesuffix('.ipynb') + '.md'
     raise PluginError(f'{source} links to {target}, which is not on the site.')
 
 
-def notebook_sources() -> list[pathlib.Path]:
-    """The notebooks as text."""
-    return sorted((ROOT / 'notebooks').glob('*.py'))
+def notebooks() -> list[pathlib.Path]:
+    """The notebooks, with their outputs."""
+    return sorted((ROOT / 'notebooks').glob('*.ipynb'))
 
 
-def notebook_files(source: pathlib.Path) -> Iterator[tuple[str, str | bytes]]:
-    """The page of an executed notebook, and its figures."""
-    page = f'notebooks/{source.stem}.md'
-    path = EXECUTED / f'{source.stem}.ipynb'
-    if not path.exists():
-        raise PluginError(f'{source.name} has not been executed: run make notebooks.')
+def notebook_files(path: pathlib.Path) -> Iterator[tuple[str, str | bytes]]:
+    """The page of a notebook, and its figures."""
+    page = f'notebooks/{path.stem}.md'
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == 'markdown':
-            cell.source = with_links_of(f'notebooks/{source.name}', page, cell.source)
-        elif cell.cell_type == 'code' and cell.source and cell.execution_count is None:
-            raise PluginError(f'{source.name} was not executed to its end: run make notebooks.')
+            cell.source = with_links_of(f'notebooks/{path.name}', page, cell.source)
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     for name, content in resources['outputs'].items():
-        text = text.replace(f'![png]({name})', f'![Figure]({source.stem}/{name})')
-        yield f'notebooks/{source.stem}/{name}', content
+        text = text.replace(f'![png]({name})', f'![Figure]({path.stem}/{name})')
+        yield f'notebooks/{path.stem}/{name}', content
     yield page, text
 
 
@@ -192,8 +201,9 @@ def is_module(name: str) -> bool:
 
 
 def assets() -> Iterator[tuple[str, str | bytes]]:
-    """The style sheet, and a font that has what formulas need."""
-    yield 'site.css', pathlib.Path(__file__).with_name('site.css').read_text()
+    """The style sheet, a script, and a font that has what formulas need."""
+    for name in ('site.css', 'iframe-worker.js'):
+        yield name, pathlib.Path(__file__).with_name(name).read_text()
     # Located, not imported: the package, which draws formulas, is not needed otherwise.
     files = importlib.metadata.distribution('ziamath')
     font = ttLib.TTFont(files.locate_file('ziamath/fonts/STIXTwoMath-Regular.ttf'))

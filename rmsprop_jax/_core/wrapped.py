@@ -1,5 +1,6 @@
 """Finding and mapping our states inside wrappers and chains, and matching them with parameters."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,15 @@ def select(mark: Any, new: Any, old: Any) -> Any:
             )
         mark = jnp.expand_dims(mark, -1)
     return jnp.where(mark, new, old)
+
+
+def as_pure(tree: Any) -> Any:
+    """A tree with arrays in the place of the variables of Flax NNX.
+
+    Whoever has such variables has imported Flax, which this package does not need.
+    """
+    nnx = sys.modules.get('flax.nnx')
+    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def rms_states(state: Any) -> list[RmsState]:

@@ -1,9 +1,10 @@
 """Optimizer state and parameters to and from PyTorch, Keras 3, TensorFlow 1 and Optax.
 
 Everything passes as plain mappings of arrays: no framework is imported, and whatever `np.asarray`
-takes is taken. A sequence of `Pair`s says which of their names is which of our paths, and how the
-axes lie; `torch.linear`, `torch.conv`, `torch.norm` and their like in `keras` make the common ones.
-The same pairs move the parameters, with `parameters_from` and `parameters_to`.
+takes is taken. Only `read_checkpoint` opens files, and needs PyTorch for PyTorch's own. A sequence
+of `Pair`s says which of their names is which of our paths, and how the axes lie; `torch.linear`,
+`torch.conv`, `torch.norm` and their like in `keras` make the common ones. The same pairs move the
+parameters, with `parameters_from` and `parameters_to`.
 
 State goes into a transformation that you make, wherever in it the state sits: in a chain, under
 `optax.masked`, `optax.partition`, `optax.MultiSteps` or `inject_hyperparams`. All or nothing: one
@@ -33,6 +34,8 @@ from rmsprop_jax.interchange import nnx as nnx
 from rmsprop_jax.interchange import optax as optax
 from rmsprop_jax.interchange import tensorflow as tensorflow
 from rmsprop_jax.interchange import torch as torch
+from rmsprop_jax.interchange._files import Checkpoint as Checkpoint
+from rmsprop_jax.interchange._files import read_checkpoint as read_checkpoint
 from rmsprop_jax.interchange._mapping import AS_IS as AS_IS
 from rmsprop_jax.interchange._mapping import KERNEL as KERNEL
 from rmsprop_jax.interchange._mapping import InterchangeError as InterchangeError
@@ -41,6 +44,12 @@ from rmsprop_jax.interchange._mapping import Pair as Pair
 from rmsprop_jax.interchange._mapping import flattened as flattened
 from rmsprop_jax.interchange._mapping import parameters_from as parameters_from
 from rmsprop_jax.interchange._mapping import parameters_to as parameters_to
+from rmsprop_jax.interchange._port import Port as Port
+from rmsprop_jax.interchange._port import from_checkpoint as from_checkpoint
+from rmsprop_jax.interchange._port import restore_port as restore_port
+from rmsprop_jax.interchange._port import save_template as save_template
+from rmsprop_jax.interchange._propose import Proposal as Proposal
+from rmsprop_jax.interchange._propose import propose_pairs as propose_pairs
 from rmsprop_jax.interchange._state import LossyConversionWarning as LossyConversionWarning
 from rmsprop_jax.interchange.keras import from_keras as from_keras
 from rmsprop_jax.interchange.keras import to_keras as to_keras
@@ -55,11 +64,15 @@ from rmsprop_jax.interchange.torch import torch_optimizer as torch_optimizer
 __all__ = [
     'AS_IS',
     'KERNEL',
+    'Checkpoint',
     'InterchangeError',
     'Layout',
     'LossyConversionWarning',
     'Pair',
+    'Port',
+    'Proposal',
     'flattened',
+    'from_checkpoint',
     'from_keras',
     'from_optax',
     'from_tensorflow',
@@ -69,6 +82,10 @@ __all__ = [
     'optax',
     'parameters_from',
     'parameters_to',
+    'propose_pairs',
+    'read_checkpoint',
+    'restore_port',
+    'save_template',
     'tensorflow',
     'to_keras',
     'to_optax',

@@ -16,6 +16,7 @@ from configurations import BOUNDED, CONFIGURATIONS
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
+from benchmarks import memory
 from rmsprop_jax import aot, dialects
 from rmsprop_jax.aot._compile import update_and_apply
 
@@ -200,6 +201,17 @@ def test_rounded_parameters_are_updated_at_the_minimum(make, expected, target):
     assert report.minimum_per_parameter == expected
     assert_minimal(report, make(), leaf)
     assert_self_contained(report)
+
+
+@pytest.mark.parametrize('target', ['tpu-v5e', 'cuda-h100'])
+@pytest.mark.parametrize(
+    ('form', 'temporary'), [('layers unrolled', 1), ('layers in lax.scan', 2.8)]
+)
+def test_a_whole_step_in_three_bytes_a_parameter(form, temporary, target):
+    """Beside parameters and state: the gradients that exist at once, and 0.3 of activations."""
+    arguments, temporaries = memory.layers_bytes(form, target)
+    assert 3 <= arguments < 3.01
+    assert temporaries < temporary
 
 
 class Network(nn.Module):

@@ -1,6 +1,10 @@
 # %% [markdown]
 # # A network that writes like Python's manual
 #
+# **You will learn** how char-rnn used RMSProp, why its steps are longer than those of Adam at the
+# same learning rate, and what its clipping does. **It takes** 8 minutes to read and 2 minutes to
+# run on two CPU cores.
+#
 # In 2015 Andrej Karpathy's *char-rnn* made recurrent networks popular: it reads a text character by
 # character, learns to predict the next one, and then writes on its own. It was trained with
 # RMSProp. Here is its optimizer on a text that every Python has on board, the pages behind
@@ -287,8 +291,8 @@ for name, result in results.items():
     )
 over = results[CHAR_RNN]['largest'] > CLIP
 print(
-    f'{CHAR_RNN}: the last step with clipping is {1 + np.nonzero(over)[1].max()}; there '
-    f'it clips {results[CHAR_RNN]["clipped"][over].mean():.2%} of the entries; '
+    f'{CHAR_RNN}: {1 + np.nonzero(over)[1].max()} is the last step with clipping;\n'
+    f'    it clips {results[CHAR_RNN]["clipped"][over].mean():.2%} of the entries, of which '
     f'the largest is {results[CHAR_RNN]["largest"].max():.0f}'
 )
 

@@ -1,6 +1,10 @@
 # %% [markdown]
 # # One agent, two RMSProps
 #
+# **You will learn** what the two RMSProps of Stable-Baselines3 do to the same A2C agent, which of
+# their two differences matters, and how sure ten seeds make us. **It takes** 11 minutes to read and
+# 3 minutes to run on two CPU cores.
+#
 # When A2C was moved from TensorFlow (OpenAI Baselines, Stable-Baselines) to PyTorch
 # (Stable-Baselines3), it no longer learned as it had. Much of the difference was traced to the
 # optimizer: both sides call it RMSProp. Stable-Baselines3 has shipped `RMSpropTFLike` ever since,

@@ -1,6 +1,10 @@
 # %% [markdown]
 # # Differentiating through training
 #
+# **You will learn** how to differentiate a training run with respect to its learning rate and
+# epsilon, where that gradient is right, and how to check it with a sweep. **It takes** 9 minutes to
+# read and 90 seconds to run on two CPU cores.
+#
 # A training run is a function: data, initial weights and hyperparameters go in, a validation loss
 # comes out. Every transformation of `rmsprop_jax` is differentiable, so that function has a
 # gradient with respect to the learning rate and epsilon, and we can descend along it. This notebook
@@ -356,7 +360,7 @@ for (name, values), color, dash in zip(
     print(
         f'{name:21}test loss {values[:, 5].mean():.3f} after 60 steps (from '
         f'{values[:, 5].min():.3f} to {values[:, 5].max():.3f}), {values[:, -10:].mean():.3f} '
-        f'over the last 100 of {LONG}'
+        f'at {LONG - 100} to {LONG}'
     )
 ax.axvline(STEPS, color='0.4', linewidth=0.8)
 ax.annotate('learned for this length', (STEPS, 0.055), (4, 0), textcoords='offset points')
