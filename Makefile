@@ -117,6 +117,7 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_identification,$(call in,$(name)),$(name)))
 	$(call record_identification,$(HERE),optax)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_groups interchange_data/groups.npz)
+	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_layers interchange_data/layers.npz)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_files interchange_data/files)
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_float64,$(name)))
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import public_api
 import pytest
+from flax import nnx
 from jax.typing import ArrayLike
 
 import rmsprop_jax
@@ -70,6 +71,7 @@ FROM_TORCH = {
     'mapping': PAIRS,
     'names': NAMES,
 }
+NNX = nnx.Optimizer(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rmsprop(0.1), wrt=nnx.Param)
 WITH_VELOCITY = {
     'state': WITH_TRACE,
     'params': PARAMS,
@@ -79,6 +81,7 @@ WITH_VELOCITY = {
 LAYERS = (
     *(interchange.torch.linear, interchange.torch.conv, interchange.torch.norm),
     *(interchange.keras.dense, interchange.keras.norm),
+    *(interchange.torch.batch_stats, interchange.keras.batch_stats),
 )
 PLACE = jax.sharding.NamedSharding(jax.make_mesh((1,), ('data',)), jax.sharding.PartitionSpec())
 NUMBER = 'must be a real scalar'
@@ -432,6 +435,20 @@ WRONG_FILES = [
     (interchange.Pair, (3, 'x'), TypeError, 'theirs must be a name, got 3'),
     (interchange.Pair, ('x', 3), TypeError, 'ours must be a path.*got 3'),
     (interchange.Pair, ('x', 'y', 3), TypeError, 'layout must be a Layout, got 3'),
+    (
+        interchange.Layout,
+        {'part': (4, 4, 0)},
+        ValueError,
+        r'part must be \(which, of how many, axis',
+    ),
+    (interchange.Layout((0,), (), (0, 4, 0)).to_ours, ([1],), ValueError, 'has not 4 equal parts'),
+    (interchange.torch.recurrent, ('x', 'y', 'z'), ValueError, "cell must be one of.*got 'z'"),
+    (
+        interchange.torch.recurrent,
+        {'theirs': 'x', 'ours': 'y', 'cell': 'nnx.GRUCell', 'biases': ['z']},
+        ValueError,
+        "biases must be among 'ih' and 'hh', got 'z'",
+    ),
     (interchange.torch.linear, ('x', 3), TypeError, 'ours must be a path.*got 3'),
     (interchange.torch.conv, ('x', 3), TypeError, 'ours must be a path.*got 3'),
     (interchange.torch.norm, ('x', 3), TypeError, 'ours must be a path.*got 3'),
@@ -510,6 +527,9 @@ WRONG_FILES = [
         ValueError,
         "'dense.weight' has momentum=array.* in its group, which is no number",
     ),
+    (interchange.nnx.set_state, (3, STATE), TypeError, 'optimizer must be an nnx.Optimizer, got'),
+    (interchange.nnx.set_state, (NNX, {'x': 3}), ValueError, "'x' is not in the optimizer"),
+    (interchange.nnx.set_state, (NNX, {'x': 'x'}), TypeError, r"state\['x'\] is a str, not an"),
     (interchange.from_optax, (3, TX, PARAMS), ValueError, 'not exactly one'),
     (interchange.from_optax, (STATE, 3, PARAMS), TypeError, 'tx must be a gradient'),
     (
@@ -675,6 +695,7 @@ VALID: dict[Any, dict[str, Any]] = {
         'param_groups': [GROUP],
         'names': NAMES,
     },
+    interchange.nnx.set_state: {'optimizer': NNX, 'state': NNX.opt_state},
     interchange.from_optax: {'theirs': STATE, 'tx': TX, 'params': PARAMS},
     interchange.to_optax: {'state': STATE, 'tx': optax.rmsprop(0.1), 'params': PARAMS},
     interchange.from_keras: {
@@ -692,6 +713,7 @@ VALID: dict[Any, dict[str, Any]] = {
     },
     interchange.to_tensorflow: WITH_VELOCITY,
     **{layer: {'theirs': 'x', 'ours': 'y'} for layer in LAYERS},
+    interchange.torch.recurrent: {'theirs': 'x', 'ours': 'y', 'cell': 'nnx.GRUCell'},
     identify_dialect: {'trace': RUN},
     aot.compile_step: {'fn': lambda *x: x, 'args': (jnp.ones(2),)},
     aot.compile_update: {'tx': TX, 'params': PARAMS},
@@ -876,6 +898,16 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
         "'param_groups' is missing or not a list",
     ),
     (interchange.to_torch, 'as_tensor'): (3, TypeError, '^as_tensor must be a function'),
+    (interchange.Layout, 'part'): (3, TypeError, '^part must be a tuple of integers, got 3'),
+    (interchange.torch.recurrent, 'cell'): ('x', ValueError, '^cell must be one of nnx.LSTMCell'),
+    (interchange.torch.recurrent, 'suffix'): (3, TypeError, '^suffix must be a name, got 3'),
+    (interchange.torch.recurrent, 'biases'): ('x', TypeError, '^biases must be a collection'),
+    (interchange.nnx.set_state, 'optimizer'): (3, TypeError, '^optimizer must be an nnx.Optimizer'),
+    (interchange.nnx.set_state, 'state'): (
+        WORDS,
+        TypeError,
+        r"^state\['w'\] is a str, not an array",
+    ),
     (interchange.to_optax, 'state'): (3, ValueError, STRAY),
     (interchange.to_keras, 'state'): (3, ValueError, STRAY),
     (interchange.to_tensorflow, 'state'): (3, ValueError, STRAY),

@@ -31,6 +31,7 @@ computed in float64 and set to 0 where it is negative; a `LossyConversionWarning
 """
 
 from rmsprop_jax.interchange import keras as keras
+from rmsprop_jax.interchange import nnx as nnx
 from rmsprop_jax.interchange import optax as optax
 from rmsprop_jax.interchange import tensorflow as tensorflow
 from rmsprop_jax.interchange import torch as torch
@@ -78,6 +79,7 @@ __all__ = [
     'from_tensorflow',
     'from_torch',
     'keras',
+    'nnx',
     'optax',
     'parameters_from',
     'parameters_to',

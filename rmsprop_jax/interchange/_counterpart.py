@@ -22,6 +22,7 @@ from rmsprop_jax.interchange._mapping import (
     in_our_axes,
     in_their_axes,
     pair_of,
+    whole,
 )
 from rmsprop_jax.interchange._measure import Action, Trial, near
 from rmsprop_jax.interchange._state import (
@@ -102,9 +103,10 @@ class Exchange(Conversion):
         strays = dict(arrays)
         for path, theirs in self.counterparts.items():
             for moment, name in theirs.names.items():
-                if name in strays:
+                if name in arrays:
+                    strays.pop(name, None)  # Which has happened if another path has a part of it.
                     columns[moment][path] = None
-                    entry = label(name), self.by_path[path], strays.pop(name)
+                    entry = label(name), self.by_path[path], arrays[name]
                     with self.noted():
                         check(*entry)
                         columns[moment][path] = in_our_axes(*entry)
@@ -175,14 +177,20 @@ class Exchange(Conversion):
         """
         if trial is not None:
             self._settle(moments, trial, to_ours=False)
-        arrays: dict[Any, np.ndarray] = {}
+        parts: dict[Any, dict[str, np.ndarray]] = {}
         for moment, column in moments.columns.items():
             for path, array in column.items():
                 with self.noted():
                     adapted = adapt(moment, path, array)
                     pair = pair_of(path, self.by_path)
                     name = self.counterparts[path].names[moment]
-                    arrays[name] = in_their_axes(described(moment, path), pair, adapted)
+                    part = in_their_axes(described(moment, path), pair, adapted)
+                    parts.setdefault(name, {})[path] = part
+        arrays: dict[Any, np.ndarray] = {}
+        for name, found in parts.items():
+            theirs = self.by_path[next(iter(found))].theirs
+            with self.noted():
+                arrays[name] = whole(repr(theirs), self.by_name[theirs], found)
         return arrays
 
     def _settle(self, moments: Moments, trial: Trial, to_ours: bool) -> None:

@@ -20,7 +20,7 @@ Group = Mapping[str, Any]
 
 
 class Member(NamedTuple):
-    """A parameter of a PyTorch optimizer.
+    """A parameter of a PyTorch optimizer, or the part of one that is a parameter of ours.
 
     Attributes:
       number: Its number in the optimizer.
@@ -71,7 +71,9 @@ def checked_run(
             conversion.add(f'{member.name!r}, said to be fresh, has an entry in the state')
         for (slot, name), value in member.arrays().items():
             with conversion.noted():
-                check_shape(conversion, described(slot, name), conversion.by_name[name], value)
+                check_shape(
+                    conversion, described(slot, name), conversion.by_path[member.path], value
+                )
     return groups, members
 
 
@@ -121,8 +123,9 @@ def members_of(
     members: list[Member] = []
     for number, (name, group) in _numbered(groups, names, conversion).items():
         with conversion.noted():
-            path = str(pair_of(name, conversion.by_name).ours)
-            members.append(Member(number, name, path, group, state.get(number) or {}))
+            for pair in pair_of(name, conversion.by_name):
+                entry = state.get(number) or {}
+                members.append(Member(number, name, str(pair.ours), group, entry))
     return members
 
 

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class Layout:
         are not listed, in their order, so that one layout serves every rank.
       split: The lengths that their second axis is split into before the axes are transposed. The
         parts are then merged again, in our order.
+      part: Which part of theirs is ours, of how many equal parts, along which of their axes. The
+        other parts need pairs of their own.
 
     Example:
       >>> import numpy as np
@@ -52,20 +54,23 @@ class Layout:
 
     axes: tuple[int | EllipsisType, ...] = (...,)
     split: tuple[int, ...] = ()
+    part: tuple[int, int, int] = (0, 1, 0)
 
     def __post_init__(self) -> None:
-        for name, allowed in (('axes', int | EllipsisType), ('split', int)):
+        for name, allowed in (('axes', int | EllipsisType), ('split', int), ('part', int)):
             value = getattr(self, name)
             if not (isinstance(value, tuple) and all(isinstance(x, allowed) for x in value)):
                 raise TypeError(f'{name} must be a tuple of integers, got {value!r}.')
+        if len(self.part) != 3 or not 0 <= self.part[0] < self.part[1] or self.part[2] < 0:
+            raise ValueError(f'part must be (which, of how many, axis), got {self.part!r}.')
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """Their array with our axes.
+        """Their array, or our part of it, with our axes.
 
         Raises:
           ValueError: If the array does not have the axes of the layout.
         """
-        array = np.asarray(array)
+        array = self._taken(np.asarray(array))
         if not self.split:
             return array.transpose(self._order(array.ndim))
         outputs, features = self._matrix(array, 0, 1)
@@ -73,7 +78,7 @@ class Layout:
         return array.reshape(outputs, *self.split).transpose(order).reshape(features, outputs)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """Our array with their axes: the inverse of `to_ours`.
+        """Our array with their axes: the inverse of `to_ours`, up to other parts.
 
         Raises:
           ValueError: As `to_ours`.
@@ -86,6 +91,14 @@ class Layout:
         whole = (outputs, *self.split)
         ours = array.reshape([whole[axis] for axis in order])
         return ours.transpose(np.argsort(order)).reshape(outputs, features)
+
+    def _taken(self, array: np.ndarray) -> np.ndarray:
+        which, number, axis = self.part
+        if number == 1:
+            return array
+        if axis >= array.ndim or array.shape[axis] % number:
+            raise ValueError(f'its shape {array.shape} has not {number} equal parts on axis {axis}')
+        return np.split(array, number, axis)[which]
 
     def _order(self, rank: int) -> list[int]:
         named = [axis for axis in self.axes if not isinstance(axis, EllipsisType)]
@@ -187,6 +200,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     return keystr(canonical(path), simple=True, separator='/')
 
 
+Found = TypeVar('Found', Pair, list[Pair])
+
+
 class Conversion:
     """The pairs of a conversion and a list of its problems, so that one error names them all.
 
@@ -194,7 +210,7 @@ class Conversion:
       params: Our parameters.
       leaves: Our parameters by path.
       by_path: The pairs by our path.
-      by_name: The pairs by their name.
+      by_name: The pairs by their name: one, or one for each part of theirs, in the parts' order.
     """
 
     def __init__(self, task: str, params: Any, mapping: Iterable[Pair] = ()):
@@ -207,14 +223,25 @@ class Conversion:
             if not isinstance(pair, Pair):
                 raise TypeError(f'mapping must hold pairs (interchange.Pair), got {pair!r}.')
         self.by_path = {str(pair.ours): pair for pair in pairs}
-        self.by_name = {pair.theirs: pair for pair in self.by_path.values()}
-        for side in ('theirs', 'ours'):
-            names = [getattr(pair, side) for pair in pairs]
-            for name in {name for name in names if names.count(name) > 1}:
-                self.add(f'{name!r} is the `{side}` of more than one pair')
+        self.by_name: dict[str, list[Pair]] = {}
+        for pair in sorted(pairs, key=lambda pair: pair.layout.part):
+            self.by_name.setdefault(pair.theirs, []).append(pair)
+        paths = [pair.ours for pair in pairs]
+        for path in {path for path in paths if paths.count(path) > 1}:
+            self.add(f'{path!r} is the `ours` of more than one pair')
+        for name, shared in self.by_name.items():
+            self._check_parts(name, [pair.layout.part for pair in shared])
         for pair in pairs:
             if pair.ours not in self.leaves:
                 self.add(f'{pair.ours!r}, paired with {pair.theirs!r}, is not in params')
+
+    def _check_parts(self, name: str, parts: Sequence[tuple[int, int, int]]) -> None:
+        _, number, axis = parts[0]
+        if len({*parts}) < len(parts) or {part[1:] for part in parts} != {(number, axis)}:
+            self.add(f'{name!r} is the `theirs` of more than one pair')
+            return
+        for which in sorted({*range(number)} - {part[0] for part in parts}):
+            self.add(f'part {which} of {number} of {name!r} is in no pair')
 
     def add(self, line: str) -> None:
         """Notes a problem."""
@@ -246,8 +273,8 @@ class Conversion:
             raise InterchangeError(self._task, list(self._lines))
 
 
-def pair_of(key: str, pairs: Mapping[str, Pair], said: str = '') -> Pair:
-    """The pair of a name or of a path.
+def pair_of(key: str, pairs: Mapping[str, Found], said: str = '') -> Found:
+    """The pair of a path, or the pairs of a name.
 
     Raises:
       EntryError: If there is no such pair. The line includes `said`, a remark about the key.
@@ -346,12 +373,31 @@ def in_our_axes(label: str, pair: Pair, value: Any) -> np.ndarray:
 
 
 def in_their_axes(label: str, pair: Pair, array: np.ndarray) -> np.ndarray:
-    """A copy of our array with their axes.
+    """A copy of our array, which may be a part of theirs, with their axes.
 
     Raises:
       EntryError: If it does not have the axes of the pair's layout.
     """
     return np.array(_laid_out(label, pair.layout.to_theirs, array), order='C')
+
+
+def whole(label: str, pairs: Sequence[Pair], parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Their array, from its parts by our path.
+
+    Raises:
+      EntryError: If a part is missing, or has another shape than the others.
+    """
+    missing = [str(pair.ours) for pair in pairs if pair.ours not in parts]
+    if missing:
+        listed = ', '.join(map(repr, missing))
+        raise EntryError(f'{label} is one array there, and there is nothing for {listed}')
+    arrays = [parts[str(pair.ours)] for pair in pairs]
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({array.shape for array in arrays}) > 1:
+        listed = ', '.join(f'{pair.ours!r}' for pair in pairs)
+        raise EntryError(f'{label} is one array there, and the shapes of {listed} differ')
+    return np.concatenate(arrays, pairs[0].layout.part[2])
 
 
 def _laid_out(label: str, turn: Callable[[Any], np.ndarray], array: np.ndarray) -> np.ndarray:
@@ -366,7 +412,8 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
 
     Args:
       theirs: Arrays by name: `{k: v.detach() for k, v in model.named_parameters()}` in PyTorch,
-        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras.
+        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras. PyTorch's
+        `num_batches_tracked` is passed over where its `running_mean` is in a pair.
       like: A tree of arrays (or `jax.ShapeDtypeStruct`s) with our structure, shapes and dtypes.
       mapping: The pairs.
 
@@ -384,7 +431,10 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
       (2, 3)
     """
     conversion = Conversion('parameters cannot be converted', like, mapping)
-    for name in sorted(checked_names('theirs', theirs)):
+    # PyTorch counts batches for a momentum of None only, and Flax has no such momentum.
+    means = [name for name in conversion.by_name if name.endswith('.running_mean')]
+    counts = {name.removesuffix('running_mean') + 'num_batches_tracked' for name in means}
+    for name in sorted(checked_names('theirs', theirs).keys() - counts):
         with conversion.noted():
             pair_of(name, conversion.by_name)
     converted: list[Any] = []
@@ -408,13 +458,19 @@ def parameters_to(params: Any, mapping: Iterable[Pair]) -> dict[str, np.ndarray]
       InterchangeError: As `parameters_from`.
     """
     conversion = Conversion('parameters cannot be converted', params, mapping)
-    converted: dict[str, np.ndarray] = {}
+    parts: dict[str, np.ndarray] = {}
     for path, leaf in conversion.leaves.items():
         with conversion.noted():
             pair = pair_of(path, conversion.by_path)
-            converted[pair.theirs] = in_their_axes(repr(path), pair, as_array(repr(path), leaf))
+            parts[path] = in_their_axes(repr(path), pair, as_array(repr(path), leaf))
     conversion.raise_if_any()
-    return {name: converted[name] for name in conversion.by_name}
+    converted: dict[str, np.ndarray] = {}
+    for name, pairs in conversion.by_name.items():
+        with conversion.noted():
+            converted[name] = whole(repr(name), pairs, parts)
+    conversion.raise_if_any()
+    # In the order of the pairs, which parts have left.
+    return {pair.theirs: converted[pair.theirs] for pair in conversion.by_path.values()}
 
 
 def as_leaf_like(like: Any, label: str, array: np.ndarray) -> Any:

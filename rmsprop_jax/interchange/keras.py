@@ -35,7 +35,7 @@ from rmsprop_jax.interchange._mapping import (
 from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._state import injected, with_injected
 
-__all__ = ['dense', 'from_keras', 'norm', 'to_keras']
+__all__ = ['batch_stats', 'dense', 'from_keras', 'norm', 'to_keras']
 __dir__ = __all__.copy
 
 _SLOTS = {'nu': 'velocity', 'mu': 'average_gradient', 'trace': 'momentum', 'ema': 'average'}
@@ -61,6 +61,15 @@ conv = dense
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of Keras's normalisation layers and Flax's: `gamma` is `scale`."""
     return layer(theirs, ours, ('/gamma', 'scale'), ('/beta', 'bias'), bias)
+
+
+def batch_stats(theirs: str, ours: str | tuple[Any, ...]) -> tuple[Pair, ...]:
+    """The pairs of the statistics of Keras's `BatchNormalization` with those of Flax's.
+
+    `moving_mean` is `mean` and `moving_variance` is `var`. Both frameworks average the biased
+    variance. See `torch.batch_stats` for how to use them.
+    """
+    return layer(theirs, ours, ('/moving_mean', 'mean'), ('/moving_variance', 'var'), True)
 
 
 def from_keras(

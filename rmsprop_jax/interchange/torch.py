@@ -43,6 +43,7 @@ from rmsprop_jax.interchange._mapping import (
     checked_collection,
     checked_count,
     checked_names,
+    joined,
     layer,
     path_name,
 )
@@ -50,7 +51,16 @@ from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._settings import counterparts_of, transforms_of
 from rmsprop_jax.interchange._state import Moments, described
 
-__all__ = ['conv', 'from_torch', 'linear', 'norm', 'to_torch', 'torch_optimizer']
+__all__ = [
+    'batch_stats',
+    'conv',
+    'from_torch',
+    'linear',
+    'norm',
+    'recurrent',
+    'to_torch',
+    'torch_optimizer',
+]
 __dir__ = __all__.copy
 
 _BIAS = ('.bias', 'bias')
@@ -87,6 +97,105 @@ def conv(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tupl
 def norm(theirs: str, ours: str | tuple[Any, ...], *, bias: bool = True) -> tuple[Pair, ...]:
     """The pairs of PyTorch's normalisation layers with Flax's: `weight` is `scale`."""
     return layer(theirs, ours, ('.weight', 'scale'), _BIAS, bias)
+
+
+def batch_stats(theirs: str, ours: str | tuple[Any, ...]) -> tuple[Pair, ...]:
+    """The pairs of the buffers of PyTorch's `BatchNorm` with the statistics of Flax's.
+
+    `running_mean` is `mean` and `running_var` is `var`. `num_batches_tracked` has no counterpart.
+    They are not parameters, so give them to `parameters_from` and `parameters_to` only, with a tree
+    that has statistics: `nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))`. `norm` makes the
+    pairs of the parameters.
+
+    PyTorch's `momentum` is one minus Flax's. PyTorch averages the unbiased variance of each batch
+    and Flax the biased one, so from the next update on Flax's `var` moves towards a value that is
+    `(n - 1) / n` of PyTorch's, for n numbers per channel in a batch.
+
+    Args:
+      theirs: The module's name, `'bn'`.
+      ours: The path of its statistics.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> [(pair.theirs, pair.ours) for pair in interchange.torch.batch_stats('bn', 'bn')]
+      [('bn.running_mean', 'bn/mean'), ('bn.running_var', 'bn/var')]
+
+    Source: PyTorch 2.13, torch/nn/modules/batchnorm.py; Flax 0.12.8, flax/nnx/nn/normalization.py.
+    """
+    return layer(theirs, ours, ('.running_mean', 'mean'), ('.running_var', 'var'), True)
+
+
+_CELLS = {
+    'nnx.LSTMCell': ('ii if_ ig io', 'hi hf hg ho'),
+    'nnx.OptimizedLSTMCell': ('dense_i', 'dense_h'),
+    'nnx.GRUCell': ('dense_i', 'dense_h'),
+    'linen.LSTMCell': ('ii if ig io', 'hi hf hg ho'),
+}
+
+
+def recurrent(
+    theirs: str,
+    ours: str | tuple[Any, ...],
+    cell: str,
+    *,
+    suffix: str = '',
+    biases: Sequence[str] = ('ih', 'hh'),
+) -> tuple[Pair, ...]:
+    """The pairs of PyTorch's `LSTMCell`, `GRUCell`, `LSTM` or `GRU` with a cell of Flax.
+
+    PyTorch has the gates of a cell in one array, and `LSTMCell` of Flax has an array for each. So
+    several pairs have the same `theirs`, and each has a part of it. Statistics are split and joined
+    like the arrays. Clipping by the norm of each array cannot be matched: the norm of one array is
+    not that of its parts. Clip the parts together, with `optax.clip_by_global_norm` in
+    `optax.partition`.
+
+    **The two biases.** PyTorch trains two biases whose sum counts, `bias_ih` and `bias_hh`. Their
+    sum moves twice as far as the one bias of Flax's cells would. Give an NNX cell the second bias:
+    replace the layers that have none by layers with one, such as
+    `cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)` in `nnx.GRUCell`, and `ii`, `if_`,
+    `ig` and `io`, or `dense_i`, in the LSTM cells. For the output alone, add `bias_ih` to
+    `bias_hh`, drop it, and pass `biases=['hh']`.
+
+    Args:
+      theirs: The module's name, `'lstm'`.
+      ours: The path of the cell.
+      cell: `'nnx.LSTMCell'`, `'nnx.OptimizedLSTMCell'`, `'nnx.GRUCell'` or `'linen.LSTMCell'`. The
+        last one also fits Linen's `OptimizedLSTMCell`.
+      suffix: What names of `LSTM` and `GRU` end with: `'_l0'` for the first layer.
+      biases: Which of PyTorch's biases have a pair.
+
+    Raises:
+      ValueError: If `cell` or one of `biases` is none of these.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> pairs = interchange.torch.recurrent('rnn', 'cell', 'nnx.LSTMCell')
+      >>> [(p.ours, p.layout.part) for p in pairs if p.theirs == 'rnn.bias_ih'][:2]
+      [('cell/ii/bias', (0, 4, 0)), ('cell/if_/bias', (1, 4, 0))]
+
+    Source: PyTorch 2.13, torch/nn/modules/rnn.py; Flax 0.12.8, flax/nnx/nn/recurrent.py.
+    """
+    if cell not in _CELLS:
+        raise ValueError(f'cell must be one of {", ".join(_CELLS)}, got {cell!r}.')
+    for name, value in (('theirs', theirs), ('suffix', suffix)):
+        if not isinstance(value, str):
+            raise TypeError(f'{name} must be a name, got {value!r}.')
+    for bias in checked_collection('biases', biases):
+        if bias not in ('ih', 'hh'):
+            raise ValueError(f"biases must be among 'ih' and 'hh', got {bias!r}.")
+    pairs: list[Pair] = []
+    for half, layers in zip(('ih', 'hh'), _CELLS[cell], strict=True):
+        gates = layers.split()
+        for i, gate in enumerate(gates):
+            part = (i, len(gates), 0)
+            names = [(f'.weight_{half}{suffix}', 'kernel'), (f'.bias_{half}{suffix}', 'bias')]
+            layouts = Layout(KERNEL.axes, part=part), Layout(part=part)
+            pairs += [
+                Pair(theirs + name, f'{joined(ours)}/{gate}/{key}', layout)
+                for (name, key), layout in zip(names, layouts, strict=True)
+                if key == 'kernel' or half in biases
+            ]
+    return tuple(pairs)
 
 
 def torch_optimizer(
@@ -163,10 +272,19 @@ def torch_optimizer(
     }
     transforms = transforms_of(groups, learning_rate, dialect, conversion)
     conversion.raise_if_any()
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, _: labels.get(path_name(path), _FROZEN), params
+    labels = {path: labels.get(path, _FROZEN) for path in conversion.leaves}
+
+    # By path, since an nnx.Optimizer gives `init` variables and `update` plain arrays.
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        name = path_name(path)
+        if name not in labels:
+            raise ValueError(f'{name!r} is not in the params that torch_optimizer was given.')
+        return labels[name]
+
+    return optax.partition(
+        {**transforms, _FROZEN: optax.set_to_zero()},
+        lambda tree: jax.tree_util.tree_map_with_path(label, tree),
     )
-    return optax.partition({**transforms, _FROZEN: optax.set_to_zero()}, lambda _: tree)
 
 
 def from_torch(
@@ -244,7 +362,9 @@ def from_torch(
     for member in moved:
         steps.setdefault(_step(member, exchange), []).append(member.name)
     if count is None and len(steps) > 1:
-        listed = '; '.join(f'{step}: {", ".join(at)}' for step, at in sorted(steps.items()))
+        listed = '; '.join(
+            f'{step}: {", ".join(dict.fromkeys(at))}' for step, at in sorted(steps.items())
+        )
         exchange.add(f'parameters have taken different numbers of steps ({listed}): pass count')
     arrays = {name: value for member in moved for name, value in member.arrays().items()}
     counts = steps if count is None else [count]

@@ -439,7 +439,7 @@ def _map_statistics(
 
         def leaf(path: KeyPath, stored: Any) -> Any:
             name, own = keystr((*prefix, *path)), canonical(path)
-            stored = as_factors(stored) if isinstance(stored, Means) else stored
+            stored = as_factors(stored)
             kept = _format_of(storage, statistic, own, stored, partition.get(own))
             if isinstance(kept, str):
                 raise ValueError(f'state{name} {kept}.')
@@ -449,6 +449,8 @@ def _map_statistics(
 
         def is_stored(path: KeyPath, x: Any) -> bool:
             means = as_factors(x)
+            if means is not x and canonical(path) != path:
+                return True  # A variable of NNX holds one array, so these are its means.
             if isinstance(means, Means) and not isinstance(x, Means) and _are_means(means):
                 shape = stored_shape(means) or ()
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
