@@ -247,7 +247,7 @@ def test_parts_are_split_and_joined_in_order():
     ):
         with pytest.raises(interchange.InterchangeError) as error:
             function(params, [pair for pair in pairs if pair.ours != 'cell/if/kernel'])
-        assert "part 1 of 4 of 'rnn.weight_ih' is in no pair" in error.value.problems
+        assert "part 1 of 4 of 'rnn.weight_ih' is not in any pair" in error.value.problems
     del state[0].nu['cell']['hg']
     with pytest.raises(interchange.InterchangeError) as error:
         interchange.to_torch(state, params, pairs, groups)
@@ -267,7 +267,7 @@ def test_only_the_count_of_a_paired_buffer_is_passed_over():
     like = {'bn': {'mean': jnp.zeros(2), 'var': jnp.zeros(2)}}
     with pytest.raises(interchange.InterchangeError) as error:
         interchange.parameters_from(buffers, like, interchange.torch.batch_stats('bn', 'bn'))
-    assert error.value.problems == ("'other.num_batches_tracked' is in no pair",)
+    assert error.value.problems == ("'other.num_batches_tracked' is not in any pair",)
 
 
 GROUP = {'lr': 0.1, 'alpha': 0.9, 'eps': 1e-8, 'weight_decay': 0.1, 'momentum': 0.9}
@@ -426,9 +426,9 @@ def test_every_group_has_its_schedule_in_an_nnx_optimizer():
         np.testing.assert_allclose(updates['fc']['bias'], -0.25 * factor, rtol=1e-6)
 
     for rates, lines in (
-        (None, ['group 0: initial_lr tells that a scheduler', 'group 1: initial_lr tells']),
+        (None, ['group 0: initial_lr shows that a scheduler', 'group 1: initial_lr shows']),
         (schedules[:1], ['learning_rate has 1 entries for 2 groups']),
-        (schedules[0], ['learning_rate is one for all groups, whose own differ']),
+        (schedules[0], ['learning_rate is a single rate, but the groups']),
     ):
         with pytest.raises(interchange.InterchangeError) as error:
             interchange.torch_optimizer(checkpoint, params, pairs, learning_rate=rates)
@@ -436,7 +436,7 @@ def test_every_group_has_its_schedule_in_an_nnx_optimizer():
         assert len(problems) == len(lines)
         assert all(map(str.startswith, problems, lines))
     groups[0]['lr'] = schedules[0]
-    with pytest.raises(interchange.InterchangeError, match='group 1: initial_lr tells'):
+    with pytest.raises(interchange.InterchangeError, match='group 1: initial_lr shows'):
         interchange.torch_optimizer(checkpoint, params, pairs)
 
 

@@ -241,7 +241,7 @@ class Conversion:
             self.add(f'{name!r} is the `theirs` of more than one pair')
             return
         for which in sorted({*range(number)} - {part[0] for part in parts}):
-            self.add(f'part {which} of {number} of {name!r} is in no pair')
+            self.add(f'part {which} of {number} of {name!r} is not in any pair')
 
     def add(self, line: str) -> None:
         """Notes a problem."""

@@ -98,8 +98,8 @@ def propose_pairs(
     Args:
       theirs: Arrays by name, as `read_checkpoint(path).arrays` or `model.state_dict()`.
       params: Our parameters, or a tree of `jax.ShapeDtypeStruct`s like them.
-      buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`, or Linen's
-        `variables['batch_stats']`.
+      buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`, or
+        Linen's `variables['batch_stats']`.
       known: Pairs that you know. They are sure, and their arrays are proposed for nothing else.
       ignore: Names of theirs that are to be left out.
 
