@@ -203,11 +203,16 @@ def test_rounded_parameters_are_updated_at_the_minimum(make, expected, target):
     assert_self_contained(report)
 
 
-@pytest.mark.parametrize('target', ['tpu-v5e', 'cuda-h100'])
 @pytest.mark.parametrize(
-    ('form', 'temporary'), [('layers unrolled', 1), ('layers in lax.scan', 2.8)]
+    ('form', 'target', 'temporary'),
+    [
+        # A TPU's compiler takes a minute for the layers unrolled.
+        ('layers unrolled', 'cuda-h100', 1),
+        ('layers in lax.scan', 'cuda-h100', 2.8),
+        ('layers in lax.scan', 'tpu-v5e', 2.2),
+    ],
 )
-def test_a_whole_step_in_three_bytes_a_parameter(form, temporary, target):
+def test_a_whole_step_in_three_bytes_a_parameter(form, target, temporary):
     """Beside parameters and state: the gradients that exist at once, and 0.3 of activations."""
     arguments, temporaries = memory.layers_bytes(form, target)
     assert 3 <= arguments < 3.01
