@@ -27,7 +27,7 @@ def measured_once(known: dict[Any, Any]) -> Iterator[None]:
         key = tx, structure, tuple(alike)
         if key not in known:
             start(self, tx, state, params)
-            known[key] = vars(self)
+            known[key] = dict(vars(self))
         vars(self).update(known[key], start=state, key=key)
 
     def remembered(self: Trial, count: int) -> Any:
