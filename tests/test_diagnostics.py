@@ -466,7 +466,7 @@ def measure(**options):
         (
             lambda p: diagnostics.read(rmsprop_jax.rmsprop(0.1).init(p), p),
             ValueError,
-            'the measurements of 0 measured',
+            'measurements of 0 optimizers',
         ),
         (
             lambda p: diagnostics.measured(optax.sgd(0.1), eps=1e-8).init(p),
@@ -478,7 +478,7 @@ def measure(**options):
                 p
             ),
             ValueError,
-            'does not exist, but there is a leaf',
+            'does not exist, but a leaf with that path',
         ),
     ],
 )

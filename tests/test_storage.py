@@ -629,7 +629,7 @@ def test_interchange_asks_for_decoded_states():
     tx = dialects.torch(0.1, storage=storage.bfloat16())
     pairs = [interchange.Pair('w', 'w'), interchange.Pair('b', 'b')]
     groups = [{'params': [0, 1], 'momentum': 0, 'centered': False}]
-    with pytest.raises(interchange.InterchangeError, match=r'storage\.read decodes it'):
+    with pytest.raises(interchange.InterchangeError, match='decode it with storage.read'):
         interchange.to_torch(tx.init(PARAMS), PARAMS, pairs, groups, names=['w', 'b'])
 
 
