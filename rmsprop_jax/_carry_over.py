@@ -129,7 +129,7 @@ def carry_over(
     start = fresh(after_tx, new_params)
     running = _with_units(start, old)
     start = in_units_of(running, start, new_params, storage)
-    names = [path_name(canonical(path)) for path, _ in tree_flatten_with_path(new_params)[0]]
+    names = [path_name(path) for path, _ in tree_flatten_with_path(new_params)[0]]
     numbers = jax.tree.unflatten(jax.tree.structure(new_params), range(len(names)))
     owners = _by_path(like_state(after_tx, start, numbers, -1))
     stored = {path: (old.get(path), x) for path, x in _by_path(start).items()}

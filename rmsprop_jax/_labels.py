@@ -8,7 +8,7 @@ import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from rmsprop_jax._checks import leaves_with_path
-from rmsprop_jax._types import canonical, path_name
+from rmsprop_jax._types import path_name
 
 
 def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -65,7 +65,7 @@ def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
             raise ValueError(
                 f'the pattern {unused[0]!r} is not the first match of any parameter. The '
                 'parameters are '
-                f'{", ".join(repr(path_name(canonical(path))) for path, _ in leaves)}.'
+                f'{", ".join(repr(path_name(path)) for path, _ in leaves)}.'
             )
         return jax.tree.unflatten(treedef, [patterns[pattern] for pattern in found])
 
@@ -82,7 +82,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _first_match(patterns: Mapping[str, re.Pattern[str]], path: Any) -> str:
-    name = path_name(canonical(path))
+    name = path_name(path)
     for pattern, compiled in patterns.items():
         if compiled.search(name):
             return pattern

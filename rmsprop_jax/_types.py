@@ -79,8 +79,8 @@ def canonical(path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def path_name(path: KeyPath) -> str:
-    """A path as a name with slashes, such as `dense/kernel`."""
-    return keystr(path, simple=True, separator='/')
+    """A leaf's canonical path as a name with slashes, such as `dense/kernel`."""
+    return keystr(canonical(path), simple=True, separator='/')
 
 
 def by_path(tree: Any) -> dict[tuple[Any, ...], Any]:

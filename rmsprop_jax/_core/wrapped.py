@@ -93,7 +93,18 @@ def as_pure(tree: Any) -> Any:
     Whoever has such variables has imported Flax, which this package does not need.
     """
     nnx = sys.modules.get('flax.nnx')
-    return tree if nnx is None else nnx.as_pure(tree)
+    if nnx is None:
+        return tree
+    if hasattr(nnx, 'as_pure'):
+        return nnx.as_pure(tree)
+
+    # Flax 0.11 does not have it.
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    return jax.tree.map(
+        lambda x: as_pure(x.value) if is_variable(x) else x, tree, is_leaf=is_variable
+    )
 
 
 def rms_states(state: Any) -> list[RmsState]:

@@ -25,13 +25,13 @@ from rmsprop_jax.interchange._mapping import (
 from rmsprop_jax.interchange._port import (
     DIALECTS,
     as_schedules,
-    faults,
     ported,
     rates_of,
     read_template,
+    settled,
     write_port,
 )
-from rmsprop_jax.interchange._propose import propose_names, propose_pairs
+from rmsprop_jax.interchange._propose import propose_pairs
 
 
 def _parser() -> OneLineParser:
@@ -148,15 +148,13 @@ def _run(options: argparse.Namespace) -> int:
         checkpoint.arrays, params, buffers, known=options.known, ignore=options.ignore
     )
     print(f'\npairs with {options.like}:\n{proposal}')
-    names = options.names and options.names.read_text().splitlines()
-    if checkpoint.optimizer is not None and names is None:
-        guess, doubt = propose_names(checkpoint, proposal)
-        if doubt is not None:
-            print(f'{"missing" if guess is None else "guessed":9} names of the optimizer: {doubt}')
-        stuck = doubt is not None and (guess is None or not options.accept_guesses)
-    else:
-        stuck = False
-    if stuck or faults(proposal, options.ignore, options.accept_guesses):
+    given = options.names and options.names.read_text().splitlines()
+    names, doubt, problems = settled(
+        checkpoint, proposal, given, options.ignore, options.accept_guesses
+    )
+    if doubt is not None:
+        print(doubt)
+    if problems:
         print('\nnothing is written: something is missing, left over, or only guessed')
         return 1
     if options.out is None:
@@ -168,9 +166,7 @@ def _run(options: argparse.Namespace) -> int:
                 checkpoint,
                 params,
                 buffers,
-                options.known,
-                options.ignore,
-                options.accept_guesses,
+                proposal,
                 names,
                 as_schedules(rates_of(groups)),
                 DIALECTS.get(options.dialect),

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
 from rmsprop_jax._checks import checked_flag, checked_steps
-from rmsprop_jax._types import canonical
+from rmsprop_jax._types import path_name
 
 
 class InterchangeError(ValueError):
@@ -193,11 +193,6 @@ def joined(path: str | Sequence[Any]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by joined path, without the `.value` of Flax NNX variables."""
     return {path_name(path): leaf for path, leaf in tree_flatten_with_path(tree)[0]}
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as a string, as in `named_leaves`."""
-    return keystr(canonical(path), simple=True, separator='/')
 
 
 Found = TypeVar('Found', Pair, list[Pair])

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import optax
 from rmsprop_jax import dialects
 from rmsprop_jax._checks import checked_flag, checked_leaves, leaf_dtype
 from rmsprop_jax._command import install
+from rmsprop_jax._core.wrapped import as_pure
 from rmsprop_jax._types import ScalarOrSchedule, canonical
 from rmsprop_jax.interchange._files import Checkpoint, checked_path, read_checkpoint, shown
 from rmsprop_jax.interchange._mapping import (
@@ -65,21 +65,6 @@ class Port:
         if self.tx is None:
             raise ValueError('resumed needs an optimizer, and the checkpoint has none.')
         return self.tx._replace(init=lambda _: self.state)
-
-
-def pure(tree: Any) -> Any:
-    """A tree with arrays in the place of Flax NNX's variables."""
-    nnx = sys.modules.get('flax.nnx')
-    if nnx is None:
-        return tree
-
-    def is_variable(x: Any) -> bool:
-        return isinstance(x, nnx.Variable)
-
-    def value(x: Any) -> Any:
-        return x.get_value() if is_variable(x) else x
-
-    return jax.tree.map(value, tree, is_leaf=is_variable)
 
 
 def from_checkpoint(
@@ -133,51 +118,67 @@ def from_checkpoint(
       >>> print(updates['fc']['kernel'][0, 0])
       -0.1
     """
-    return ported(
-        checkpoint, params, buffers, known, ignore, accept_guesses, names, learning_rate, dialect
-    )[0]
-
-
-def ported(
-    checkpoint: Any,
-    params: Any,
-    buffers: Any,
-    known: Any,
-    ignore: Any,
-    accept_guesses: bool,
-    names: Any,
-    learning_rate: Any,
-    dialect: Any,
-) -> tuple[Port, dict[str, Any]]:
-    """What `from_checkpoint` returns, and what `restore_port` needs to make its `tx` again."""
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
     checked_flag('accept_guesses', accept_guesses)
-    params, buffers = pure(params), pure(buffers)
+    params, buffers = as_pure(params), as_pure(buffers)
     proposal = propose_pairs(checkpoint.arrays, params, buffers, known=known, ignore=ignore)
-    told = checkpoint.optimizer is None or names is not None
-    guessed, doubt = (names, None) if told else propose_names(checkpoint, proposal)
-    problems = faults(proposal, ignore, accept_guesses)
-    if doubt is not None and (guessed is None or not accept_guesses):
-        problems.append(f'{"missing" if guessed is None else "guessed"}: {doubt}')
+    names, _, problems = settled(checkpoint, proposal, names, ignore, accept_guesses)
     if problems:
         raise InterchangeError(
             'the checkpoint cannot be converted (pass what you know as known, ignore or names, '
             'and accept_guesses if all guesses are right)',
             problems,
         )
+    return ported(checkpoint, params, buffers, proposal, names, learning_rate, dialect)[0]
+
+
+def settled(
+    checkpoint: Checkpoint,
+    proposal: Proposal,
+    names: Sequence[str] | None,
+    ignore: Collection[str],
+    accept_guesses: bool,
+) -> tuple[Sequence[str] | None, str | None, list[str]]:
+    """What the optimizer's names are, the doubt about them, and what stands in the way of a port.
+
+    Args:
+      names: The names that the caller gave. Without them they are proposed; None is 'missing'.
+    """
+    doubt = None
+    if checkpoint.optimizer is not None and names is None:
+        names, doubt = propose_names(checkpoint, proposal)
+    problems = faults(proposal, ignore, accept_guesses)
+    if doubt is not None:
+        kind = 'missing' if names is None else 'guessed'
+        if names is None or not accept_guesses:
+            problems.append(f'{kind}: {doubt}')
+        doubt = f'{kind:9} names of the optimizer: {doubt}'
+    return names, doubt, problems
+
+
+def ported(
+    checkpoint: Checkpoint,
+    params: Any,
+    buffers: Any,
+    proposal: Proposal,
+    names: Sequence[str] | None,
+    learning_rate: Any,
+    dialect: Any,
+) -> tuple[Port, dict[str, Any]]:
+    """The port of a settled proposal, and what `restore_port` needs to make its `tx` again."""
     new = _arranged(checkpoint, params, proposal.pairs)
     stats = None if buffers is None else _arranged(checkpoint, buffers, proposal.buffers)
     if checkpoint.optimizer is None:
         return Port(new, stats), {}
-    shared: dict[str, Any] = {'names': guessed, 'dialect': dialect}
+    shared: dict[str, Any] = {'names': names, 'dialect': dialect}
     tx = torch_optimizer(
         checkpoint.optimizer, new, proposal.pairs, learning_rate=learning_rate, **shared
     )
     state = from_torch(checkpoint.optimizer, tx, new, proposal.pairs, **shared)
     return Port(new, stats, tx, state), {
         'pairs': [[pair.theirs, pair.ours] for pair in proposal.pairs],
-        'names': guessed,
+        'names': names,
         'with_state': [n for n, entry in checkpoint.optimizer['state'].items() if entry],
         'param_groups': [
             # A learning rate may be a tensor.
@@ -352,7 +353,7 @@ def restore_port(
         told = json.loads((path / _RECORD).read_text())
     except (OSError, ValueError) as error:
         raise InterchangeError(f'{path} is not a port that was completed', [str(error)]) from None
-    port = Port(*jax.tree.map(_array, (pure(params), pure(buffers))))
+    port = Port(*jax.tree.map(_array, (as_pure(params), as_pure(buffers))))
     ours, theirs = _shapes(port), told['shapes']
     if ours != theirs:
         raise InterchangeError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop_jax._checks import checked_leaves
+from rmsprop_jax._types import path_name
 from rmsprop_jax.interchange._files import Checkpoint, shown
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
@@ -17,7 +18,6 @@ from rmsprop_jax.interchange._mapping import (
     Pair,
     checked_collection,
     checked_names,
-    path_name,
 )
 
 # Our leaves by what PyTorch calls them, and how their axes differ.

@@ -20,14 +20,13 @@ from jax.tree_util import (
 
 from rmsprop_jax._checks import checked_leaves
 from rmsprop_jax._transforms import AverageState
-from rmsprop_jax._types import RmsState, TraceState, canonical
+from rmsprop_jax._types import RmsState, TraceState, canonical, path_name
 from rmsprop_jax.interchange._mapping import (
     Conversion,
     EntryError,
     as_inexact,
     as_leaf_like,
     named_leaves,
-    path_name,
     sharding_of,
 )
 from rmsprop_jax.storage._formats import STATISTICS, Means

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax._checks import checked_transformation
-from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax._types import ScalarOrSchedule, path_name
 from rmsprop_jax.interchange._counterpart import Exchange
 from rmsprop_jax.interchange._groups import (
     SLOTS,
@@ -45,7 +45,6 @@ from rmsprop_jax.interchange._mapping import (
     checked_names,
     joined,
     layer,
-    path_name,
 )
 from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._settings import counterparts_of, transforms_of

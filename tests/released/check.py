@@ -165,6 +165,10 @@ def check_flax() -> None:
     after = float(loss(model))
     print(f'  with Flax the loss fell from {before:.3f} to {after:.4f}')
     assert after < before / 20
+    params = nnx.state(model, nnx.Param)
+    rates = rmsprop_jax.diagnostics.learning_rates(optimizer.tx, optimizer.opt_state, params)
+    _, report = rmsprop_jax.carry_over(optimizer.tx, optimizer.opt_state, params, params)
+    assert rates.keys() == {*report.kept} == {'bias', 'kernel'}
 
 
 if __name__ == '__main__':
