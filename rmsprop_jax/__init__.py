@@ -1,9 +1,8 @@
 """RMSProp for JAX: exact, stable, small and fast, as Optax gradient transformations."""
 
-from rmsprop_jax import diagnostics as diagnostics
+from typing import TYPE_CHECKING
+
 from rmsprop_jax import dialects as dialects
-from rmsprop_jax import identify as identify
-from rmsprop_jax import interchange as interchange
 from rmsprop_jax import recipes as recipes
 from rmsprop_jax import sharding as sharding
 from rmsprop_jax import storage as storage
@@ -22,7 +21,12 @@ from rmsprop_jax._reset import reset as reset
 from rmsprop_jax._transforms import cautious as cautious
 from rmsprop_jax._types import RmsState as RmsState
 from rmsprop_jax._types import TraceState as TraceState
-from rmsprop_jax.identify import identify_dialect as identify_dialect
+
+if TYPE_CHECKING:
+    from rmsprop_jax import diagnostics as diagnostics
+    from rmsprop_jax import identify as identify
+    from rmsprop_jax import interchange as interchange
+    from rmsprop_jax.identify import identify_dialect as identify_dialect
 
 __all__ = [
     'CarriedOver',
@@ -53,3 +57,14 @@ __all__ = [
 __dir__ = __all__.copy
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> object:
+    """The tools, which take as long to import as all the rest, when they are first asked for."""
+    from importlib import import_module
+
+    if name in ('diagnostics', 'identify', 'interchange'):
+        return import_module(f'rmsprop_jax.{name}')
+    if name == 'identify_dialect':
+        return import_module('rmsprop_jax.identify').identify_dialect
+    raise AttributeError(f"module 'rmsprop_jax' has no attribute {name!r}")

@@ -34,9 +34,13 @@ def modules() -> list[str]:
 
 
 def public_names(module: Any) -> list[str]:
-    """What a module defines without an underscore, and what it imports `as` its own name."""
-    names = []
-    for node in ast.parse(inspect.getsource(module)).body:
+    """What a module defines without an underscore, and what it imports `as` its own name.
+
+    What it imports only when it is asked for stands under `if TYPE_CHECKING`.
+    """
+    names, body = [], ast.parse(inspect.getsource(module)).body
+    later = [node for block in body if isinstance(block, ast.If) for node in block.body]
+    for node in body + later:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.ImportFrom):

@@ -104,5 +104,9 @@ for name in extras:
 import rmsprop_jax
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
+tools = {f'rmsprop_jax.{name}' for name in ('diagnostics', 'identify', 'interchange')}
+assert not tools & {*sys.modules}, 'a tool is imported before it is asked for'
+assert rmsprop_jax.identify_dialect is rmsprop_jax.identify.identify_dialect
+assert tools & {*sys.modules} == {'rmsprop_jax.identify'}
 """
     subprocess.run([sys.executable, '-c', program], check=True, cwd=PACKAGE.parent)
