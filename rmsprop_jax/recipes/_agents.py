@@ -7,7 +7,8 @@ import optax
 
 from rmsprop_jax import dialects
 from rmsprop_jax._checks import checked_steps
-from rmsprop_jax._optimizer import precise_chain, rmsprop
+from rmsprop_jax._core.chains import public_chain
+from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.recipes import _records
@@ -109,7 +110,7 @@ def a3c(
     r = _records.A3C
     rate = _falling(r, total_frames, frames_per_update, learning_rate)
     step = rmsprop(rate, r.decay, r.eps)
-    return step if max_norm is None else precise_chain(clip_global_norm('max_norm', max_norm), step)
+    return step if max_norm is None else public_chain(clip_global_norm('max_norm', max_norm), step)
 
 
 def baselines_a2c(
@@ -135,7 +136,7 @@ def baselines_a2c(
     total, share = ('total_timesteps', total_timesteps), ('batch_size', batch_size)
     rate = linear_to_zero(r.learning_rate, total, share, last_of_share=True)
     step = dialects.tensorflow(or_else(learning_rate, rate), r.decay, r.momentum, r.eps)
-    return precise_chain(clip_global_norm('max_norm', r.max_norm), step)
+    return public_chain(clip_global_norm('max_norm', r.max_norm), step)
 
 
 def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate) -> Optimizer:
@@ -160,7 +161,7 @@ def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate)
     """
     r = _records.SB3_A2C
     step = dialects.torch(checked_rate(learning_rate), r.decay, r.eps)
-    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return public_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
 def sb3_a2c_tf_like(
@@ -178,7 +179,7 @@ def sb3_a2c_tf_like(
     """
     r = _records.SB3_A2C_TF_LIKE
     step = dialects.stable_baselines3(checked_rate(learning_rate), r.decay, r.eps)
-    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return public_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
 def impala_dmlab(
@@ -287,7 +288,7 @@ def impala_torchbeast(
     r, terms = _records.IMPALA_TORCHBEAST, checked_steps('mean_over', mean_over, least=1)
     total, share = ('total_steps', total_steps), ('steps_per_update', steps_per_update)
     rate = linear_to_zero(r.learning_rate, total, share)
-    return precise_chain(
+    return public_chain(
         None if terms == 1 else optax.scale(float(terms)),
         dialects.torch_clip_grad_norm(r.max_norm),
         dialects.torch(or_else(learning_rate, rate), r.decay, r.eps),
@@ -305,7 +306,7 @@ def _impala(
     )
     if math.isinf(r.max_norm):
         return step
-    return precise_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
+    return public_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
 
 
 def _falling(r: Recipe, total_frames: Any, frames_per_update: Any, learning_rate: Any) -> Any:

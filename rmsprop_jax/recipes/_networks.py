@@ -8,8 +8,10 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
+from rmsprop_jax._core.chains import chain, in_accumulator_precision, public_chain
+from rmsprop_jax._core.edge import with_edge
 from rmsprop_jax._core.leaves import Statistic
-from rmsprop_jax._optimizer import add_decayed_weights, precise_chain
+from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_parameters
 from rmsprop_jax._types import KeyPath, ScalarOrSchedule
 from rmsprop_jax.recipes import _records
@@ -270,7 +272,9 @@ def wgan(
         return step
     if network != 'critic':
         raise ValueError(f"network must be 'critic' or 'generator', got {network!r}.")
-    return precise_chain(step, clip_parameters('clamp', r.clamp))
+    clipped = chain(step, clip_parameters('clamp', r.clamp))
+    # In float32, since `clip_parameters` rounds updates to the parameters' dtype.
+    return with_edge(in_accumulator_precision(clipped, with_params=True))
 
 
 def wgan_clamp(params: Any) -> Any:
@@ -308,4 +312,4 @@ def _timm(
 
 def _decayed(r: Recipe, step: optax.GradientTransformation, mask: Any) -> Optimizer:
     """`step`, preceded by the gradient of the recipe's L2 penalty."""
-    return precise_chain(add_decayed_weights(r.weight_decay, mask), step)
+    return public_chain(add_decayed_weights(r.weight_decay, mask), step)
