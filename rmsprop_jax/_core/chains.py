@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from rmsprop_jax._checks import checked_state
-from rmsprop_jax._core.edge import member, with_edge
+from rmsprop_jax._core.edge import member
 from rmsprop_jax._core.leaves import cast_like, widen
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -47,11 +47,6 @@ def in_accumulator_precision(
 def precise_chain(*steps: optax.GradientTransformation | None) -> Optimizer:
     """`chain`, run `in_accumulator_precision`."""
     return in_accumulator_precision(chain(*steps))
-
-
-def public_chain(*steps: optax.GradientTransformation | None) -> Optimizer:
-    """`precise_chain` with an edge of its own, for functions that are not `public` themselves."""
-    return with_edge(precise_chain(*steps))
 
 
 def for_state(inner: optax.GradientTransformation, kind: type) -> Optimizer:

@@ -82,12 +82,6 @@ def member(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     return optax.with_extra_args_support(tx) if inside is None else inside
 
 
-def with_edge(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` with an edge that checks and compiles; it prints as Optax's tuples do."""
-    inner = member(tx)
-    return inner._replace(update=compiled_alone(_checked(inner.update)))
-
-
 def _checked(update: Update) -> Update:
     @functools.wraps(update)
     def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:

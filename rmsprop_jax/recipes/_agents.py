@@ -7,7 +7,8 @@ import optax
 
 from rmsprop_jax import dialects
 from rmsprop_jax._checks import checked_steps
-from rmsprop_jax._core.chains import public_chain
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._core.edge import public
 from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import ScalarOrSchedule
@@ -18,6 +19,7 @@ from rmsprop_jax.recipes._schedules import checked_rate, linear_to_zero, or_else
 Optimizer = optax.GradientTransformationExtraArgs
 
 
+@public
 def dqn_nature(
     *, learning_rate: ScalarOrSchedule = _records.DQN_NATURE.learning_rate, mean_over: int = 1
 ) -> Optimizer:
@@ -58,6 +60,7 @@ def dqn_nature(
     return rmsprop(checked_rate(learning_rate), r.decay, r.eps / terms**2, centered=r.centered)
 
 
+@public
 def dopamine_dqn(
     *, learning_rate: ScalarOrSchedule = _records.DOPAMINE_DQN.learning_rate
 ) -> Optimizer:
@@ -78,6 +81,7 @@ def dopamine_dqn(
     return dialects.tensorflow(rate, r.decay, r.momentum, r.eps, centered=r.centered)
 
 
+@public
 def a3c(
     *,
     total_frames: float,
@@ -110,9 +114,10 @@ def a3c(
     r = _records.A3C
     rate = _falling(r, total_frames, frames_per_update, learning_rate)
     step = rmsprop(rate, r.decay, r.eps)
-    return step if max_norm is None else public_chain(clip_global_norm('max_norm', max_norm), step)
+    return step if max_norm is None else precise_chain(clip_global_norm('max_norm', max_norm), step)
 
 
+@public
 def baselines_a2c(
     *, total_timesteps: float, batch_size: float, learning_rate: ScalarOrSchedule | None = None
 ) -> Optimizer:
@@ -136,9 +141,10 @@ def baselines_a2c(
     total, share = ('total_timesteps', total_timesteps), ('batch_size', batch_size)
     rate = linear_to_zero(r.learning_rate, total, share, last_of_share=True)
     step = dialects.tensorflow(or_else(learning_rate, rate), r.decay, r.momentum, r.eps)
-    return public_chain(clip_global_norm('max_norm', r.max_norm), step)
+    return precise_chain(clip_global_norm('max_norm', r.max_norm), step)
 
 
+@public
 def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate) -> Optimizer:
     """A2C of Stable-Baselines3: `torch.nn.utils.clip_grad_norm_` and `torch.optim.RMSprop`.
 
@@ -161,9 +167,10 @@ def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate)
     """
     r = _records.SB3_A2C
     step = dialects.torch(checked_rate(learning_rate), r.decay, r.eps)
-    return public_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
+@public
 def sb3_a2c_tf_like(
     *, learning_rate: ScalarOrSchedule = _records.SB3_A2C_TF_LIKE.learning_rate
 ) -> Optimizer:
@@ -179,9 +186,10 @@ def sb3_a2c_tf_like(
     """
     r = _records.SB3_A2C_TF_LIKE
     step = dialects.stable_baselines3(checked_rate(learning_rate), r.decay, r.eps)
-    return public_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
+    return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
+@public
 def impala_dmlab(
     *,
     total_frames: float,
@@ -208,6 +216,7 @@ def impala_dmlab(
     return _impala(_records.IMPALA_DMLAB, total_frames, frames_per_update, mean_over, learning_rate)
 
 
+@public
 def impala_dmlab30(
     *,
     total_frames: float,
@@ -226,6 +235,7 @@ def impala_dmlab30(
     )
 
 
+@public
 def impala_atari(
     *,
     total_frames: float,
@@ -247,6 +257,7 @@ def impala_atari(
     return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over, learning_rate)
 
 
+@public
 def impala_torchbeast(
     *,
     total_steps: float,
@@ -288,7 +299,7 @@ def impala_torchbeast(
     r, terms = _records.IMPALA_TORCHBEAST, checked_steps('mean_over', mean_over, least=1)
     total, share = ('total_steps', total_steps), ('steps_per_update', steps_per_update)
     rate = linear_to_zero(r.learning_rate, total, share)
-    return public_chain(
+    return precise_chain(
         None if terms == 1 else optax.scale(float(terms)),
         dialects.torch_clip_grad_norm(r.max_norm),
         dialects.torch(or_else(learning_rate, rate), r.decay, r.eps),
@@ -306,7 +317,7 @@ def _impala(
     )
     if math.isinf(r.max_norm):
         return step
-    return public_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
+    return precise_chain(clip_global_norm('max_norm', r.max_norm / terms), step)
 
 
 def _falling(r: Recipe, total_frames: Any, frames_per_update: Any, learning_rate: Any) -> Any:

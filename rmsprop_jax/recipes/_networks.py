@@ -8,8 +8,8 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
-from rmsprop_jax._core.chains import chain, in_accumulator_precision, public_chain
-from rmsprop_jax._core.edge import with_edge
+from rmsprop_jax._core.chains import chain, in_accumulator_precision, precise_chain
+from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.leaves import Statistic
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_parameters
@@ -29,6 +29,7 @@ from rmsprop_jax.recipes._schedules import (
 Optimizer = optax.GradientTransformationExtraArgs
 
 
+@public
 def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -> Optimizer:
     """Graves 2013, second-hand: `dialects.graves` with the constants of its equations 38 to 45.
 
@@ -46,6 +47,7 @@ def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -
     return dialects.graves(checked_rate(learning_rate), r.decay, r.momentum, r.eps)
 
 
+@public
 def inception_v3(
     *,
     steps_per_epoch: float,
@@ -79,6 +81,7 @@ def inception_v3(
     return _tensorflow(_records.INCEPTION_V3, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def mnasnet(
     *,
     steps_per_epoch: float,
@@ -96,6 +99,7 @@ def mnasnet(
     return _tensorflow(_records.MNASNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def efficientnet(
     *,
     steps_per_epoch: float,
@@ -130,6 +134,7 @@ def efficientnet(
     return _tensorflow(_records.EFFICIENTNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def mobilenet_v2(
     *,
     steps_per_epoch: float,
@@ -163,6 +168,7 @@ def mobilenet_v2(
     return _tensorflow(_records.MOBILENET_V2, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def efficientnet_timm(
     *,
     steps_per_epoch: int,
@@ -203,6 +209,7 @@ def efficientnet_timm(
     return _timm(r, scaled_rate(r, batch_size), steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
+@public
 def mobilenet_v3_timm(
     *,
     steps_per_epoch: int,
@@ -225,6 +232,7 @@ def mobilenet_v3_timm(
     return _timm(r, r.learning_rate, steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
+@public
 def wgan(
     *,
     network: Literal['critic', 'generator'],
@@ -274,7 +282,7 @@ def wgan(
         raise ValueError(f"network must be 'critic' or 'generator', got {network!r}.")
     clipped = chain(step, clip_parameters('clamp', r.clamp))
     # In float32, since `clip_parameters` rounds updates to the parameters' dtype.
-    return with_edge(in_accumulator_precision(clipped, with_params=True))
+    return in_accumulator_precision(clipped, with_params=True)
 
 
 def wgan_clamp(params: Any) -> Any:
@@ -312,4 +320,4 @@ def _timm(
 
 def _decayed(r: Recipe, step: optax.GradientTransformation, mask: Any) -> Optimizer:
     """`step`, preceded by the gradient of the recipe's L2 penalty."""
-    return public_chain(add_decayed_weights(r.weight_decay, mask), step)
+    return precise_chain(add_decayed_weights(r.weight_decay, mask), step)
