@@ -1,6 +1,6 @@
 """Checks of arguments, whose messages name the argument and the path of the leaf."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -170,10 +170,10 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ', '.join(ordered[:most] + more)
 
 
-def check_kind(name: str, g: Any, kindred: Sequence[Any]) -> None:
-    dtype = inexact_dtype(name, g)
-    for other in kindred:
-        if jnp.iscomplexobj(other) != jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                f'{name} has dtype {dtype}, but its parameter or state is {jnp.result_type(other)}.'
-            )
+def check_kind(name: str, g: Any, other: Any) -> None:
+    """Raises if only one of a gradient and its parameter or statistic is complex."""
+    if jnp.iscomplexobj(g) != jnp.iscomplexobj(other):
+        raise TypeError(
+            f'{name} has dtype {jnp.result_type(g)}, but its parameter or state is '
+            f'{jnp.result_type(other)}.'
+        )

@@ -17,9 +17,8 @@ from rmsprop_jax._checks import (
     checked_leaves,
     checked_state,
     checked_transformation,
-    checked_updates,
 )
-from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.edge import member, public
 from rmsprop_jax._core.wrapped import (
     check_storage_is_given,
     like_state,
@@ -106,7 +105,7 @@ def skip_nonfinite(
     if per not in get_args(Unit):
         raise TypeError(f'per must be one of {", ".join(map(repr, get_args(Unit)))}, got {per!r}.')
     check_storage(storage)
-    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
+    inner_ = member(checked_transformation('inner', inner))
     if per == 'step':
         return _skip_steps(inner_)
 
@@ -122,7 +121,7 @@ def skip_nonfinite(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         before = checked_state(state, SkipNonfiniteState).inner_state
         check_storage_is_given(before, storage)
-        leaves, treedef = tree_flatten_with_path(checked_updates(updates))
+        leaves, treedef = tree_flatten_with_path(updates)
         partition = _partition(extra_args)
         axes = [split_axes(g, partition.get(canonical(path))) for path, g in leaves]
         bads = [is_bad(g, own) for (_, g), own in zip(leaves, axes, strict=True)]
@@ -152,7 +151,7 @@ def _skip_steps(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         checked_state(state, optax.ApplyIfFiniteState)
         partition, finite = _partition(extra_args), jnp.array(True)
-        for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
+        for path, g in tree_flatten_with_path(updates)[0]:
             bad = ~jnp.isfinite(g).all()
             axes = split_axes(g, partition.get(canonical(path)))
             finite &= whole_sum(bad.astype(jnp.int32), axes) == 0

@@ -18,13 +18,13 @@ from jax.typing import ArrayLike
 from rmsprop_jax._checks import (
     checked_flag,
     checked_mask,
+    checked_params,
     checked_state,
-    checked_updates,
     whole_mask,
 )
-from rmsprop_jax._core.chains import chain, for_state, with_checks
+from rmsprop_jax._core.chains import for_state, precise_chain
 from rmsprop_jax._core.edge import compiled_alone, public
-from rmsprop_jax._core.leaves import cast_like, widen
+from rmsprop_jax._core.leaves import widen
 from rmsprop_jax._core.moments import componentwise
 from rmsprop_jax._core.programs import marked
 from rmsprop_jax._momentum import trace_step
@@ -164,7 +164,6 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
     ) -> tuple[optax.Updates, Any]:
         del params
         if is_scheduled:
-            checked_updates(updates)
             checked_state(state, optax.ScaleByScheduleState)
         number = marked(rate.at(state.count if is_scheduled else 0), updates)
         new_updates = jax.tree.map(
@@ -209,7 +208,8 @@ def subtract_decayed_weights(
         new_updates = jax.tree.map(leaf, updates, params)
         return new_updates, DecoupledDecayState(count=optax.safe_increment(state.count))
 
-    return _where(mask, optax.GradientTransformation(init, update), DecoupledDecayState)
+    decay = optax.GradientTransformation(init, update)
+    return _where(mask, decay, DecoupledDecayState, 'weight_decay')
 
 
 def add_decayed_weights(
@@ -222,42 +222,22 @@ def add_decayed_weights(
 
 
 def _where(
-    mask: Any, decay: optax.GradientTransformation, kind: type, user: str = 'weight_decay'
+    mask: Any, decay: optax.GradientTransformation, kind: type, user: str
 ) -> optax.GradientTransformation:
     """A decay of weights whose state is a `kind`, for the parameters whose `mask` is true."""
     mask = checked_mask('mask', mask)
-    decay = with_checks(decay, kind, user)
-    if mask is None:
-        return decay
-    masked = optax.masked(decay, lambda tree: whole_mask('mask', mask, tree))
-    return with_checks(masked, optax.MaskedState, user)
-
-
-def in_accumulator_precision(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` in float32 or wider and rounds once, at its end, to the gradients' dtype."""
-    inner_ = optax.with_extra_args_support(inner)
+    inner = for_state(decay, kind)
+    if mask is not None:
+        masked = optax.masked(inner, lambda tree: whole_mask('mask', mask, tree))
+        inner = for_state(masked, optax.MaskedState)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        wide_updates = widen(checked_updates(updates))
-        wide_params = widen(params)
-        wide, state = inner_.update(wide_updates, state, wide_params, **extra_args)
-        return cast_like(wide, updates), state
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        wide = widen(checked_params(user, updates, params))
+        return inner.update(updates, state, wide)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def precise_chain(
-    *steps: optax.GradientTransformation | None,
-) -> optax.GradientTransformationExtraArgs:
-    """`chain`, run `in_accumulator_precision`."""
-    return in_accumulator_precision(chain(*steps))
+    return optax.GradientTransformation(inner.init, update)
 
 
 _NONE_AT_ZERO = frozenset({'momentum', 'wd', 'weight_decay'})

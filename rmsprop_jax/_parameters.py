@@ -14,9 +14,8 @@ from rmsprop_jax._checks import (
     checked_params,
     checked_state,
     checked_transformation,
-    checked_updates,
 )
-from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.edge import member, public
 from rmsprop_jax._core.leaves import widen
 from rmsprop_jax._types import by_path, canonical
 from rmsprop_jax.storage._formats import bfloat16
@@ -99,7 +98,7 @@ def round_parameters(
     Reference:
       Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551.
     """
-    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
+    inner_ = member(checked_transformation('inner', inner))
     own = bfloat16(seed=seed)
 
     def init(params: optax.Params) -> Any:
@@ -109,7 +108,7 @@ def round_parameters(
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         before = checked_state(state, RoundParametersState).inner_state
-        checked_params('round_parameters', checked_updates(updates), params)
+        checked_params('round_parameters', updates, params)
         new, after = inner_.update(
             jax.tree.map(_widened, updates, params),
             before,

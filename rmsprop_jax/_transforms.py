@@ -17,14 +17,13 @@ from rmsprop_jax._checks import (
     checked_state,
     checked_steps,
     checked_transformation,
-    checked_updates,
     whole_mask,
 )
-from rmsprop_jax._core.edge import public
+from rmsprop_jax._core.chains import in_accumulator_precision
+from rmsprop_jax._core.edge import member, public
 from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
-from rmsprop_jax._optimizer import in_accumulator_precision
 from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
@@ -146,10 +145,10 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     Source: Liang et al., Cautious Optimizers, arXiv:2411.16085, as in timm 1.0.31's `caution`.
       Optax has it as a proposal only (optax#1690).
     """
-    inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
+    inner_ = member(checked_transformation('inner', inner))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
+        for path, g in tree_flatten_with_path(updates)[0]:
             if jnp.iscomplexobj(g):
                 raise TypeError(f'updates{keystr(path)} is complex, and cautious needs a sign.')
         new, state = inner_.update(updates, state, params, **extra_args)
@@ -160,7 +159,8 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
         return jax.tree.map(leaf, new, updates), state
 
-    return in_accumulator_precision(optax.GradientTransformationExtraArgs(inner_.init, update))
+    step = optax.GradientTransformationExtraArgs(inner_.init, update)
+    return in_accumulator_precision(step, with_params=True)
 
 
 def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
@@ -171,7 +171,7 @@ def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
       mask: Which parameters it applies to: True for all, a tree of booleans, or a function that
         returns such a tree for the parameters (or gradients).
     """
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = member(inner)
     mask = checked_mask('sparse', mask)
 
     def untouched(updates: Any) -> Any:
@@ -232,7 +232,7 @@ def accumulate(inner: Step, every: int) -> Optimizer:
     `optax.MultiSteps` casts its sum to one dtype for all leaves. That is wrong for complex
     parameters, and for float32 ones with `jax_enable_x64`.
     """
-    inner_ = optax.with_extra_args_support(inner)
+    inner_ = member(inner)
 
     def init(params: optax.Params) -> Any:
         state = inner_.init(params)

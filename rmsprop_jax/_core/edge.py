@@ -1,5 +1,5 @@
-"""The edge of a public transformation. It prints as the call that made it, and outside of jit its
-step is one compiled program."""
+"""The edge of a public transformation. It prints as the call that made it and checks its gradients
+once a trace, and outside of jit its step is one compiled program."""
 
 import functools
 import inspect
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from rmsprop_jax._checks import checked_updates
 from rmsprop_jax._types import Number, Schedule, is_normal
 from rmsprop_jax.storage._choice import is_plain
 
@@ -31,9 +32,11 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     Attributes:
       call: The factory with its arguments, or None if `optax` or `jax.tree` rebuilt the tuple.
+      inside: The transformation without its edge, or None as for `call`.
     """
 
     call: functools.partial[Any] | None = None
+    inside: optax.GradientTransformationExtraArgs | None = None
 
     def __repr__(self) -> str:
         """The call, with defaults; arguments that are None by default are left out."""
@@ -54,8 +57,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
 def public(
     factory: Callable[P, optax.GradientTransformationExtraArgs],
 ) -> Callable[P, optax.GradientTransformationExtraArgs]:
-    """Makes the transformations of `factory` print as the call that made them, and compiles their
-    steps outside of jit.
+    """Gives the transformations of `factory` an edge: they print as the call that made them, check
+    their gradients, and compile their steps outside of jit.
 
     Arguments are read only when the transformation is printed or takes a step, so that making it
     does not read an array.
@@ -63,11 +66,26 @@ def public(
 
     @functools.wraps(factory)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
-        tx = factory(*args, **kwargs)
         call = functools.partial(factory, *args, **kwargs)
-        made = Transformation(tx.init, compiled(tx.update, functools.partial(_program, tx, call)))
-        made.call = call
+        tx = member(call())
+        step = compiled(_checked(tx.update), functools.partial(_program, tx, call))
+        made = Transformation(tx.init, step)
+        made.call, made.inside = call, tx
         return made
+
+    return wrapped
+
+
+def member(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` without its edge, for a chain or a wrapper that has an edge of its own."""
+    inside = tx.inside if isinstance(tx, Transformation) else None
+    return optax.with_extra_args_support(tx) if inside is None else inside
+
+
+def _checked(update: Update) -> Update:
+    @functools.wraps(update)
+    def wrapped(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return update(checked_updates(updates), state, params, **extra_args)
 
     return wrapped
 
@@ -106,7 +124,7 @@ def _own_program(update: Update) -> Update:
     return step
 
 
-def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> Update:
+def _program(tx: optax.GradientTransformationExtraArgs, call: functools.partial[Any]) -> Update:
     """The program of a transformation, shared by all whose calls differ only in numbers.
 
     If an argument is a function or a tree, the program is not shared: kept for other
@@ -117,7 +135,7 @@ def _program(tx: optax.GradientTransformation, call: functools.partial[Any]) -> 
     numbers = {n: float(x) for n, x in given.items() if n in of_schedules and _is_number(x)}
     rest = {n: x for n, x in given.items() if n not in {*arrays, *numbers}}
     if not all(map(is_plain, rest.values())):
-        return _own_program(optax.with_extra_args_support(tx).update)
+        return _own_program(_checked(tx.update))
     names = tuple((name, is_normal(x)) for name, x in numbers.items())
     # A single array costs a call far less than an array for each number.
     values = np.array([(x, 1 - x) for x in numbers.values()]).reshape(-1, 2)
@@ -142,8 +160,8 @@ def _shared_step(
     with warnings.catch_warnings():
         # The user was warned when the transformation was made.
         warnings.simplefilter('ignore')
-        tx = factory(**dict(rest), **given, **arrays)
-    return tx.update(updates, state, params, **extra_args)
+        tx = member(factory(**dict(rest), **given, **arrays))
+    return _checked(tx.update)(updates, state, params, **extra_args)
 
 
 def _arguments(call: functools.partial[Any]) -> dict[str, Any]:

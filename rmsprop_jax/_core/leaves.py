@@ -109,6 +109,8 @@ def map_leaves(
 ) -> tuple[Any, ...]:
     """Applies `step` to each leaf of `updates` and its statistics; returns a tree for each result.
 
+    The caller has checked that gradients are floating or complex.
+
     Args:
       step: Takes a gradient, the same leaf of each statistic, and the `Arithmetic` of the first
         format. The leaves are decoded and all in one precision. Returns a tuple: the new update,
@@ -126,8 +128,7 @@ def map_leaves(
     Raises:
       ValueError: If a statistic does not match the gradients in structure, or if one of its leaves
         does not match its gradient in shape or its storage in format.
-      TypeError: If a gradient is not floating or complex, or is complex but its statistic or
-        parameter is not.
+      TypeError: If only one of a gradient and its parameter or statistic is complex.
     """
     leaves, treedef = tree_flatten_with_path(updates)
     statistics = [statistic for statistic, _ in moments]
@@ -144,10 +145,11 @@ def map_leaves(
         leaf_step = jax.jit(leaf_step, static_argnums=(0, 1, 2))
     partition = by_path(specs)
     results = []
-    for (path, g), kind, *stored in zip(leaves, param_leaves, *columns, strict=True):
+    for (path, g), param, *stored in zip(leaves, param_leaves, *columns, strict=True):
         own = canonical(path)
         name, spec = f'updates{keystr(path)}', partition.get(own)
-        check_kind(name, g, [] if kind is None else [kind])
+        if param is not None:
+            check_kind(name, g, param)
         shape = whole_shape(jnp.shape(g), spec)
         formats = [x.format(own, shape, g, spec) for x in statistics]
         for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
@@ -248,4 +250,4 @@ def _check_stored(
                 )
         raise ValueError(message)
     if not (statistic.real or statistic.splits(g)):
-        check_kind(name, g, [stored])
+        check_kind(name, g, stored)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_mask
-from rmsprop_jax._optimizer import precise_chain, rmsprop
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import skip_zero_rows
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule

@@ -4,7 +4,8 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from rmsprop_jax._optimizer import precise_chain, scale_by_learning_rate
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._optimizer import scale_by_learning_rate
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import unscale
 from rmsprop_jax._types import ScalarOrSchedule

@@ -5,8 +5,8 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag
-from rmsprop_jax._core.chains import chain
-from rmsprop_jax._optimizer import precise_chain, rmsprop
+from rmsprop_jax._core.chains import chain, precise_chain
+from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import clip_parameters, rescale
 from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Epsilon, Rule

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from rmsprop_jax._optimizer import precise_chain, scale_by_learning_rate
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._optimizer import scale_by_learning_rate
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._record import Dialect, Rule

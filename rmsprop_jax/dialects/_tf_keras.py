@@ -5,8 +5,7 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag
-from rmsprop_jax._core.chains import chain
-from rmsprop_jax._optimizer import precise_chain
+from rmsprop_jax._core.chains import chain, precise_chain
 from rmsprop_jax._transforms import average_parameters
 from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._keras import RULE, keras

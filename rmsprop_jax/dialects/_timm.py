@@ -7,11 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag
-from rmsprop_jax._optimizer import (
-    precise_chain,
-    scale_by_learning_rate,
-    subtract_decayed_weights,
-)
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._optimizer import scale_by_learning_rate, subtract_decayed_weights
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import cautious
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_none_or_zero

@@ -11,8 +11,9 @@ import optax
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag
+from rmsprop_jax._core.chains import in_accumulator_precision, precise_chain
 from rmsprop_jax._core.moments import magnitude, root_or_zero
-from rmsprop_jax._optimizer import in_accumulator_precision, precise_chain, scale_by_learning_rate
+from rmsprop_jax._optimizer import scale_by_learning_rate
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import norm_of, scaled
 from rmsprop_jax._types import ScalarOrSchedule, constant

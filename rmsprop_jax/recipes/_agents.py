@@ -7,7 +7,9 @@ import optax
 
 from rmsprop_jax import dialects
 from rmsprop_jax._checks import checked_steps
-from rmsprop_jax._optimizer import precise_chain, rmsprop
+from rmsprop_jax._core.chains import precise_chain
+from rmsprop_jax._core.edge import public
+from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import clip_global_norm
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.recipes import _records
@@ -17,6 +19,7 @@ from rmsprop_jax.recipes._schedules import checked_rate, linear_to_zero, or_else
 Optimizer = optax.GradientTransformationExtraArgs
 
 
+@public
 def dqn_nature(
     *, learning_rate: ScalarOrSchedule = _records.DQN_NATURE.learning_rate, mean_over: int = 1
 ) -> Optimizer:
@@ -57,6 +60,7 @@ def dqn_nature(
     return rmsprop(checked_rate(learning_rate), r.decay, r.eps / terms**2, centered=r.centered)
 
 
+@public
 def dopamine_dqn(
     *, learning_rate: ScalarOrSchedule = _records.DOPAMINE_DQN.learning_rate
 ) -> Optimizer:
@@ -77,6 +81,7 @@ def dopamine_dqn(
     return dialects.tensorflow(rate, r.decay, r.momentum, r.eps, centered=r.centered)
 
 
+@public
 def a3c(
     *,
     total_frames: float,
@@ -112,6 +117,7 @@ def a3c(
     return step if max_norm is None else precise_chain(clip_global_norm('max_norm', max_norm), step)
 
 
+@public
 def baselines_a2c(
     *, total_timesteps: float, batch_size: float, learning_rate: ScalarOrSchedule | None = None
 ) -> Optimizer:
@@ -138,6 +144,7 @@ def baselines_a2c(
     return precise_chain(clip_global_norm('max_norm', r.max_norm), step)
 
 
+@public
 def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate) -> Optimizer:
     """A2C of Stable-Baselines3: `torch.nn.utils.clip_grad_norm_` and `torch.optim.RMSprop`.
 
@@ -163,6 +170,7 @@ def sb3_a2c(*, learning_rate: ScalarOrSchedule = _records.SB3_A2C.learning_rate)
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
+@public
 def sb3_a2c_tf_like(
     *, learning_rate: ScalarOrSchedule = _records.SB3_A2C_TF_LIKE.learning_rate
 ) -> Optimizer:
@@ -181,6 +189,7 @@ def sb3_a2c_tf_like(
     return precise_chain(dialects.torch_clip_grad_norm(r.max_norm), step)
 
 
+@public
 def impala_dmlab(
     *,
     total_frames: float,
@@ -207,6 +216,7 @@ def impala_dmlab(
     return _impala(_records.IMPALA_DMLAB, total_frames, frames_per_update, mean_over, learning_rate)
 
 
+@public
 def impala_dmlab30(
     *,
     total_frames: float,
@@ -225,6 +235,7 @@ def impala_dmlab30(
     )
 
 
+@public
 def impala_atari(
     *,
     total_frames: float,
@@ -246,6 +257,7 @@ def impala_atari(
     return _impala(_records.IMPALA_ATARI, total_frames, frames_per_update, mean_over, learning_rate)
 
 
+@public
 def impala_torchbeast(
     *,
     total_steps: float,

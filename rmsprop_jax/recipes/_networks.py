@@ -8,8 +8,10 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from rmsprop_jax import dialects
+from rmsprop_jax._core.chains import chain, in_accumulator_precision, precise_chain
+from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.leaves import Statistic
-from rmsprop_jax._optimizer import add_decayed_weights, precise_chain
+from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_parameters
 from rmsprop_jax._types import KeyPath, ScalarOrSchedule
 from rmsprop_jax.recipes import _records
@@ -27,6 +29,7 @@ from rmsprop_jax.recipes._schedules import (
 Optimizer = optax.GradientTransformationExtraArgs
 
 
+@public
 def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -> Optimizer:
     """Graves 2013, second-hand: `dialects.graves` with the constants of its equations 38 to 45.
 
@@ -44,6 +47,7 @@ def graves(*, learning_rate: ScalarOrSchedule = _records.GRAVES.learning_rate) -
     return dialects.graves(checked_rate(learning_rate), r.decay, r.momentum, r.eps)
 
 
+@public
 def inception_v3(
     *,
     steps_per_epoch: float,
@@ -77,6 +81,7 @@ def inception_v3(
     return _tensorflow(_records.INCEPTION_V3, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def mnasnet(
     *,
     steps_per_epoch: float,
@@ -94,6 +99,7 @@ def mnasnet(
     return _tensorflow(_records.MNASNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def efficientnet(
     *,
     steps_per_epoch: float,
@@ -128,6 +134,7 @@ def efficientnet(
     return _tensorflow(_records.EFFICIENTNET, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def mobilenet_v2(
     *,
     steps_per_epoch: float,
@@ -161,6 +168,7 @@ def mobilenet_v2(
     return _tensorflow(_records.MOBILENET_V2, steps_per_epoch, batch_size, mask, learning_rate)
 
 
+@public
 def efficientnet_timm(
     *,
     steps_per_epoch: int,
@@ -201,6 +209,7 @@ def efficientnet_timm(
     return _timm(r, scaled_rate(r, batch_size), steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
+@public
 def mobilenet_v3_timm(
     *,
     steps_per_epoch: int,
@@ -223,6 +232,7 @@ def mobilenet_v3_timm(
     return _timm(r, r.learning_rate, steps_per_epoch, warmup_epochs, mask, learning_rate)
 
 
+@public
 def wgan(
     *,
     network: Literal['critic', 'generator'],
@@ -270,7 +280,9 @@ def wgan(
         return step
     if network != 'critic':
         raise ValueError(f"network must be 'critic' or 'generator', got {network!r}.")
-    return precise_chain(step, clip_parameters('clamp', r.clamp))
+    clipped = chain(step, clip_parameters('clamp', r.clamp))
+    # In float32, since `clip_parameters` rounds updates to the parameters' dtype.
+    return in_accumulator_precision(clipped, with_params=True)
 
 
 def wgan_clamp(params: Any) -> Any:
