@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -124,6 +125,30 @@ def test_the_lines_of_the_page(readable, monkeypatch, capsys):
     exec(lines, scope)
     assert 'guessed   hidden.weight' in capsys.readouterr().out
     assert_continues(scope['model'], scope['optimizer'])
+
+
+@needs_torch
+@pytest.mark.extended
+def test_the_lines_of_the_page_for_torchax():
+    """PyTorch's model goes on in JAX, from the recorded file, and the next steps are PyTorch's."""
+    pytest.importorskip('torchax', reason='torchax is not here; make notebooks has it')
+    torch = importlib.import_module('torch')
+    page = (problem.FOLDER.parents[1] / 'docs' / 'porting.md').read_text()
+    (lines,) = [x for x in page.split('```')[1::2] if 'import torchax' in x]
+    file = torch.load(FILES / 'run.pt', weights_only=True)
+    model = recorded.model(torch)
+    optimizer = torch.optim.RMSprop(model.parameters())
+    model.load_state_dict(file['model'])
+    optimizer.load_state_dict(file['optimizer'])
+    scope: dict[str, Any] = {'model': model, 'optimizer': optimizer}
+    scope |= {'interchange': interchange, 'jax': jax, 'optax': optax}
+    exec(lines, scope)
+    params, state = scope['params'], scope['state']
+    for step in range(recorded.HANDOVER, recorded.HANDOVER + recorded.AFTER):
+        x, y = jnp.asarray(recorded.tokens(step)), jnp.asarray(recorded.targets(step))
+        params, state = scope['train_step'](params, state, x, y)
+    for name, array in params.items():
+        np.testing.assert_allclose(array, run()['after'][name], rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.extended
