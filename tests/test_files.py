@@ -1,10 +1,13 @@
 """From the files of PyTorch to the next step here, and what is wrong with a file."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import tracemalloc
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,15 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from interchange_data import problem
 from interchange_data import record_files as recorded
 
 from rmsprop_jax import interchange
 from rmsprop_jax.interchange import __main__ as command
-from rmsprop_jax.interchange import _files
+from rmsprop_jax.interchange import _files, _port
 
 FILES = problem.FOLDER / 'files'
 EXACT = 1e-12
@@ -119,6 +125,30 @@ def test_the_lines_of_the_page(readable, monkeypatch, capsys):
     exec(lines, scope)
     assert 'guessed   hidden.weight' in capsys.readouterr().out
     assert_continues(scope['model'], scope['optimizer'])
+
+
+@needs_torch
+@pytest.mark.extended
+def test_the_lines_of_the_page_for_torchax():
+    """PyTorch's model goes on in JAX, from the recorded file, and the next steps are PyTorch's."""
+    pytest.importorskip('torchax', reason='torchax is not here; make notebooks has it')
+    torch = importlib.import_module('torch')
+    page = (problem.FOLDER.parents[1] / 'docs' / 'porting.md').read_text()
+    (lines,) = [x for x in page.split('```')[1::2] if 'import torchax' in x]
+    file = torch.load(FILES / 'run.pt', weights_only=True)
+    model = recorded.model(torch)
+    optimizer = torch.optim.RMSprop(model.parameters())
+    model.load_state_dict(file['model'])
+    optimizer.load_state_dict(file['optimizer'])
+    scope: dict[str, Any] = {'model': model, 'optimizer': optimizer}
+    scope |= {'interchange': interchange, 'jax': jax, 'optax': optax}
+    exec(lines, scope)
+    params, state = scope['params'], scope['state']
+    for step in range(recorded.HANDOVER, recorded.HANDOVER + recorded.AFTER):
+        x, y = jnp.asarray(recorded.tokens(step)), jnp.asarray(recorded.targets(step))
+        params, state = scope['train_step'](params, state, x, y)
+    for name, array in params.items():
+        np.testing.assert_allclose(array, run()['after'][name], rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.extended
@@ -327,21 +357,209 @@ def test_broken_safetensors_files(content, message, tmp_path):
         interchange.read_checkpoint(path)
 
 
-def test_changed_bytes_break_nothing(tmp_path):
-    """A file with some bytes changed is read, or refused as damaged; nothing else happens."""
+FUZZED = settings(
+    database=None,
+    deadline=None,
+    derandomize='FUZZ' not in os.environ,
+    max_examples=int(os.environ.get('FUZZ', 40)),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# What a header may hold by mistake or malice: numbers near the limits of their types, too.
+LENGTHS = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 10**300, -1])
+JSON = st.recursive(
+    st.none() | st.booleans() | LENGTHS | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        'dtype': st.sampled_from(sorted(_files._DTYPES)) | JSON,
+        'shape': st.lists(LENGTHS, max_size=4) | JSON,
+        'data_offsets': st.lists(LENGTHS, min_size=2, max_size=2) | JSON,
+    },
+    optional={'more': JSON},
+)
+NAMES = st.text(max_size=3) | st.sampled_from(['__metadata__', 'w', '\ud800', '\x1b[2J'])
+
+
+def read_or_refused(path: pathlib.Path, content: bytes) -> bool:
+    """Whether a file is read. If not, it is refused by a named error; neither takes memory."""
+    path.write_bytes(content)
+    refusal = ''
+    tracemalloc.start()
+    try:
+        for array in interchange.read_checkpoint(path).arrays.values():
+            assert array.nbytes <= len(content)
+    except interchange.InterchangeError as error:
+        refusal = str(error)
+    finally:
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert most < 1_000_000 + 200 * len(content)
+    assert refusal.replace('\n', '').isprintable()
+    return not refusal
+
+
+@FUZZED
+@given(data=st.data())
+def test_changed_bytes_of_a_safetensors_file(data, tmp_path):
+    """They are read, or refused as damaged; nothing else happens."""
     whole = (FILES / 'dtypes.safetensors').read_bytes()
     header = 8 + int.from_bytes(whole[:8], 'little')
-    rng, path, refused = np.random.default_rng(0), tmp_path / 'x.safetensors', 0
-    for _ in range(200):
-        changed = bytearray(whole)
-        for at in rng.integers(0, header, 1 + rng.integers(3)):
-            changed[at] = rng.choice([*b'0123456789[]{},":FIU', 0, 255])
-        path.write_bytes(changed[: rng.choice([len(whole), rng.integers(len(whole))])])
-        try:
-            interchange.read_checkpoint(path)
-        except interchange.InterchangeError:
-            refused += 1
-    assert refused > 100
+    changed = bytearray(whole[: data.draw(st.integers(0, len(whole)) | st.just(len(whole)))])
+    swapped = st.sampled_from([*b'0123456789[]{},":FIU', 0, 255])
+    for at in data.draw(st.lists(st.integers(0, header), max_size=3)):
+        if at < len(changed):
+            changed[at] = data.draw(swapped)
+    is_read = read_or_refused(tmp_path / 'x.safetensors', changed)
+    assert is_read or changed != whole
+    assert not is_read or len(changed) == len(whole)
+
+
+@pytest.mark.extended
+@FUZZED
+@given(
+    header=st.dictionaries(NAMES, ENTRIES | JSON, max_size=4) | JSON,
+    data=st.binary(max_size=16),
+    length=st.none() | st.integers(0, 2**64 - 1),
+)
+def test_headers_of_safetensors_files(header, data, length, tmp_path):
+    read_or_refused(tmp_path / 'x.safetensors', safetensors(header, data, length))
+
+
+@pytest.mark.extended
+@FUZZED
+@given(index=st.fixed_dictionaries({'weight_map': st.dictionaries(NAMES, NAMES) | JSON}) | JSON)
+def test_indices_of_shards(index, tmp_path):
+    assert not read_or_refused(tmp_path / INDEX, json.dumps(index).encode())
+
+
+@FUZZED
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 3]), max_size=2),
+    cuts=st.permutations(range(3)),
+    shift=st.integers(-2, 2),
+)
+def test_arrays_that_share_or_leave_bytes(lengths, cuts, shift, tmp_path):
+    """Every byte belongs to one array: moving one of three is noticed, and their order is free."""
+    sizes = [1, 2, 3, *lengths]
+    ends = np.cumsum(sizes).tolist()
+    entries = [
+        {'dtype': 'U8', 'shape': [n], 'data_offsets': [end - n, end]}
+        for n, end in zip(sizes, ends, strict=True)
+    ]
+    entries[1]['data_offsets'] = [x + shift for x in entries[1]['data_offsets']]
+    header = {str(i): entries[i] for i in [*cuts, *range(3, len(sizes))]}
+    content = safetensors(header, bytes(range(ends[-1])))
+    assert read_or_refused(tmp_path / 'x.safetensors', content) == (shift == 0)
+
+
+@pytest.mark.extended
+@FUZZED
+@given(text=JSON.map(json.dumps) | st.text(max_size=20))
+def test_templates_and_records_of_ports(text, tmp_path):
+    for read, file in (
+        (_port.read_template, tmp_path / 'like.json'),
+        (lambda path: interchange.restore_port(path.parent, TINY), tmp_path / 'port.json'),
+    ):
+        file.write_text(text, 'utf-8', 'surrogatepass')
+        with pytest.raises(interchange.InterchangeError):
+            read(file)
+
+
+@needs_torch
+@pytest.mark.extended
+@FUZZED
+@given(data=st.data())
+def test_changed_bytes_of_a_pytorch_file(data, tmp_path):
+    changed = bytearray((FILES / 'run.pt').read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(changed) - 1), min_size=1, max_size=8)):
+        changed[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.none() | st.integers(0, len(changed)))
+    (tmp_path / 'x.pt').write_bytes(changed[:cut])
+    with contextlib.suppress(interchange.InterchangeError):
+        interchange.read_checkpoint(tmp_path / 'x.pt')
+
+
+INDEX = 'model.safetensors.index.json'
+SHARDS = {
+    'model-00001-of-00002.safetensors': ('embed.weight', 'conv.weight', 'conv.bias'),
+    'model-00002-of-00002.safetensors': ('norm.weight', 'norm.bias'),
+}
+
+
+def sharded(folder: pathlib.Path, shards: Any = SHARDS, index: Any = None) -> pathlib.Path:
+    """Writes some of the recorded arrays as shards, and their index."""
+    for file, names in shards.items():
+        header, data = {}, b''
+        for name in names:
+            array, begin = run()['model'][name], len(data)
+            data += array.tobytes()
+            header[name] = {
+                'dtype': 'F64',
+                'shape': array.shape,
+                'data_offsets': [begin, len(data)],
+            }
+        (folder / file).write_bytes(safetensors(header, data))
+    weight_map = {name: file for file, names in SHARDS.items() for name in names}
+    path = folder / INDEX
+    path.write_text(json.dumps(index or {'metadata': {}, 'weight_map': weight_map}))
+    return path
+
+
+def test_shards_are_read_through_their_index(tmp_path, capsys):
+    path = sharded(tmp_path)
+    found = interchange.read_checkpoint(path)
+    names = [name for names in SHARDS.values() for name in names]
+    assert list(found.arrays) == names
+    for name in names:
+        np.testing.assert_array_equal(found.arrays[name], run()['model'][name])
+    assert command.main([str(path)]) == 0
+    assert '5 parameters and buffers' in capsys.readouterr().out
+
+
+FIRST, SECOND = SHARDS
+INDICES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    'nothing': ('', ('it is not an index of shards: Expecting value',)),
+    'a list': ([1], ('it is not an index of shards: it is not a JSON object',)),
+    'no map': ({'metadata': {}}, ('it is not an index of shards: it has no weight_map',)),
+    'a number': ({'weight_map': {'w': 3}}, ('it is not an index of shards: it has no weight_map',)),
+    'empty': ({'weight_map': {}}, ('it is not an index of shards: it has no weight_map',)),
+    'elsewhere': (
+        {'weight_map': {'v': '../x.safetensors', 'w': '/x.safetensors', 'x': '..', 'y': 'a\\b'}},
+        tuple(f'{x!r} is not the name of a file beside it' for x in ('../x.safetensors', '..')),
+    ),
+    'no file': (
+        {'weight_map': {'v': 'lost.safetensors', 'embed.weight': FIRST}},
+        ("'lost.safetensors' is missing",),
+    ),
+    'another place': (
+        {'weight_map': {'norm.weight': FIRST, 'w\x1b': SECOND, 'norm.bias': SECOND}},
+        (
+            f"{FIRST!r} has no 'norm.weight'",
+            f"{FIRST!r} has 'embed.weight', which the index does not name there",
+            f"{SECOND!r} has no 'w\\x1b'",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(('index', 'lines'), INDICES.values(), ids=INDICES)
+def test_an_index_that_does_not_fit_its_shards(index, lines, tmp_path):
+    path = sharded(tmp_path, index=index)
+    if index == '':
+        path.write_text('')
+    with pytest.raises(interchange.InterchangeError, match='index.json cannot be read') as error:
+        interchange.read_checkpoint(path)
+    for line in lines:
+        assert any(problem.startswith(line) for problem in error.value.problems)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = sharded(tmp_path)
+    (tmp_path / SECOND).write_bytes(b'')
+    with pytest.raises(interchange.InterchangeError, match=f'{SECOND}(.|\n)*it has 0 bytes'):
+        interchange.read_checkpoint(path)
 
 
 def test_names_cannot_move_the_terminal(tmp_path, capsys):
@@ -535,6 +753,76 @@ def test_names_in_the_groups_are_taken_without_their_wrapper():
     interchange.from_checkpoint(tiny(params=[2, 0, 1]), TINY, names=wanted)
 
 
+NAMED = {'param_names': ['fc.weight', 'fc.bias', 'norm.weight']}
+
+
+def without_state(number: int, **group: Any) -> interchange.Checkpoint:
+    run = tiny(**group)
+    assert run.optimizer is not None
+    del run.optimizer['state'][number]
+    return run
+
+
+def stepped(port: interchange.Port) -> dict[str, float]:
+    """The first entry of each update, for a gradient of one."""
+    assert port.tx is not None
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), port.params)
+    updates, _ = port.tx.update(ones, port.state, port.params)
+    found: Any = updates
+    return {name: float(x.ravel()[0]) for name, x in (found['fc'] | found['norm']).items()}
+
+
+# With a second moment of one: a rate of a half. From none, over the root of 0.1.
+STILL, USUAL, FIRST_STEP = 0.0, -0.5, -0.5 / 0.1**0.5
+LEFT_OUT: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
+    'nothing': (tiny(**NAMED), {}, {}),
+    'frozen': (tiny(**NAMED), {'frozen': ['fc.bias']}, {'bias': STILL}),
+    'without state': (without_state(2, **NAMED), {}, {'scale': STILL}),
+    'fresh': (without_state(2, **NAMED), {'fresh': ['norm.weight']}, {'scale': FIRST_STEP}),
+    'frozen without state': (
+        without_state(2, **NAMED),
+        {'frozen': ['norm.weight', 'fc.bias']},
+        {'scale': STILL, 'bias': STILL},
+    ),
+    'not in the groups': (
+        without_state(1, params=[0, 2]),
+        {'names': ['fc.weight', 'norm.weight']},
+        {'bias': STILL},
+    ),
+}
+
+
+@pytest.mark.parametrize(('run', 'options', 'expected'), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_does_not_move_or_starts_anew(run, options, expected, tmp_path, monkeypatch):
+    """From the file at once, and by the command and the folder that it writes."""
+    wanted = {'kernel': USUAL, 'bias': USUAL, 'scale': USUAL} | expected
+    port = interchange.from_checkpoint(run, TINY, **options)
+    assert stepped(port) == pytest.approx(wanted)
+    flags = [f'--{key}={name}' for key in ('fresh', 'frozen') for name in options.get(key, ())]
+    if 'names' in options:
+        (tmp_path / 'names').write_text('\n'.join(options['names']))
+        flags += ['--names', str(tmp_path / 'names')]
+    folder = written(tmp_path, run, monkeypatch, *flags)
+    assert stepped(interchange.restore_port(folder, TINY)) == pytest.approx(wanted)
+
+
+def test_what_is_said_of_parameters_must_fit_the_file(tmp_path, monkeypatch, capsys):
+    for run, options, line in (
+        (tiny(**NAMED), {'frozen': ['x']}, "'x', said to be frozen, is not in any pair"),
+        (tiny(**NAMED), {'fresh': ['x']}, "'x', said to be fresh, is not in any pair"),
+        (tiny(**NAMED), {'fresh': ['fc.bias']}, "'fc.bias', said to be fresh, has an entry"),
+    ):
+        with pytest.raises(interchange.InterchangeError, match=line):
+            interchange.from_checkpoint(run, TINY, **options)
+        monkeypatch.setattr(command, 'read_checkpoint', lambda *args, run=run, **options: run)
+        interchange.save_template(tmp_path / 'like.json', TINY)
+        flags = [f'--{key}={name}' for key, names in options.items() for name in names]
+        argv = ['run.pt', '--like', str(tmp_path / 'like.json'), '--out', str(tmp_path / 'port')]
+        assert command.main([*argv, *flags]) == 1
+        assert line in capsys.readouterr().out
+        assert not (tmp_path / 'port').exists()
+
+
 def test_a_linen_train_state_goes_on():
     names = ['fc.weight', 'fc.bias', 'norm.weight']
     port = interchange.from_checkpoint(tiny(param_names=names), TINY)
@@ -554,11 +842,13 @@ def test_parameters_alone():
         _ = port.resumed
 
 
-def written(folder: pathlib.Path, checkpoint: interchange.Checkpoint, monkeypatch: Any) -> Any:
+def written(
+    folder: pathlib.Path, checkpoint: interchange.Checkpoint, monkeypatch: Any, *flags: str
+) -> pathlib.Path:
     monkeypatch.setattr(command, 'read_checkpoint', lambda *args, **options: checkpoint)
     interchange.save_template(folder / 'like.json', TINY)
     argv = ['run.pt', '--like', str(folder / 'like.json'), '--out', str(folder / 'port')]
-    assert command.main([*argv, '--accept-guesses']) == 0
+    assert command.main([*argv, '--accept-guesses', *flags]) == 0
     return folder / 'port'
 
 

@@ -78,6 +78,21 @@ def problems(call: Callable[[], Any]) -> str:
     return '\n'.join(caught.value.problems)
 
 
+@pytest.mark.extended
+def test_weights_with_pytorchs_names_and_axes_need_no_layouts():
+    """As torchax has them, for every group: steps are the recorded ones."""
+    run = run_of('gradless')
+    params = {name: jnp.asarray(x) for name, x in run['params'].items()}
+    pairs = [interchange.Pair(name, name) for name in params]
+    tx = interchange.torch_optimizer(run['state'], params, pairs, frozen=[LATER])
+    state = interchange.from_torch(run['state'], tx, params, pairs, frozen=[LATER])
+    update = jax.jit(tx.update)
+    for step in range(HALF, END):
+        updates, state = update(problem.gradient(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    assert_goes_on(run, params)
+
+
 def described(run: dict[str, Any], **given: Any) -> Any:
     return interchange.torch_optimizer(run['state'], ours(run['params']), PAIRS, **given)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -198,11 +199,65 @@ def test_a_cell_goes_on_from_pytorch_and_goes_back(name: str):
     assert ours.worst(found, run['end']) < 1e-12
 
 
+def _page(start: str) -> dict[str, Any]:
+    """What a block of the porting page defines."""
+    text = (problem.FOLDER.parents[1] / 'docs' / 'porting.md').read_text()
+    (block,) = [x for x in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if start in x]
+    scope = {'jax': jax, 'jnp': jnp, 'np': np, 'interchange': interchange}
+    exec(block, scope)
+    return scope
+
+
+LINEN = {
+    'LSTMCell': ('lstm', linen.LSTMCell),
+    'OptimizedLSTMCell': ('lstm', linen.OptimizedLSTMCell),
+    'GRUCell': ('gru', linen.GRUCell),
+}
+
+
 @pytest.mark.extended
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('cell', [linen.LSTMCell, linen.OptimizedLSTMCell])
-def test_a_linen_cell_has_the_output_with_both_biases_in_one(cell: Any):
-    run, made = _recorded('lstm'), cell(record_layers.HIDDEN, param_dtype=jnp.float64)
+@pytest.mark.parametrize('name', LINEN)
+def test_a_linen_cell_goes_on_from_pytorch_and_goes_back(name: str):
+    """With both biases in the tree, and their sum in the cell, as the page does it."""
+    (layer, make), own_biases = LINEN[name], _page('def own_biases')['own_biases']
+    run, cell = _recorded(layer), make(record_layers.HIDDEN, param_dtype=jnp.float64)
+    x = jnp.asarray(record_layers.inputs(layer, record_layers.HALF))
+    h, c = record_layers.carry(0), record_layers.carry(1)
+    carry = h if layer == 'gru' else (c, h)
+    own = cell.init(jax.random.key(0), carry, x)['params']
+    zeros = jnp.zeros(record_layers.HIDDEN)
+    like = {'cell': {gate: {'bias': zeros, **arrays} for gate, arrays in own.items()}}
+
+    def outputs(params: Any) -> dict[str, Any]:
+        found, _ = cell.apply({'params': own_biases(params['cell'])}, carry, x)
+        return {'h': found} if layer == 'gru' else {'h': found[1], 'c': found[0]}
+
+    pairs = interchange.torch.recurrent(layer, 'cell', f'linen.{name.removeprefix("Optimized")}')
+    params = interchange.parameters_from(run['weights'], like, pairs)
+    assert jax.tree.structure(own_biases(params['cell'])) == jax.tree.structure(own)
+    assert ours.worst(outputs(params), run['output']) < 1e-12
+    tx = interchange.torch_optimizer(run['state'], params, pairs)
+    state = interchange.from_torch(run['state'], tx, params, pairs)
+    groups = run['state']['param_groups']
+    back = interchange.to_torch(state, params, pairs, groups, tx=tx)
+    for number, entry in run['state']['state'].items():
+        for slot, array in entry.items():
+            np.testing.assert_array_equal(back['state'][number][slot], array)
+
+    def loss(params: Any) -> Any:
+        found = outputs(params).values()
+        return sum(jnp.mean((y - record_layers.target(y)) ** 2) for y in found)
+
+    updates, _ = tx.update(jax.grad(loss)(params), state, params)
+    found = interchange.parameters_to(optax.apply_updates(params, updates), pairs)
+    assert ours.worst(found, run['end']) < 1e-12
+
+
+@pytest.mark.extended
+@pytest.mark.usefixtures('x64')
+def test_the_output_of_an_lstm_needs_one_bias():
+    run, made = _recorded('lstm'), linen.LSTMCell(record_layers.HIDDEN, param_dtype=jnp.float64)
     x = jnp.asarray(record_layers.inputs('lstm', record_layers.HALF))
     carry = (record_layers.carry(1), record_layers.carry(0))
     like = made.init(jax.random.key(0), carry, x)['params']
@@ -259,6 +314,73 @@ def test_parts_are_split_and_joined_in_order():
         interchange.InterchangeError, match="'rnn.weight_ih' is the `theirs` of more"
     ):
         interchange.parameters_to(params, twice)
+
+
+def _together(clip: Any) -> Any:
+    """Clips the parts of each of PyTorch's arrays as one."""
+    labels = {
+        'cell': {
+            f'{half}{gate}': {key: f'{half}{key}' for key in ('kernel', 'bias')}
+            for half in 'ih'
+            for gate in 'ifgo'
+        }
+    }
+    clips = {f'{half}{key}': clip for half in 'ih' for key in ('kernel', 'bias')}
+    return optax.partition(clips, labels)
+
+
+WEIGHTS, BIASES = ('weight_hh', 'weight_ih'), ('bias_hh', 'bias_ih')
+BEFORE: dict[str, tuple[Any, tuple[str, ...]]] = {
+    'nothing': (optax.identity(), ()),
+    'each entry': (optax.clip(1e-2), ()),
+    'all arrays': (optax.clip_by_global_norm(1e-2), ()),
+    'parts together': (_together(optax.clip_by_global_norm(1e-2)), ()),
+    'each part, in partition': (_together(optax.clip_by_block_rms(1e-2)), (*BIASES, *WEIGHTS)),
+    'each array': (optax.clip_by_block_rms(1e-2), (*BIASES, *WEIGHTS)),
+    'a large threshold': (optax.clip_by_block_rms(1e3), (*BIASES, *WEIGHTS)),
+    # A unit is a row of PyTorch's weight and a column of our kernel, but the whole of a bias.
+    'each unit': (optax.adaptive_grad_clip(1e-2), BIASES),
+}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(('name', 'calls'), [*((name, 1) for name in BEFORE), ('each array', 2)])
+def test_parts_that_are_clipped_apart_are_warned_of(name, calls):
+    before, expected = BEFORE[name]
+    layer = {'kernel': jnp.zeros((2, 2)), 'bias': jnp.zeros(2)}
+    params = {'cell': {f'{half}{gate}': layer for half in 'ih' for gate in 'ifgo'}}
+    pairs = interchange.torch.recurrent('rnn', 'cell', 'linen.LSTMCell')
+    names = list(dict.fromkeys(pair.theirs for pair in pairs))
+    groups = [{'params': [0, 1, 2, 3], 'param_names': names, 'momentum': 0.9}]
+    tx = optax.chain(before, dialects.torch(0.1, momentum=0.9, weight_decay=0.01))
+    tx = tx if calls == 1 else optax.MultiSteps(tx, calls).gradient_transformation()
+    state = tx.init(params)
+
+    def back_and_forth() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            theirs = interchange.to_torch(state, params, pairs, groups, tx=tx)
+            interchange.from_torch(theirs, tx, params, pairs)
+        assert all(w.filename == __file__ for w in caught)
+        return [str(w.message) for w in caught]
+
+    found = back_and_forth()
+    assert len(found) == (2 if expected else 0)
+    for message in found:
+        for name in (*WEIGHTS, *BIASES):
+            assert (f"'rnn.{name}'" in message) == (name in expected)
+
+
+def test_an_update_that_is_scaled_by_its_norm_is_warned_of():
+    params = {'a': jnp.zeros(2), 'b': jnp.zeros(2)}
+    pairs = [
+        interchange.Pair('w', k, interchange.Layout(part=(i, 2, 0))) for i, k in enumerate('ab')
+    ]
+    tx = optax.chain(dialects.torch(1.0), optax.scale_by_trust_ratio(), optax.scale(0.1))
+    entry = {'step': 3.0, 'square_avg': np.ones(4, 'f')}
+    theirs = {'state': {0: entry}, 'param_groups': [{'params': [0], 'param_names': ['w']}]}
+    with pytest.warns(UserWarning, match="'a' and 'b' .* one array in PyTorch, 'w'"):
+        interchange.from_torch(theirs, tx, params, pairs)
 
 
 def test_only_the_count_of_a_paired_buffer_is_passed_over():

@@ -44,7 +44,11 @@ def _parser() -> OneLineParser:
         'interchange.restore_port.',
         allow_abbrev=False,
     )
-    made.add_argument('checkpoint', type=Path, help='.safetensors, .pt, .pth, .bin or .ckpt file')
+    made.add_argument(
+        'checkpoint',
+        type=Path,
+        help='.safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file',
+    )
     made.add_argument(
         '--like',
         type=Path,
@@ -71,6 +75,21 @@ def _parser() -> OneLineParser:
         type=Path,
         metavar='FILE',
         help="the parameters' names in the optimizer's order, one a line",
+    )
+    made.add_argument(
+        '--fresh',
+        action='append',
+        default=[],
+        metavar='NAME',
+        help='a parameter without state that is trained from now on; others without state get no '
+        'update',
+    )
+    made.add_argument(
+        '--frozen',
+        action='append',
+        default=[],
+        metavar='NAME',
+        help='a parameter that gets no update',
     )
     made.add_argument(
         '--model', metavar='KEYS', help='where the model is in the file, as ema/model'
@@ -167,9 +186,13 @@ def _run(options: argparse.Namespace) -> int:
                 params,
                 buffers,
                 proposal,
-                names,
                 as_schedules(rates_of(groups)),
-                DIALECTS.get(options.dialect),
+                {
+                    'names': names,
+                    'fresh': options.fresh,
+                    'frozen': options.frozen,
+                    'dialect': DIALECTS.get(options.dialect),
+                },
             )
         except InterchangeError as error:
             print(f'\n{error}')

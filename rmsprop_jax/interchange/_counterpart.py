@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -222,6 +223,23 @@ class Exchange(Conversion):
                 factor = _factor(path, theirs, action, trial.fault)
                 converted = _times(velocity, factor if to_ours else 1 / factor)
                 velocities[path] = converted if to_ours else converted.astype(velocity.dtype)
+        self._warn_of_norms(trial, count)
+
+    def _warn_of_norms(self, trial: Trial, count: int) -> None:
+        """Warns if our parts of one array of theirs are clipped by their own norms."""
+        shared = [[str(p.ours) for p in pairs] for pairs in self.by_name.values() if len(pairs) > 1]
+        lines = []
+        for parts in trial.clipped_apart(count, shared):
+            theirs = self.by_path[parts[0]].theirs
+            framework = self.counterparts[parts[0]].framework
+            *others, last = map(repr, parts)
+            lines.append(f'{", ".join(others)} and {last} are one array in {framework}, {theirs!r}')
+        if lines:
+            warnings.warn(
+                'tx scales or clips each array by its own norm, which cannot be the same here: '
+                f'{"; ".join(lines)}. Clip the parts of an array together, by optax.partition',
+                stacklevel=5,
+            )
 
 
 def _times(velocity: np.ndarray, factor: float) -> np.ndarray:

@@ -22,6 +22,8 @@ from rmsprop_jax.interchange._mapping import InterchangeError
 _OLDEST_TORCH = (2, 6)
 # That of the safetensors package: its header is parsed before anything else is known.
 _LONGEST_HEADER = 100_000_000
+# How the name of an index ends that says which array is in which file.
+_INDEX = '.safetensors.index.json'
 _DTYPES: dict[str, Any] = {
     'BOOL': np.bool_,
     **{f'U{bits}': f'<u{bits // 8}' for bits in (8, 16, 32, 64)},
@@ -54,18 +56,21 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Reads a `.safetensors` file, or a PyTorch file (`.pt`, `.pth`, `.bin`, `.ckpt`).
 
-    PyTorch files need PyTorch 2.6 or newer, and are read by `torch.load(weights_only=True)`, which
-    accepts tensors and plain values only. Safetensors files need nothing, and hold no optimizer.
+    PyTorch files need PyTorch 2.6 or newer. They are read by `torch.load(weights_only=True)`, which
+    accepts tensors and plain values only. Safetensors files need nothing else, and hold no
+    optimizer. A model in several of them is read through its index,
+    `model.safetensors.index.json`: the files must be beside it and hold what it says, no more.
 
     Args:
-      path: The file.
+      path: The file, or the index.
       model: The keys of the model's state dictionary within a PyTorch file, as `'ema/state_dict'`.
         None finds it, if there is only one.
       optimizer: The same of the optimizer's state dictionary.
 
     Raises:
-      InterchangeError: If the file is damaged or holds something else, or if it has several state
-        dictionaries and the argument does not say which one is meant.
+      InterchangeError: If a file is damaged, missing or holds something else, or if it has several
+        state dictionaries and the argument does not say which one is meant.
+      FileNotFoundError: If `path` is not a file.
       ImportError: If PyTorch is needed and is missing or too old.
 
     Source: PyTorch 2.13, torch/serialization.py; safetensors 0.8.0, README.md, "Format".
@@ -84,16 +89,18 @@ def read_checkpoint(
         if not isinstance(value, str | None):
             raise TypeError(f'{name} must be keys, as "a/b", or None, got {value!r}.')
     path = checked_path('path', path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Which does not raise, whatever the name is.
         raise FileNotFoundError(f'{shown(str(path))} is not a file.')
-    if path.suffix == '.safetensors':
+    if path.name.endswith(('.safetensors', _INDEX)):
         if model is not None or optimizer is not None:
             raise ValueError('model and optimizer are for PyTorch files: safetensors has no keys.')
-        return Checkpoint(_read_safetensors(path))
+        is_index = path.name.endswith(_INDEX)
+        return Checkpoint((_read_shards if is_index else _read_safetensors)(path))
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt'):
         return _found(path, _read_torch(path), model, optimizer)
     raise ValueError(
-        f'path must end in .safetensors, .pt, .pth, .bin or .ckpt, got {shown(path.name)}.'
+        f'path must end in .safetensors, {_INDEX}, .pt, .pth, .bin or .ckpt, got '
+        f'{shown(path.name)}.'
     )
 
 
@@ -110,8 +117,55 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-def _damaged(path: Path, problem: str) -> InterchangeError:
-    return InterchangeError(f'{shown(str(path))} cannot be read', [problem])
+def _damaged(path: Path, *problems: str) -> InterchangeError:
+    return InterchangeError(f'{shown(str(path))} cannot be read', problems)
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """Parses JSON from a file.
+
+    Raises:
+      ValueError: If it is not an object, or has a name twice.
+    """
+    try:
+        parsed = json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(parsed, dict):
+        raise ValueError('it is not a JSON object')
+    return parsed
+
+
+def _read_shards(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of several files, in the order of their index."""
+    try:
+        if (size := path.stat().st_size) > _LONGEST_HEADER:
+            raise ValueError(f'it has {size} bytes, more than {_LONGEST_HEADER}')
+        places = json_object(path.read_bytes()).get('weight_map')
+        is_map = isinstance(places, dict) and all(isinstance(x, str) for x in places.values())
+        if not is_map or not places:
+            raise ValueError('it has no weight_map of names to files')
+    except ValueError as error:
+        raise _damaged(path, f'it is not an index of shards: {error}') from None
+    arrays: dict[str, np.ndarray] = {}
+    problems: list[str] = []
+    for file in dict.fromkeys(places.values()):
+        if file in ('', '.', '..') or not {*file}.isdisjoint('/\\'):
+            problems.append(f'{file!r} is not the name of a file beside it')
+        elif not os.path.isfile(path.parent / file):
+            problems.append(f'{file!r} is missing')
+        else:
+            found = _read_safetensors(path.parent / file)
+            named = {name for name, place in places.items() if place == file}
+            problems += [f'{file!r} has no {name!r}' for name in sorted(named - found.keys())]
+            problems += [
+                f'{file!r} has {name!r}, which the index does not name there'
+                for name in sorted(found.keys() - named)
+            ]
+            arrays |= found
+    if problems:
+        raise _damaged(path, *problems)
+    return {name: arrays[name] for name in places}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -128,10 +182,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             f'at most {_LONGEST_HEADER}: it is cut off, or not a safetensors file',
         )
     try:
-        header = json.loads(data[8 : 8 + length].tobytes(), object_pairs_hook=_without_repetition)
-        if not isinstance(header, dict):
-            raise ValueError('it is not a JSON object')
-    except (ValueError, RecursionError) as error:
+        header = json_object(data[8 : 8 + length].tobytes())
+    except ValueError as error:
         raise _damaged(path, f'its header is not one of safetensors: {error}') from None
     header.pop('__metadata__', None)
     buffer = data[8 + length :]
@@ -303,7 +355,7 @@ def _found(path: Path, loaded: Any, model: str | None, optimizer: str | None) ->
         chosen('optimizer', optimizer, _is_optimizer, False),
     )
     if problems:
-        raise InterchangeError(f'{shown(str(path))} cannot be read', problems)
+        raise _damaged(path, *problems)
     at, beside = places
     arrays = {k: x for k, x in dicts[str(at)].items() if isinstance(x, np.ndarray)}
     return Checkpoint(arrays, None if beside is None else dicts[beside], (str(at), beside))

@@ -11,7 +11,7 @@ large that epsilon does not matter, to show the learning rate, or small, to show
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.tree_util import tree_map_with_path
 
-from rmsprop_jax._types import RmsState, by_path, wide_dtype
+from rmsprop_jax._types import RmsState, by_path, path_name, wide_dtype
 from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
 from rmsprop_jax.interchange._state import (
     accumulates,
@@ -36,6 +36,8 @@ from rmsprop_jax.interchange._state import (
 )
 
 _GRADIENT, _PARAMETER, _VELOCITY, _MOMENT = 1e-12, 1e-8, 1e-4, 1e12
+# Entries of a gradient whose norm is clipped because of one of them.
+_USUAL, _LARGE = 1e-3, 1e9
 # How many steps after the current one to look at the learning rate.
 _LATER = (1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10**4, 10**5, 10**6, 10**9)
 _MOST_CALLS = 2**20
@@ -146,6 +148,36 @@ class Trial:
             self.fault = f'tx raises {type(error).__name__}: {error}'
             return {}
 
+    def clipped_apart(self, count: int, arrays: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+        """Those of `arrays`, each a list of its parts, whose parts are scaled by their own norms.
+
+        A large entry in the first part then changes the update of another entry of that part, but
+        not that of the other parts. Nothing is found after a fault.
+        """
+        if self.fault is not None or not arrays:
+            return []
+        firsts = {first for first, *_ in arrays}
+
+        def ends(large: float) -> dict[str, float]:
+            def gradient(path: tuple[Any, ...], like: jax.Array) -> jax.Array:
+                small = _full(like, _USUAL).ravel()
+                spiked = small.at[0].set(large) if path_name(path) in firsts else small
+                return spiked.reshape(like.shape)
+
+            updates, _ = self._update(
+                tree_map_with_path(gradient, self._params),
+                self._start(count, {'nu': lambda path: 1.0, 'var': lambda path: 1.0}),
+                jax.tree.map(lambda p: _full(p, 1), self._params),
+            )
+            return {p: abs(np.ravel(x)[-1]) for p, x in named_leaves(updates).items() if np.size(x)}
+
+        try:
+            alone, beside = ends(_USUAL), ends(_LARGE)
+        except Exception:  # As above.
+            return []
+        changed = {path for path in alone if not _near_or_nan(alone[path], beside[path])}
+        return [parts for parts in arrays if parts[0] in changed and not changed.issuperset(parts)]
+
     def _measured(self, count: int) -> dict[str, Action]:
         at = functools.partial(self._at, count)
         large, small, decayed = at(), at(moment=lambda path: 0.0), at(parameter=_PARAMETER)
@@ -204,12 +236,19 @@ class Trial:
         parameter: float = 0.0,
     ) -> dict[str, _Step]:
         """One update of each parameter with a second moment, starting from these values."""
+        start = moment or (lambda path: _MOMENT)
+        state = self._start(count, {'nu': start, 'var': start, 'trace': velocity})
+        gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
+        params = jax.tree.map(lambda p: _full(p, parameter), self._params)
+        updates, after = self._update(gradient, state, params)
+        return self._steps(updates, after, shows_decay=moment is None)
+
+    def _start(self, count: int, values: Mapping[str, Callable[[str], float]]) -> Any:
+        """A state after `count` steps with these values by field and path, and 0 elsewhere."""
         # An average copies the parameters at its first call, so it does not affect the update.
         state = _with_mini_step(with_counts(self._state, count, -1), self.calls - 1)
 
         def fill(node: Any) -> Any:
-            start = moment or (lambda path: _MOMENT)
-            values = {'nu': start, 'var': start, 'trace': velocity}
             return node._replace(
                 **{
                     name: _filled(getattr(node, name), values.get(name, lambda path: 0.0))
@@ -218,10 +257,7 @@ class Trial:
                 }
             )
 
-        gradient = jax.tree.map(lambda p: _full(p, _GRADIENT), self._params)
-        params = jax.tree.map(lambda p: _full(p, parameter), self._params)
-        updates, after = self._update(gradient, map_nodes(fill, state), params)
-        return self._steps(updates, after, shows_decay=moment is None)
+        return map_nodes(fill, state)
 
     def _steps(self, updates: Any, state: Any, shows_decay: bool) -> dict[str, _Step]:
         columns: dict[str, dict[str, float]] = {'nu': {}, 'mu': {}, 'trace': {}}

@@ -17,7 +17,13 @@ from rmsprop_jax._checks import checked_flag, checked_leaves, leaf_dtype
 from rmsprop_jax._command import install
 from rmsprop_jax._core.wrapped import as_pure
 from rmsprop_jax._types import ScalarOrSchedule, canonical
-from rmsprop_jax.interchange._files import Checkpoint, checked_path, read_checkpoint, shown
+from rmsprop_jax.interchange._files import (
+    Checkpoint,
+    checked_path,
+    json_object,
+    read_checkpoint,
+    shown,
+)
 from rmsprop_jax.interchange._mapping import (
     InterchangeError,
     Pair,
@@ -76,6 +82,8 @@ def from_checkpoint(
     ignore: Collection[str] = (),
     accept_guesses: bool = False,
     names: Sequence[str] | None = None,
+    fresh: Collection[str] = (),
+    frozen: Collection[str] = (),
     learning_rate: ScalarOrSchedule | Sequence[ScalarOrSchedule] | None = None,
     dialect: Callable[..., optax.GradientTransformation] | None = None,
 ) -> Port:
@@ -94,6 +102,9 @@ def from_checkpoint(
       accept_guesses: Whether guesses may be taken. See them first: the error lists them, as does
         `print(propose_pairs(...))`.
       names: The parameters' names in the optimizer's order, where its groups do not have them.
+      fresh: As for `torch_optimizer`. Without it, parameters that have no state in the file get no
+        update.
+      frozen: As for `torch_optimizer`.
       learning_rate: As for `torch_optimizer`.
       dialect: As for `torch_optimizer`.
 
@@ -130,7 +141,8 @@ def from_checkpoint(
             'and accept_guesses if all guesses are right)',
             problems,
         )
-    return ported(checkpoint, params, buffers, proposal, names, learning_rate, dialect)[0]
+    whose = {'names': names, 'fresh': fresh, 'frozen': frozen, 'dialect': dialect}
+    return ported(checkpoint, params, buffers, proposal, learning_rate, whose)[0]
 
 
 def settled(
@@ -162,23 +174,25 @@ def ported(
     params: Any,
     buffers: Any,
     proposal: Proposal,
-    names: Sequence[str] | None,
     learning_rate: Any,
-    dialect: Any,
+    whose: dict[str, Any],
 ) -> tuple[Port, dict[str, Any]]:
-    """The port of a settled proposal, and what `restore_port` needs to make its `tx` again."""
+    """The port of a settled proposal, and what `restore_port` needs to make its `tx` again.
+
+    Args:
+      whose: The arguments that `torch_optimizer` and `from_torch` share.
+    """
     new = _arranged(checkpoint, params, proposal.pairs)
     stats = None if buffers is None else _arranged(checkpoint, buffers, proposal.buffers)
     if checkpoint.optimizer is None:
         return Port(new, stats), {}
-    shared: dict[str, Any] = {'names': names, 'dialect': dialect}
     tx = torch_optimizer(
-        checkpoint.optimizer, new, proposal.pairs, learning_rate=learning_rate, **shared
+        checkpoint.optimizer, new, proposal.pairs, learning_rate=learning_rate, **whose
     )
-    state = from_torch(checkpoint.optimizer, tx, new, proposal.pairs, **shared)
+    state = from_torch(checkpoint.optimizer, tx, new, proposal.pairs, **whose)
     return Port(new, stats, tx, state), {
         'pairs': [[pair.theirs, pair.ours] for pair in proposal.pairs],
-        'names': names,
+        **{key: [*whose[key]] for key in ('names', 'fresh', 'frozen')},
         'with_state': [n for n, entry in checkpoint.optimizer['state'].items() if entry],
         'param_groups': [
             # A learning rate may be a tensor.
@@ -254,7 +268,7 @@ def read_template(path: Path) -> tuple[Any, Any]:
     """
     trees: dict[str, dict[Any, Any]] = {'params': {}, 'buffers': {}}
     try:
-        found = json.loads(path.read_text())
+        found = json_object(path.read_bytes())
         for name, tree in trees.items():
             for entry in found[name]:
                 *parents, leaf = entry['path']
@@ -265,7 +279,7 @@ def read_template(path: Path) -> tuple[Any, Any]:
                 if leaf in at or not all(type(n) is int and n >= 0 for n in shape):
                     raise ValueError(f'{entry["path"]!r} is there twice, or has no shape')
                 at[leaf] = jax.ShapeDtypeStruct(shape, dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InterchangeError(
             f'{path} is not a template (write one with interchange.save_template)', [repr(error)]
         ) from None
@@ -349,12 +363,9 @@ def restore_port(
     path = checked_path('folder', folder)
     for name, tree in (('params', params), ('buffers', buffers)):
         checked_leaves(name, tree)
-    try:
-        told = json.loads((path / _RECORD).read_text())
-    except (OSError, ValueError) as error:
-        raise InterchangeError(f'{path} is not a port that was completed', [str(error)]) from None
+    theirs, told = _read_record(path)
     port = Port(*jax.tree.map(_array, (as_pure(params), as_pure(buffers))))
-    ours, theirs = _shapes(port), told['shapes']
+    ours = _shapes(port)
     if ours != theirs:
         raise InterchangeError(
             f'{path} has other shapes than params and buffers',
@@ -364,8 +375,8 @@ def restore_port(
                 if ours.get(at) != theirs.get(at)
             ],
         )
-    if told['optimizer'] is not None:
-        port = _with_optimizer(port, told['optimizer'], learning_rate)
+    if told is not None:
+        port = _with_optimizer(port, told, learning_rate)
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore((path / _ARRAYS).absolute(), _saved(port))
     return dataclasses.replace(
@@ -373,18 +384,37 @@ def restore_port(
     )
 
 
-def _with_optimizer(port: Port, told: Any, learning_rate: Any) -> Port:
-    groups = told['param_groups']
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The shapes of a port that was written, and the arguments that made its transformation.
+
+    Raises:
+      InterchangeError: If the record is missing or something else.
+    """
+    try:
+        record = json_object((folder / _RECORD).read_bytes())
+        shapes, told = dict(record['shapes']), record['optimizer']
+        if told is None:
+            return shapes, None
+        return shapes, {
+            'state_dict': {
+                'state': {number: {'step': 0} for number in told['with_state']},
+                'param_groups': [dict(group) for group in told['param_groups']],
+            },
+            'mapping': [Pair(*names) for names in told['pairs']],
+            'dialect': DIALECTS.get(told['dialect']),
+            **{key: told[key] for key in ('names', 'fresh', 'frozen')},
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InterchangeError(
+            f'{folder} is not a port that was completed', [repr(error)]
+        ) from None
+
+
+def _with_optimizer(port: Port, told: dict[str, Any], learning_rate: Any) -> Port:
+    groups = told['state_dict']['param_groups']
     if learning_rate is None and not any('initial_lr' in group for group in groups):
         learning_rate = rates_of(groups)
-    tx = torch_optimizer(
-        {'state': {n: {'step': 0} for n in told['with_state']}, 'param_groups': groups},
-        port.params,
-        [Pair(*names) for names in told['pairs']],
-        names=told['names'],
-        learning_rate=as_schedules(learning_rate),
-        dialect=DIALECTS.get(told['dialect']),
-    )
+    tx = torch_optimizer(params=port.params, learning_rate=as_schedules(learning_rate), **told)
     return dataclasses.replace(port, tx=tx, state=tx.init(port.params))
 
 

@@ -129,6 +129,7 @@ _CELLS = {
     'nnx.OptimizedLSTMCell': ('dense_i', 'dense_h'),
     'nnx.GRUCell': ('dense_i', 'dense_h'),
     'linen.LSTMCell': ('ii if ig io', 'hi hf hg ho'),
+    'linen.GRUCell': ('ir iz in', 'hr hz hn'),
 }
 
 
@@ -142,24 +143,27 @@ def recurrent(
 ) -> tuple[Pair, ...]:
     """The pairs of PyTorch's `LSTMCell`, `GRUCell`, `LSTM` or `GRU` with a cell of Flax.
 
-    PyTorch has the gates of a cell in one array, and `LSTMCell` of Flax has an array for each. So
-    several pairs have the same `theirs`, and each has a part of it. Statistics are split and joined
-    like the arrays. Clipping by the norm of each array cannot be matched: the norm of one array is
-    not that of its parts. Clip the parts together, with `optax.clip_by_global_norm` in
-    `optax.partition`.
+    PyTorch has the gates of a cell in one array. `nnx.LSTMCell` and the cells of Linen have an
+    array for each gate, so several pairs have the same `theirs`, and each has a part of it.
+    Statistics are split and joined like the arrays. Scaling or clipping by the norm of each array
+    cannot be matched, since the norm of one array is not that of its parts. It differs in
+    `clipnorm` of `dialects.keras`, `optax.clip_by_block_rms`, `optax.scale_by_trust_ratio`,
+    `optax.adaptive_grad_clip` (biases only) and clipping by parameter. The conversions of states
+    warn of it. Clip the parts together, with `optax.clip_by_global_norm` in `optax.partition`.
 
-    **The two biases.** PyTorch trains two biases whose sum counts, `bias_ih` and `bias_hh`. Their
-    sum moves twice as far as the one bias of Flax's cells would. Give an NNX cell the second bias:
-    replace the layers that have none by layers with one, such as
-    `cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)` in `nnx.GRUCell`, and `ii`, `if_`,
-    `ig` and `io`, or `dense_i`, in the LSTM cells. For the output alone, add `bias_ih` to
-    `bias_hh`, drop it, and pass `biases=['hh']`.
+    **The two biases.** PyTorch trains two biases, `bias_ih` and `bias_hh`, and adds them. Their
+    sum moves twice as far as one bias would, which is what most gates of Flax's cells have. To take
+    PyTorch's steps, have both biases in every gate. In NNX, replace the layers without a bias:
+    `cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)` in `nnx.GRUCell`, and likewise `ii`,
+    `if_`, `ig` and `io`, or `dense_i`, in the LSTM cells. In Linen, train a tree with both and give
+    the cell their sum in the loss, as `own_biases` on the page 'Porting a run' does. If only the
+    output of an LSTM counts, add `bias_ih` to `bias_hh`, drop it, and pass `biases=['hh']`.
 
     Args:
       theirs: The module's name, `'lstm'`.
       ours: The path of the cell.
-      cell: `'nnx.LSTMCell'`, `'nnx.OptimizedLSTMCell'`, `'nnx.GRUCell'` or `'linen.LSTMCell'`. The
-        last one also fits Linen's `OptimizedLSTMCell`.
+      cell: `'nnx.LSTMCell'`, `'nnx.OptimizedLSTMCell'`, `'nnx.GRUCell'`, `'linen.LSTMCell'`, which
+        also fits Linen's `OptimizedLSTMCell`, or `'linen.GRUCell'`.
       suffix: What names of `LSTM` and `GRU` end with: `'_l0'` for the first layer.
       biases: Which of PyTorch's biases have a pair.
 
@@ -172,7 +176,8 @@ def recurrent(
       >>> [(p.ours, p.layout.part) for p in pairs if p.theirs == 'rnn.bias_ih'][:2]
       [('cell/ii/bias', (0, 4, 0)), ('cell/if_/bias', (1, 4, 0))]
 
-    Source: PyTorch 2.13, torch/nn/modules/rnn.py; Flax 0.12.8, flax/nnx/nn/recurrent.py.
+    Source: PyTorch 2.13, torch/nn/modules/rnn.py; Flax 0.12.8, flax/nnx/nn/recurrent.py and
+    flax/linen/recurrent.py.
     """
     if cell not in _CELLS:
         raise ValueError(f'cell must be one of {", ".join(_CELLS)}, got {cell!r}.')
@@ -332,6 +337,7 @@ def from_torch(
 
     Warns:
       LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      UserWarning: If `tx` scales or clips parts of one of their arrays each by its own norm.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -430,6 +436,9 @@ def to_torch(
     Raises:
       InterchangeError: Listing every parameter without moments, moment without a parameter, and
         group whose settings do not go with our moments or with `tx`.
+
+    Warns:
+      UserWarning: As for `from_torch`, if `tx` is given.
     """
     exchange = Exchange('the state cannot be written for PyTorch', params, mapping)
     checked_groups(param_groups, exchange)
