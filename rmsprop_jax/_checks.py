@@ -1,5 +1,6 @@
 """Checks of arguments, whose messages name the argument and the path of the leaf."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,16 @@ def checked_steps(name: str, value: Any, least: int) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
     return int(value)
+
+
+def compiled_pattern(name: str, pattern: Any, flags: int = 0) -> re.Pattern[str]:
+    """Returns the compiled `pattern`; raises if it is not a regular expression."""
+    if not isinstance(pattern, str):
+        raise TypeError(f'{name} must be a regular expression, got {pattern!r}.')
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f'{name} is not a regular expression: {error}.') from None
 
 
 def checked_transformation(name: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from rmsprop_jax._checks import leaves_with_path
+from rmsprop_jax._checks import compiled_pattern, leaves_with_path
 from rmsprop_jax._types import path_name
 
 
@@ -53,7 +53,7 @@ def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
         raise TypeError(
             f'patterns must be a mapping from regular expressions to labels, got {patterns!r}.'
         )
-    compiled = {pattern: _compiled(pattern) for pattern in patterns}
+    compiled = {x: compiled_pattern(f'the pattern {x!r}', x) for x in patterns}
 
     def labels(params: Any) -> Any:
         leaves_with_path('params', params)
@@ -70,15 +70,6 @@ def labels_by_path(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
         return jax.tree.unflatten(treedef, [patterns[pattern] for pattern in found])
 
     return labels
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f'patterns has {pattern!r}, which is not a regular expression: {error}.'
-        ) from None
 
 
 def _first_match(patterns: Mapping[str, re.Pattern[str]], path: Any) -> str:

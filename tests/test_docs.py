@@ -57,6 +57,12 @@ def test_the_table_of_dialects(row):
     assert _weight_decay(function, factory) == weight_decay
 
 
+@pytest.mark.parametrize('table', [dialects.differences, dialects.table])
+def test_the_page_has_the_tables_of_the_records(table):
+    page = (DOCS / 'which-rmsprop.md').read_text()
+    assert f'\n\n{table()}\n\n' in page, f'print(dialects.{table.__name__}()) prints the new one'
+
+
 def moment(state):
     """The second moment or variance in a state, a number."""
     found = optax.tree.get(state, 'nu', None)

@@ -90,5 +90,5 @@ def test_what_does_not_match_is_named():
         labels_by_path({'heed': 'h', '': 'rest'})(PARAMS)
     with pytest.raises(ValueError, match="the pattern 'bias' is not the first match"):
         labels_by_path({'': 'rest', 'bias': 'late'})(PARAMS)
-    with pytest.raises(ValueError, match=r"patterns has '\(', which is not a regular expression"):
+    with pytest.raises(ValueError, match=r"the pattern '\(' is not a regular expression"):
         labels_by_path({'(': 'rest'})

@@ -21,6 +21,7 @@ from flax import nnx
 
 from rmsprop_jax import recipes
 
+TABLE = recipes.table()
 DOCUMENT = pathlib.Path(__file__).parents[1] / 'docs' / 'recipes.md'
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 Tree = dict[str, Any]
@@ -150,22 +151,27 @@ assert not xla_bridge.backends_are_initialized()
     subprocess.run([sys.executable, '-c', program], check=True, cwd=package.parents[1])
 
 
-def test_table_has_every_record():
-    lines = recipes.table().splitlines()
-    assert len(lines) == 2 + len(NAMES)
-    assert len({line.count('|') for line in lines}) == 1
-    for line, recipe in zip(lines[2:], recipes.RECIPES, strict=True):
-        assert line.startswith(f'| `{recipe.name}` |')
-        assert f' {recipe.verified} |' in line
-        rate, decay, momentum, eps = (cell.split()[0].rstrip(',') for cell in line.split('|')[3:7])
+def test_tables_have_every_record():
+    updates, surroundings, sources = (part.splitlines() for part in TABLE.split('\n\n'))
+    for lines in (updates, surroundings, sources):
+        assert len(lines) == 2 + len(NAMES)
+        assert len({line.count('|') for line in lines}) == 1
+    for update, around, source, recipe in zip(
+        updates[2:], surroundings[2:], sources[2:], recipes.RECIPES, strict=True
+    ):
+        for line in (update, around, source):
+            assert line.startswith(f'| `{recipe.name}` |')
+        rate, decay, momentum, eps = (
+            cell.split()[0].rstrip(',') for cell in update.split('|')[3:7]
+        )
         assert (float(rate), float(decay)) == (recipe.learning_rate, recipe.decay)
         assert (float(momentum), float(eps)) == (recipe.momentum, recipe.eps)
+        assert around.endswith(f'| {recipe.loss} | {recipe.batch} |')
+        assert f'| {recipe.verified} | {recipe.citation} | {recipe.source} |' in source
 
 
-def test_document_is_the_table():
-    introduction, header, rest = DOCUMENT.read_text().partition('| recipe |')
-    assert introduction.startswith('# Recipes\n')
-    assert header + rest == recipes.table() + '\n', 'put recipes.table() at the end of the document'
+def test_document_has_the_tables():
+    assert DOCUMENT.read_text().endswith(f'\n\n{TABLE}\n'), 'put recipes.table() at its end'
 
 
 # --- Learning rates ------------------------------------------------------------------------------

@@ -319,7 +319,9 @@ def test_the_packages_that_are_needed():
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     needed = (*project['dependencies'], *project['optional-dependencies']['flax'])
     bounds = dict(requirement.split('>=') for requirement in needed)
-    assert_says(README, '# jax, jaxlib, optax and chex; add [flax], [plots] or [demo] for extras')
+    assert_says(README, '# jax, jaxlib, optax and chex; for extras ')
+    extras = set(re.findall(r"'\.\[(\w+)\]'", (ROOT / README).read_text()))
+    assert {'flax', 'notebooks'} <= extras <= project['optional-dependencies'].keys()
     assert {'jax', 'jaxlib', 'optax', 'chex', 'flax'} == bounds.keys()
     stated = parts_of(README, r'with JAX ([\d.]+), Optax ([\d.]+) and Flax ([\d.]+), the oldest')
     for name, version in zip(('jax', 'optax', 'flax'), stated, strict=True):

@@ -332,7 +332,7 @@ REFUSALS = (
         'decay or momentum outside [0, 1], a decay of 1 with bias correction, a negative epsilon, '
         'weight decay or start value, NaN and infinity, where given as Python or NumPy numbers',
         '',
-        'none of them means anything; arrays are not looked at',
+        'these values are meaningless; arrays are not inspected',
         meaningless_numbers,
     ),
     Difference(

@@ -1,4 +1,4 @@
-"""What the site has beyond the pages in docs/: notebooks, API pages, tables, and mathematics.
+"""What the site has beyond the pages in docs/: notebooks, API pages and mathematics.
 
 Nothing here is fetched when a page is viewed: formulas become MathML when the site is built, and
 the font for them comes along.
@@ -22,8 +22,6 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 
-from rmsprop_jax import dialects
-
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / 'rmsprop_jax'
 # Files elsewhere in the repository that are pages too, so that links to them lead somewhere.
@@ -34,10 +32,8 @@ ELSEWHERE = {
 }
 LINK = re.compile(r'\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)')
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-# A table, and what the page says where there is none.
-TABLE = re.compile(
-    r'<!-- table: (\w+) -->(\s*^\(The site shows .*?\.\)$)?', re.DOTALL | re.MULTILINE
-)
+# A cell that begins with a number and holds little else.
+NUMBER = re.compile(r'[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![.\w]).{,20}')
 
 
 def on_config(config: Any) -> Any:
@@ -76,21 +72,22 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts tables where they are asked for, and follows links that leave the folder of pages."""
+    """Follows links that leave the folder of pages."""
     path = page.file.src_uri
     if path in {*ELSEWHERE.values()} or '/' in path:
         return markdown
-    markdown = TABLE.sub(lambda match: TABLES[match[1]](), markdown)
     return with_links_of(f'docs/{path}', path, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns formulas into MathML, which browsers render by themselves, and marks wide cells."""
+    """Turns formulas into MathML, which browsers render by themselves, and marks cells."""
     maths = math_core.LatexToMathML(fancy_error=False)
 
     def rendered(match: re.Match[str]) -> str:
         block = match[1] == 'div'
         formula = maths.convert_with_local_state(html.unescape(match[2]), displaystyle=block)
+        # As high as a digit, or the sign of a root over a low letter hangs below the line.
+        formula = formula.replace('</msqrt>', '<mspace height=".7em"/></msqrt>')
         return f'<div class="formula">{formula}</div>' if block else formula
 
     def marked(match: re.Match[str]) -> str:
@@ -101,6 +98,8 @@ def on_page_content(content: str, **_: Any) -> str:
             if len(words) > 60
             else 'code'
             if len(max(codes, key=len, default='')) > 30
+            else 'number'
+            if NUMBER.fullmatch(words)
             else ''
         )
         return f'<td class="{kind}">{match[1]}</td>' if kind else match[0]
@@ -215,6 +214,3 @@ def assets() -> Iterator[tuple[str, str | bytes]]:
     packed = io.BytesIO()
     font.save(packed)
     yield 'stix-two-math.woff2', packed.getvalue()
-
-
-TABLES = {'dialects': dialects.differences, 'others': dialects.table}

@@ -233,7 +233,7 @@ for name, state in {'whole': whole, 'divided': divided}.items():
 # The same model's whole step, forward, backward and update, for slices of TPU pods: on v5e 256
 # chips, with tensors split over 8 of them and the batch over 32; on v5p 64 chips, over 4 and 16.
 # The TPU's own compiler makes the program from shapes, without a TPU, and says what memory each
-# chip needs and what it sends. Compiled is not executed: see docs/backends.md.
+# chip needs and what it sends. Compiled is not executed: see [Backends](../docs/backends.md).
 #
 # The compiler comes with `pip install '.[notebooks,aot-tpu]'` in a checkout, best in an environment
 # of its own, where `python notebooks/sources/04_scale_out.py` runs this notebook. Without it, the
@@ -322,4 +322,5 @@ else:
 # 32nd of the 1.01 GB that belong to them, and needs half as much memory beside. On both targets the
 # compiler then gathers as many bytes as a chip has parameters. What a loop over layers sends is
 # counted for one layer, so that the sums of gradients, which are in that loop, look smaller than
-# they are. They are all-reduces still: docs/scaling.md says when a TPU's compiler scatters them.
+# they are. They are all-reduces still: [Scaling](../docs/scaling.md#tpu) says when a TPU's compiler
+# scatters them.

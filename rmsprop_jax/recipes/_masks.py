@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._checks import checked_leaves, checked_mask, whole_mask
+from rmsprop_jax._checks import checked_leaves, checked_mask, compiled_pattern, whole_mask
 from rmsprop_jax._types import canonical, path_name
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
@@ -45,7 +45,7 @@ def tensorflow_decay_mask(params: Any, batch_norm: str = BATCH_NORM) -> Any:
       >>> recipes.tensorflow_decay_mask(params)
       {'bn1': {'scale': False}, 'dense': {'bias': True}}
     """
-    pattern = _pattern('batch_norm', batch_norm)
+    pattern = compiled_pattern('batch_norm', batch_norm, re.IGNORECASE)
     found = _by_path(lambda path, _: not _matches(pattern, path), params)
     if all(jax.tree.leaves(found)):
         norms = [path for path in _paths(params) if _OF_A_NORM.search(path[-1])]
@@ -65,7 +65,7 @@ def slim_decay_mask(params: Any, depthwise: str = DEPTHWISE) -> Any:
         kernel, `(height, width, 1, channels)`.
     """
 
-    pattern = _pattern('depthwise', depthwise)
+    pattern = compiled_pattern('depthwise', depthwise, re.IGNORECASE)
 
     def decays(path: Any, leaf: Any) -> bool:
         return np.ndim(leaf) >= 2 and not _matches(pattern, path)
@@ -140,15 +140,6 @@ def _warn_unless_empty(mask: str, argument: str, pattern: str, suspects: list[li
             'that matches its path.',
             stacklevel=3,
         )
-
-
-def _pattern(name: str, pattern: Any) -> re.Pattern[str]:
-    if not isinstance(pattern, str):
-        raise TypeError(f'{name} must be a regular expression, got {pattern!r}.')
-    try:
-        return re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise ValueError(f'{name} is not a regular expression: {error}.') from None
 
 
 def _matches(pattern: re.Pattern[str], path: Any) -> bool:

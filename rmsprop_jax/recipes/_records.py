@@ -378,8 +378,16 @@ RECIPES = (
 )
 
 
+# One table of all columns would be three times as wide as a page.
+_TABLES = (
+    ('dialect', 'learning rate', 'decay', 'momentum', 'eps', 'centered'),
+    ('weight decay', 'clipping', 'average', 'loss', 'batch'),
+    ('verified', 'publication', 'source', 'notes'),
+)
+
+
 def table() -> str:
-    """All of `RECIPES` as a Markdown table.
+    """All of `RECIPES` as three Markdown tables: the update, what surrounds it, and the sources.
 
     Example:
       >>> from rmsprop_jax import recipes
@@ -387,7 +395,10 @@ def table() -> str:
       | `graves` | `dialects.graves` |
     """
     rows = [_row(recipe) for recipe in RECIPES]
-    return as_markdown(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    return '\n\n'.join(
+        as_markdown(('recipe', *columns), [(r['recipe'], *(r[c] for c in columns)) for r in rows])
+        for columns in _TABLES
+    )
 
 
 def _row(r: Recipe) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Keras 3, the Keras of TensorFlow 2.0 to 2.10 and of 2.11 to 2.15, TensorFlow 1 and Sonnet 2."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -45,13 +46,16 @@ def values(variables: dict[str, Any]) -> Arrays:
     return {n: np.array(v.numpy()) for n, v in variables.items()}
 
 
-def start_keras(configuration: Configuration, given: Problem) -> Step:
-    keras.config.set_floatx(configuration['dtype'])
+def options_of(configuration: Configuration, tabulated: Callable[[np.ndarray], Any]) -> Any:
+    """The optimizer's arguments, with the rates of the steps, if there are any, as a schedule."""
     rates = learning_rates(configuration)
     options = dict(configuration['options'])
-    if rates is not None:
-        options['learning_rate'] = Tabulated(rates)
-    tx = keras.optimizers.RMSprop(**options)
+    return options if rates is None else options | {'learning_rate': tabulated(rates)}
+
+
+def start_keras(configuration: Configuration, given: Problem) -> Step:
+    keras.config.set_floatx(configuration['dtype'])
+    tx = keras.optimizers.RMSprop(**options_of(configuration, Tabulated))
     variables = {n: keras.Variable(p) for n, p in given.params.items()}
     if configuration.get('exclude'):
         tx.exclude_from_weight_decay([variables[n] for n in configuration['exclude']])
@@ -74,20 +78,12 @@ def averages_of(tx: Any, variables: dict[str, Any]) -> Arrays:
 
 
 def start_keras_legacy(configuration: Configuration, given: Problem) -> Step:
-    rates = learning_rates(configuration)
-    options = dict(configuration['options'])
-    if rates is not None:
-        options['learning_rate'] = OlderTabulated(rates)
-    tx = tf_keras.optimizers.legacy.RMSprop(**options)
+    tx = tf_keras.optimizers.legacy.RMSprop(**options_of(configuration, OlderTabulated))
     return apply_gradients(tx, given)
 
 
 def start_tf_keras(configuration: Configuration, given: Problem) -> Step:
-    rates = learning_rates(configuration)
-    options = dict(configuration['options'])
-    if rates is not None:
-        options['learning_rate'] = OlderTabulated(rates)
-    tx = tf_keras.optimizers.RMSprop(**options)
+    tx = tf_keras.optimizers.RMSprop(**options_of(configuration, OlderTabulated))
     variables = {n: tf.Variable(p) for n, p in given.params.items()}
     if configuration.get('exclude'):
         tx.exclude_from_weight_decay([variables[n] for n in configuration['exclude']])
@@ -102,11 +98,8 @@ def start_tf_keras(configuration: Configuration, given: Problem) -> Step:
 
 
 def start_tensorflow(configuration: Configuration, given: Problem) -> Step:
-    rates = learning_rates(configuration)
-    options = dict(configuration['options'])
     current = {'number': 0}
-    if rates is not None:
-        options['learning_rate'] = lambda: float(rates[current['number']])
+    options = options_of(configuration, lambda rates: lambda: float(rates[current['number']]))
     tx = tf.compat.v1.train.RMSPropOptimizer(**options)
     inner = apply_gradients(tx, given)
 
