@@ -25,6 +25,7 @@ from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
 from rmsprop_jax._optimizer import in_accumulator_precision
+from rmsprop_jax._parameters import check_does_not_round
 from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
@@ -133,6 +134,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     Raises:
       TypeError: For an `inner` that is not a transformation, or for complex gradients, which have
         no sign.
+      ValueError: If `inner` rounds parameters: `round_parameters` belongs around this one.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -148,6 +150,11 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     inner_ = optax.with_extra_args_support(checked_transformation('inner', inner))
 
+    def init(params: optax.Params) -> Any:
+        state = inner_.init(params)
+        check_does_not_round(state, 'write round_parameters(cautious(...)).')
+        return state
+
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         for path, g in tree_flatten_with_path(checked_updates(updates))[0]:
             if jnp.iscomplexobj(g):
@@ -160,7 +167,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
         return jax.tree.map(leaf, new, updates), state
 
-    return in_accumulator_precision(optax.GradientTransformationExtraArgs(inner_.init, update))
+    return in_accumulator_precision(optax.GradientTransformationExtraArgs(init, update))
 
 
 def skip_zero_rows(inner: Step, mask: Any = True) -> Optimizer:
