@@ -11,6 +11,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import (
+    check_alike,
     checked_params,
     checked_state,
     checked_transformation,
@@ -20,6 +21,9 @@ from rmsprop_jax._core.leaves import widen
 from rmsprop_jax._types import by_path, canonical
 from rmsprop_jax.storage._formats import bfloat16
 from rmsprop_jax.storage._rounding import random_bits, salt
+
+# What errors call the updates that `inner` returns.
+RESULT = "inner's updates"
 
 
 class RoundParametersState(NamedTuple):
@@ -56,7 +60,8 @@ def round_parameters(
     decay, a dialect that averages or clips parameters. Such an average is taken of `p + u`, before
     rounding. If `inner` clips to a number that bfloat16 does not have, a parameter may end on the
     next bfloat16 number. Wrappers that pass updates on unchanged or replace them by zero belong
-    outside: `optax.MultiSteps`, `optax.masked`, `skip_nonfinite`.
+    outside: `optax.MultiSteps`, `optax.masked`, `skip_nonfinite`. (`optax.apply_if_finite` belongs
+    inside: its skipped updates have the dtype of the gradients.)
 
     Leaves of other dtypes, float16 included, are not rounded.
 
@@ -81,7 +86,8 @@ def round_parameters(
     Raises:
       TypeError: If `inner` is not a transformation, returns updates narrower than float32 or
         changes the dtypes of its state, or if `seed` is not a Python integer.
-      ValueError: If `params` are missing, or `inner` rounds parameters itself.
+      ValueError: If `params` are missing, `inner` rounds parameters itself, or its updates are not
+        like `params`.
 
     Example:
       >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -103,7 +109,7 @@ def round_parameters(
 
     def init(params: optax.Params) -> Any:
         state = inner_.init(params)
-        _check_rounds_once(state)
+        check_does_not_round(state, 'wrap the whole chain, and only once.')
         return RoundParametersState(jnp.zeros([], jnp.int32), state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -116,12 +122,13 @@ def round_parameters(
             **extra_args,
         )
         _check_dtypes_stay(before, after)
+        check_alike(RESULT, new, 'params', params)
         partition = by_path(extra_args.get('partition_specs'))
 
         def leaf(path: Any, u: Any, p: Any) -> Any:
             if not _is_rounded(p):
                 return u
-            _check_is_wide(f'updates{keystr(path)}', u)
+            _check_is_wide(f'{RESULT}{keystr(path)}', u)
             path = canonical(path)
             bits = salt(own.key(f'parameter{keystr(path)}'), state.count)
             return _rounded_update(p, u, bits, partition.get(path))
@@ -161,27 +168,27 @@ def _straight_through(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array
     return _to_target(*primals), tangents[1]
 
 
-def _check_rounds_once(state: Any) -> None:
+def check_does_not_round(state: Any, advice: str) -> None:
+    """Raises if the state of `inner` is that of a transformation that rounds parameters."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RoundParametersState))
     if any(isinstance(node, RoundParametersState) for node in nodes):
-        raise ValueError('inner rounds parameters itself: wrap the whole chain, and only once.')
+        raise ValueError(f'inner rounds parameters itself: {advice}')
 
 
 def _check_is_wide(name: str, update: Any) -> None:
     dtype = jnp.result_type(update)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise TypeError(
-            f'inner returned {name} in {dtype}, which is already rounded: it must return float32, '
-            'as its gradients are.'
+            f'{name} has dtype {dtype}, but updates of bfloat16 parameters must be float32, as '
+            'their gradients are in inner: they are rounded once, at the end.'
         )
 
 
 def _check_dtypes_stay(before: Any, after: Any) -> None:
     """Raises if dtypes change: Optax keeps statistics in the dtype of the parameters in `init`."""
-    for (path, x), y in zip(
-        tree_flatten_with_path(before)[0], jax.tree.leaves(after), strict=False
-    ):
-        old, new = (getattr(leaf, 'dtype', None) for leaf in (x, y))
+    after = by_path(after)
+    for path, x in tree_flatten_with_path(before)[0]:
+        old, new = (getattr(leaf, 'dtype', None) for leaf in (x, after.get(canonical(path))))
         if None not in (old, new) and old != new:
             raise TypeError(
                 f'inner_state{keystr(path)} is {old} and would become {new}: make the state with '

@@ -24,6 +24,7 @@ from rmsprop_jax._core.edge import member, public
 from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
+from rmsprop_jax._parameters import check_does_not_round
 from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
 from rmsprop_jax.storage._formats import Means
 
@@ -132,6 +133,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     Raises:
       TypeError: For an `inner` that is not a transformation, or for complex gradients, which have
         no sign.
+      ValueError: If `inner` rounds parameters: `round_parameters` belongs around this one.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -147,6 +149,11 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     inner_ = member(checked_transformation('inner', inner))
 
+    def init(params: optax.Params) -> Any:
+        state = inner_.init(params)
+        check_does_not_round(state, 'write round_parameters(cautious(...)).')
+        return state
+
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         for path, g in tree_flatten_with_path(updates)[0]:
             if jnp.iscomplexobj(g):
@@ -159,7 +166,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
         return jax.tree.map(leaf, new, updates), state
 
-    step = optax.GradientTransformationExtraArgs(inner_.init, update)
+    step = optax.GradientTransformationExtraArgs(init, update)
     return in_accumulator_precision(step, with_params=True)
 
 

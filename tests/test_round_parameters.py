@@ -280,6 +280,21 @@ def test_clipping_to_what_bfloat16_does_not_have_may_be_passed_by_one_number():
     }
 
 
+@pytest.mark.extended
+def test_steps_are_skipped_inside():
+    """`optax.apply_if_finite` wants updates in the gradients' dtype: outside, it is an error."""
+    params = {
+        'w': np.linspace(-1, 1, 64).astype(jnp.bfloat16),
+        'empty': np.ones((0, 3), jnp.bfloat16),
+    }
+    grads = jax.tree.map(lambda p: np.full_like(p, np.nan), params)
+    rounding, if_finite = rmsprop_jax.round_parameters, lambda tx: optax.apply_if_finite(tx, 3)
+    updates, _ = take(rounding(if_finite(optax.sgd(0.1))), params, grads)
+    jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(params, updates), params)
+    with pytest.raises(TypeError, match='cond branches must have equal output types'):
+        take(if_finite(rounding(optax.sgd(0.1))), params, grads)
+
+
 def test_other_leaves_are_as_without_it():
     params = {'w': jnp.linspace(0.5, 2, 6), 'c': jnp.ones(2, jnp.complex64)}
     tx = rmsprop_jax.rmsprop(0.1, momentum=0.9)
@@ -345,14 +360,37 @@ def test_updates_that_are_rounded_already_are_refused():
         optax.stateless(lambda updates, _: optax.tree.cast(updates, jnp.bfloat16)),
     )
     params = {'dense': {'kernel': jnp.ones((2, 2), jnp.bfloat16)}}
-    with pytest.raises(TypeError, match=r"updates\['dense'\]\['kernel'\] in bfloat16, which is al"):
+    with pytest.raises(
+        TypeError, match=r"inner's updates\['dense'\]\['kernel'\] has dtype bfloat16"
+    ):
         take(rmsprop_jax.round_parameters(inner), params, params)
 
 
-def test_rounding_twice_is_refused():
+def test_complex_updates_are_refused_as_such():
+    tx, params = rmsprop_jax.round_parameters(optax.sgd(0.1)), jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(TypeError, match="inner's updates has dtype complex64, but"):
+        take(tx, params, jnp.ones(2, jnp.complex64))
+
+
+def test_updates_unlike_the_parameters_are_refused():
+    """Broadcast, they would change a parameter's shape, or its entries by the same amount."""
+    params = {'v': jnp.ones(2, jnp.bfloat16), 'w': jnp.ones(2)}
+    changes = {
+        r"inner's updates\['v'\] has shape \(\), but params has \(2,\)": jnp.sum,
+        r"inner's updates\['v'\] has shape \(1, 2\), but params has \(2,\)": lambda x: x[None],
+        r"only in params: \['v'\], \['w'\]": lambda _: None,
+    }
+    for message, change in changes.items():
+        inner = optax.stateless(lambda u, _, change=change: jax.tree.map(change, u))
+        with pytest.raises(ValueError, match=message):
+            take(rmsprop_jax.round_parameters(inner), params, params)
+
+
+@pytest.mark.parametrize('outer', [rmsprop_jax.round_parameters, rmsprop_jax.cautious])
+def test_changing_rounded_updates_is_refused(outer: Any):
     once = rmsprop_jax.round_parameters(rmsprop_jax.rmsprop(0.1))
     with pytest.raises(ValueError, match='inner rounds parameters itself'):
-        rmsprop_jax.round_parameters(optax.chain(once)).init(jnp.ones(2))
+        outer(optax.chain(once)).init(jnp.ones(2))
 
 
 def test_a_state_that_would_become_wider_is_refused():
@@ -361,3 +399,13 @@ def test_a_state_that_would_become_wider_is_refused():
     with pytest.raises(TypeError, match=r'\.nu is bfloat16 and would become float32'):
         take(tx, params, params)
     tx.update(params, tx.init(optax.tree.cast(params, jnp.float32)), params)
+
+
+def test_a_state_that_gets_another_leaf_is_not_taken_for_wider():
+    params = jnp.ones(2, jnp.bfloat16)
+    inner = optax.GradientTransformation(
+        lambda _: {'steps': jnp.zeros([], jnp.int32)},
+        lambda updates, state, _=None: (updates, {'last': updates, **state}),
+    )
+    _, state = take(rmsprop_jax.round_parameters(inner), params, params)
+    assert state.inner_state['last'].dtype == jnp.float32
