@@ -82,21 +82,16 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     # `zero1` constrains the state that `init` makes, wherever in the optimizer it is.
     constrained = _constraints(program.jaxpr)
     leaves, treedef = jax.tree.flatten(_of_state(tx, state, params, places))
-    chosen = [own or place for own, place in zip(constrained, leaves, strict=True)]
-    # `offload` moves the state to the host's memory.
-    spaces = [getattr(aval, 'memory_space', None) for aval in program.out_avals]
-    chosen = [
-        place.with_memory_kind(_HOST) if _is_host(space) and isinstance(place, Sharding) else place
-        for place, space in zip(chosen, spaces, strict=True)
-    ]
-    return treedef.unflatten(
-        own.spec if isinstance(place, PartitionSpec) and isinstance(own, NamedSharding) else own
-        for own, place in zip(chosen, leaves, strict=True)
-    )
 
+    def chosen(place: Any, own: NamedSharding | None, result: Any) -> Any:
+        if isinstance(place, PartitionSpec):
+            return place if own is None else own.spec
+        found = own or place
+        # `offload` moves the state to the host's memory.
+        is_moved = hasattr(jax, 'memory') and result.memory_space == jax.memory.Space.Host
+        return found.with_memory_kind(_HOST) if is_moved else found
 
-def _is_host(space: Any) -> bool:
-    return hasattr(jax, 'memory') and space == jax.memory.Space.Host
+    return treedef.unflatten(map(chosen, leaves, constrained, program.out_avals))
 
 
 def _constraints(program: Any) -> list[Any]:
@@ -434,20 +429,6 @@ def _check_is_mapped(name: str) -> None:
 def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
     """The shardings of a state. Only its shapes are inspected."""
     elsewhere = _replicated(shardings)
-    return optax.tree.map_params(
-        tx,
-        lambda moments, params, shardings: _like_params(moments, params, shardings, elsewhere),
-        state,
-        params,
-        shardings,
-        transform_non_params=lambda _: elsewhere,
-        # Pass whole trees, since a leaf may be stored as several, or masked out.
-        is_leaf=lambda _: True,
-    )
-
-
-def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> Any:
-    """The shardings of one tree of a state that has the structure of the parameters."""
 
     def leaf(param: Any, stored: Any, sharding: Any) -> Any:
         return jax.tree.map(
@@ -456,7 +437,16 @@ def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> A
             is_leaf=lambda part: isinstance(part, Means),
         )
 
-    return map_with_moments(leaf, params, moments, shardings)
+    return optax.tree.map_params(
+        tx,
+        lambda moments, params, shardings: map_with_moments(leaf, params, moments, shardings),
+        state,
+        params,
+        shardings,
+        transform_non_params=lambda _: elsewhere,
+        # Pass whole trees, since a leaf may be stored as several, or masked out.
+        is_leaf=lambda _: True,
+    )
 
 
 def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:

@@ -34,20 +34,19 @@ def modules() -> list[str]:
 
 
 def public_names(module: Any) -> list[str]:
-    """What a module defines without an underscore, imports `as` its own name, or, if it is a
-    package, imports from its own modules.
+    """What a module defines without an underscore, what it imports from its own parts, and what it
+    imports `as` its own name.
 
     What it imports only when it is asked for stands under `if TYPE_CHECKING`.
     """
-    is_package = hasattr(module, '__path__')
     names, body = [], ast.parse(inspect.getsource(module)).body
     later = [node for block in body if isinstance(block, ast.If) for node in block.body]
     for node in body + later:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.ImportFrom):
-            own = is_package and str(node.module).startswith('rmsprop_jax.')
-            names += [alias.name for alias in node.names if own or alias.name == alias.asname]
+            of_parts = f'{node.module}'.startswith(f'{module.__name__}.')
+            names += [x.name for x in node.names if of_parts or x.name == x.asname]
     return sorted(name for name in names if not name.startswith('_'))
 
 

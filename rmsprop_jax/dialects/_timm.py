@@ -13,29 +13,20 @@ from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import cautious
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import (
-    XLA,
-    Optimizer,
-    Step,
-    coupled_decay,
-    dialect,
-    momentum_step,
-)
+from rmsprop_jax.dialects._shared import XLA, Optimizer, Step, coupled_decay, momentum_step
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        title='`RMSpropTF`',
-        rules=(
-            Rule(
-                start=('one',),
-                learning_rate=('before momentum', 'after momentum'),
-                weight_decay=('coupled', 'decoupled'),
-            ),
+@Dialect(
+    title='`RMSpropTF`',
+    rules=(
+        Rule(
+            start=('one',),
+            learning_rate=('before momentum', 'after momentum'),
+            weight_decay=('coupled', 'decoupled'),
         ),
-        refused={'foreach': XLA},
-    )
+    ),
+    refused={'foreach': XLA},
 )
 def timm(
     lr: ScalarOrSchedule = 1e-2,
