@@ -92,9 +92,10 @@ def read_checkpoint(
         return Checkpoint(_read_safetensors(path))
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt'):
         return _found(path, _read_torch(path), model, optimizer)
-    raise ValueError(
-        f'path must end in .safetensors, .pt, .pth, .bin or .ckpt, got {shown(path.name)}.'
-    )
+    wanted = f'path must end in .safetensors, .pt, .pth, .bin or .ckpt, got {shown(path.name)}.'
+    if path.suffix in ('.keras', '.h5', '.hdf5'):
+        wanted += ' Keras reads its own files, with keras.saving.load_model: see interchange.keras.'
+    raise ValueError(wanted)
 
 
 def checked_path(name: str, value: Any) -> Path:
