@@ -119,6 +119,7 @@ golden: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Record the frameworks' traces 
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_groups interchange_data/groups.npz)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_layers interchange_data/layers.npz)
 	$(if $(filter torch,$(FRAMEWORKS)),$(call in,torch) interchange_data.record_files interchange_data/files)
+	$(if $(filter tensorflow,$(FRAMEWORKS)),$(call in,tensorflow) interchange_data.record_saved interchange_data/saved.npz)
 	$(foreach name,$(filter torch tensorflow,$(FRAMEWORKS)),$(call record_float64,$(name)))
 
 parity: $(VENV)/.test $(FRAMEWORKS_INSTALLED)  ## Compare drawn configurations and moved checkpoints with the frameworks

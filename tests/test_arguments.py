@@ -442,6 +442,8 @@ WRONG_FILES = [
         r'part must be \(which, of how many, axis',
     ),
     (interchange.Layout((0,), (), (0, 4, 0)).to_ours, ([1],), ValueError, 'has not 4 equal parts'),
+    (interchange.Layout, {'blocks': (0, 2)}, ValueError, r'blocks must be each of 0, 1, .* once'),
+    (interchange.keras.recurrent, ('x', 'y', 'linen.GRUCell'), ValueError, 'cell must be one of'),
     (interchange.torch.recurrent, ('x', 'y', 'z'), ValueError, "cell must be one of.*got 'z'"),
     (
         interchange.torch.recurrent,
@@ -714,6 +716,7 @@ VALID: dict[Any, dict[str, Any]] = {
     interchange.to_tensorflow: WITH_VELOCITY,
     **{layer: {'theirs': 'x', 'ours': 'y'} for layer in LAYERS},
     interchange.torch.recurrent: {'theirs': 'x', 'ours': 'y', 'cell': 'nnx.GRUCell'},
+    interchange.keras.recurrent: {'theirs': 'x', 'ours': 'y', 'cell': 'nnx.GRUCell'},
     identify_dialect: {'trace': RUN},
     aot.compile_step: {'fn': lambda *x: x, 'args': (jnp.ones(2),)},
     aot.compile_update: {'tx': TX, 'params': PARAMS},
@@ -828,6 +831,11 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (interchange.flattened, 'channels'): (0, ValueError, '^channels, window must be an integer'),
     (interchange.flattened, 'window'): ((2, 0), ValueError, '^channels, window must be an integer'),
     (interchange.parameters_from, 'theirs'): (3, TypeError, '^theirs must be a mapping from names'),
+    (interchange.parameters_from, 'optimizer'): (
+        3,
+        TypeError,
+        '^optimizer must be the optim',
+    ),
     (interchange.parameters_from, 'like'): ({}, ValueError, "'dense/kernel'.* is not in params"),
     (interchange.parameters_to, 'params'): ({}, ValueError, "'dense/kernel'.* is not in params"),
     **{
@@ -899,7 +907,11 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     ),
     (interchange.to_torch, 'as_tensor'): (3, TypeError, '^as_tensor must be a function'),
     (interchange.Layout, 'part'): (3, TypeError, '^part must be a tuple of integers, got 3'),
-    (interchange.torch.recurrent, 'cell'): ('x', ValueError, '^cell must be one of nnx.LSTMCell'),
+    (interchange.Layout, 'blocks'): (3, TypeError, '^blocks must be a tuple of integers, got 3'),
+    **{
+        (function.recurrent, 'cell'): ('x', ValueError, '^cell must be one of nnx.LSTMCell')
+        for function in (interchange.torch, interchange.keras)
+    },
     (interchange.torch.recurrent, 'suffix'): (3, TypeError, '^suffix must be a name, got 3'),
     (interchange.torch.recurrent, 'biases'): ('x', TypeError, '^biases must be a collection'),
     (interchange.nnx.set_state, 'optimizer'): (3, TypeError, '^optimizer must be an nnx.Optimizer'),

@@ -1010,12 +1010,22 @@ def test_a_variance_below_zero_is_zero_and_a_warning_says_where():
         (interchange.KERNEL, (5, 3, 7, 8, 9), (7, 8, 9, 3, 5)),
         (interchange.Layout((2, 0, 1)), (2, 3, 4), (4, 2, 3)),
         (interchange.flattened(2, 3, 4), (5, 24), (24, 5)),
+        (interchange.Layout((1,)), (1, 6), (6,)),
+        (interchange.Layout((2, 0)), (5, 1, 3), (3, 5)),
+        (interchange.Layout(blocks=(1, 2, 0)), (2, 6), (2, 6)),
+        (interchange.Layout((1, 0), blocks=(1, 2, 0)), (6, 2), (2, 6)),
     ],
 )
 def test_layouts_have_inverses(layout: Any, shape: tuple[int, ...], turned: tuple[int, ...]):
     array = np.arange(np.prod(shape)).reshape(shape)
     assert layout.to_ours(array).shape == turned
     np.testing.assert_array_equal(layout.to_theirs(layout.to_ours(array)), array)
+
+
+def test_blocks_are_those_of_our_last_axis():
+    layout = interchange.Layout((1, 0), blocks=(1, 2, 0))
+    columns = layout.to_ours(np.arange(12).reshape(6, 2))[0]
+    assert columns.tolist() == [4, 6, 8, 10, 0, 2]
 
 
 def test_a_flattened_image_meets_the_same_weights():
@@ -1028,6 +1038,10 @@ def test_a_flattened_image_meets_the_same_weights():
 def test_a_layout_refuses_axes_it_does_not_speak_of():
     with pytest.raises(ValueError, match='its 3 axes cannot be laid out'):
         interchange.Layout((1, 0)).to_ours(np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match='its axes .0. are not of length one'):
+        interchange.Layout((1,)).to_ours(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r'\(5,\) has not 3 equal parts on axis 0'):
+        interchange.Layout(blocks=(1, 0, 2)).to_theirs(np.zeros(5))
     with pytest.raises(ValueError, match='not a matrix of 6 features'):
         interchange.flattened(2, 3).to_ours(np.zeros((4, 5)))
 

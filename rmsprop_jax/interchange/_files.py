@@ -98,10 +98,13 @@ def read_checkpoint(
         return Checkpoint((_read_shards if is_index else _read_safetensors)(path))
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt'):
         return _found(path, _read_torch(path), model, optimizer)
-    raise ValueError(
+    wanted = (
         f'path must end in .safetensors, {_INDEX}, .pt, .pth, .bin or .ckpt, got '
         f'{shown(path.name)}.'
     )
+    if path.suffix in ('.keras', '.h5', '.hdf5'):
+        wanted += ' Keras reads its own files, with keras.saving.load_model: see interchange.keras.'
+    raise ValueError(wanted)
 
 
 def checked_path(name: str, value: Any) -> Path:

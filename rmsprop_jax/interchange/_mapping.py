@@ -39,11 +39,14 @@ class Layout:
 
     Attributes:
       axes: Our axes in terms of theirs, as for `np.transpose`. An Ellipsis stands for all axes that
-        are not listed, in their order, so that one layout serves every rank.
+        are not listed, in their order, so that one layout serves every rank. Without it, an axis
+        that is left out must have length one, such as a part may have: `(1,)` makes a vector of a
+        row.
       split: The lengths that their second axis is split into before the axes are transposed. The
         parts are then merged again, in our order.
       part: Which part of theirs is ours, of how many equal parts, along which of their axes. The
         other parts need pairs of their own.
+      blocks: Our last axis in equal blocks of theirs: `(1, 0, 2)` swaps the first two of three.
 
     Example:
       >>> import numpy as np
@@ -55,14 +58,18 @@ class Layout:
     axes: tuple[int | EllipsisType, ...] = (...,)
     split: tuple[int, ...] = ()
     part: tuple[int, int, int] = (0, 1, 0)
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (('axes', int | EllipsisType), ('split', int), ('part', int)):
+        kinds = {'axes': int | EllipsisType, 'split': int, 'part': int, 'blocks': int}
+        for name, allowed in kinds.items():
             value = getattr(self, name)
             if not (isinstance(value, tuple) and all(isinstance(x, allowed) for x in value)):
                 raise TypeError(f'{name} must be a tuple of integers, got {value!r}.')
         if len(self.part) != 3 or not 0 <= self.part[0] < self.part[1] or self.part[2] < 0:
             raise ValueError(f'part must be (which, of how many, axis), got {self.part!r}.')
+        if sorted(self.blocks) != list(range(len(self.blocks))):
+            raise ValueError(f'blocks must be each of 0, 1, ... once, got {self.blocks!r}.')
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         """Their array, or our part of it, with our axes.
@@ -70,12 +77,19 @@ class Layout:
         Raises:
           ValueError: If the array does not have the axes of the layout.
         """
-        array = self._taken(np.asarray(array))
-        if not self.split:
-            return array.transpose(self._order(array.ndim))
-        outputs, features = self._matrix(array, 0, 1)
-        order = self._order(1 + len(self.split))
-        return array.reshape(outputs, *self.split).transpose(order).reshape(features, outputs)
+        which, number, axis = self.part
+        array = _equal_parts(np.asarray(array), number, axis)[which]
+        if self.split:
+            outputs, features = self._matrix(array, 0, 1)
+            order = self._order(1 + len(self.split))
+            array = array.reshape(outputs, *self.split).transpose(order).reshape(features, outputs)
+        else:
+            array = array.transpose(self._order(array.ndim))
+            shape = array.shape[: array.ndim - len(self._left_out)]
+            if array.shape[len(shape) :].count(1) < len(self._left_out):
+                raise ValueError(f'its axes {self._left_out} are not of length one')
+            array = array.reshape(shape)
+        return self._in_blocks(array, self.blocks)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Our array with their axes: the inverse of `to_ours`, up to other parts.
@@ -83,8 +97,9 @@ class Layout:
         Raises:
           ValueError: As `to_ours`.
         """
-        array = np.asarray(array)
+        array = self._in_blocks(np.asarray(array), np.argsort(self.blocks))
         if not self.split:
+            array = array.reshape(*array.shape, *(1 for _ in self._left_out))
             return array.transpose(np.argsort(self._order(array.ndim)))
         outputs, features = self._matrix(array, 1, 0)
         order = self._order(1 + len(self.split))
@@ -92,20 +107,28 @@ class Layout:
         ours = array.reshape([whole[axis] for axis in order])
         return ours.transpose(np.argsort(order)).reshape(outputs, features)
 
-    def _taken(self, array: np.ndarray) -> np.ndarray:
-        which, number, axis = self.part
-        if number == 1:
+    def _in_blocks(self, array: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
+        if not self.blocks:
             return array
-        if axis >= array.ndim or array.shape[axis] % number:
-            raise ValueError(f'its shape {array.shape} has not {number} equal parts on axis {axis}')
-        return np.split(array, number, axis)[which]
+        parts = _equal_parts(array, len(self.blocks), array.ndim - 1)
+        return np.concatenate([parts[block] for block in order], -1)
+
+    @property
+    def _left_out(self) -> list[int]:
+        """Their axes that ours lack."""
+        named = [axis for axis in self.axes if not isinstance(axis, EllipsisType)]
+        if len(named) < len(self.axes):
+            return []
+        return [axis for axis in range(max(named, default=-1)) if axis not in named]
 
     def _order(self, rank: int) -> list[int]:
+        """Their axes in the order of ours, and last those that are left out."""
         named = [axis for axis in self.axes if not isinstance(axis, EllipsisType)]
         rest = [axis for axis in range(rank) if axis not in named]
         order: list[int] = []
         for axis in self.axes:
             order += rest if isinstance(axis, EllipsisType) else [axis]
+        order += self._left_out
         if sorted(order) != list(range(rank)):
             raise ValueError(f'its {rank} axes cannot be laid out as {self.axes}')
         return order
@@ -117,6 +140,14 @@ class Layout:
                 f'shape {array.shape} is not a matrix of {wanted} features ({self.split})'
             )
         return array.shape[outputs], wanted
+
+
+def _equal_parts(array: np.ndarray, number: int, axis: int) -> list[np.ndarray]:
+    if number == 1:
+        return [array]
+    if not 0 <= axis < array.ndim or array.shape[axis] % number:
+        raise ValueError(f'its shape {array.shape} has not {number} equal parts on axis {axis}')
+    return np.split(array, number, axis)
 
 
 AS_IS = Layout()
@@ -181,6 +212,23 @@ def layer(
         raise TypeError(f'theirs must be a name, got {theirs!r}.')
     names = [(*weights, layout), (*biases, AS_IS)][: 1 + checked_flag('bias', bias)]
     return tuple(Pair(theirs + name, f'{joined(ours)}/{key}', lay) for name, key, lay in names)
+
+
+# The layers of Flax's cells that read the input and the hidden state, in the order of the gates.
+CELLS = {
+    'nnx.LSTMCell': ('ii if_ ig io', 'hi hf hg ho'),
+    'nnx.OptimizedLSTMCell': ('dense_i', 'dense_h'),
+    'nnx.GRUCell': ('dense_i', 'dense_h'),
+    'linen.LSTMCell': ('ii if ig io', 'hi hf hg ho'),
+    'linen.GRUCell': ('ir iz in', 'hr hz hn'),
+}
+
+
+def layers_of(cell: str, known: Collection[str] = CELLS) -> list[list[str]]:
+    """The layers of a cell of Flax: those that read the input, and those that read the state."""
+    if cell not in known:
+        raise ValueError(f'cell must be one of {", ".join(known)}, got {cell!r}.')
+    return [layers.split() for layers in CELLS[cell]]
 
 
 def joined(path: str | Sequence[Any]) -> str:
@@ -402,15 +450,23 @@ def _laid_out(label: str, turn: Callable[[Any], np.ndarray], array: np.ndarray) 
         raise EntryError(f'{label}: {error}') from None
 
 
-def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair]) -> Any:
+def parameters_from(
+    theirs: Mapping[str, Any],
+    like: Any,
+    mapping: Iterable[Pair],
+    *,
+    optimizer: str = 'RMSProp',
+) -> Any:
     """Their parameters as a tree like ours.
 
     Args:
       theirs: Arrays by name: `{k: v.detach() for k, v in model.named_parameters()}` in PyTorch,
-        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras. PyTorch's
-        `num_batches_tracked` is passed over where its `running_mean` is in a pair.
+        `{v.path: v.numpy() for v in model.trainable_variables}` in Keras, or a whole checkpoint of
+        TensorFlow 1. PyTorch's `num_batches_tracked` is passed over where its `running_mean` is in
+        a pair, and so are TensorFlow's `global_step` and the slots of variables that are there.
       like: A tree of arrays (or `jax.ShapeDtypeStruct`s) with our structure, shapes and dtypes.
       mapping: The pairs.
+      optimizer: The name of TensorFlow's optimizer, which is in the names of its slots.
 
     Raises:
       InterchangeError: Listing every parameter without a pair or an entry, every entry without a
@@ -428,8 +484,12 @@ def parameters_from(theirs: Mapping[str, Any], like: Any, mapping: Iterable[Pair
     conversion = Conversion('parameters cannot be converted', like, mapping)
     # PyTorch counts batches for a momentum of None only, and Flax has no such momentum.
     means = [name for name in conversion.by_name if name.endswith('.running_mean')]
-    counts = {name.removesuffix('running_mean') + 'num_batches_tracked' for name in means}
-    for name in sorted(checked_names('theirs', theirs).keys() - counts):
+    passed = {name.removesuffix('running_mean') + 'num_batches_tracked' for name in means}
+    if not isinstance(optimizer, str):
+        raise TypeError(f"optimizer must be the optimizer's name, got {optimizer!r}.")
+    slots = [f'/{optimizer}{number}' for number in ('', '_1', '_2')]
+    passed |= {name + slot for name in checked_names('theirs', theirs) for slot in slots}
+    for name in sorted(theirs.keys() - passed - {'global_step'}):
         with conversion.noted():
             pair_of(name, conversion.by_name)
     converted: list[Any] = []

@@ -2,9 +2,14 @@
 
 Collect them by name, and put them back the same way::
 
-    variables = {v.name: v.numpy() for v in optimizer.variables}
-    for v in optimizer.variables:
+    model = keras.saving.load_model(path)
+    variables = {v.name: v.numpy() for v in model.optimizer.variables}
+    for v in model.optimizer.variables:
         v.assign(converted[v.name])
+
+A `.weights.h5` file has numbers in the place of names, and so needs the model: compile it, call
+`model.optimizer.build(model.trainable_variables)`, then `model.load_weights(path)`. Without `build`
+Keras leaves the optimizer's state out, and only warns.
 
 Keras names a slot after the path of its variable, such as `sequential/dense/kernel`, with
 underscores: `sequential_dense_kernel_velocity`. In a `Pair`, `theirs` is that path. Keys may also
@@ -18,11 +23,12 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import checked_steps, checked_transformation
+from rmsprop_jax._checks import checked_flag, checked_steps, checked_transformation
 from rmsprop_jax._types import constant
 from rmsprop_jax.interchange._counterpart import Counterpart, Exchange
 from rmsprop_jax.interchange._mapping import (
     AS_IS,
+    CELLS,
     EntryError,
     Layout,
     Pair,
@@ -30,12 +36,14 @@ from rmsprop_jax.interchange._mapping import (
     as_count,
     as_number,
     checked_names,
+    joined,
     layer,
+    layers_of,
 )
 from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._state import injected, with_injected
 
-__all__ = ['batch_stats', 'dense', 'from_keras', 'norm', 'to_keras']
+__all__ = ['batch_stats', 'dense', 'from_keras', 'norm', 'recurrent', 'to_keras']
 __dir__ = __all__.copy
 
 _SLOTS = {'nu': 'velocity', 'mu': 'average_gradient', 'trace': 'momentum', 'ema': 'average'}
@@ -70,6 +78,59 @@ def batch_stats(theirs: str, ours: str | tuple[Any, ...]) -> tuple[Pair, ...]:
     variance. See `torch.batch_stats` for how to use them.
     """
     return layer(theirs, ours, ('/moving_mean', 'mean'), ('/moving_variance', 'var'), True)
+
+
+def recurrent(
+    theirs: str, ours: str | tuple[Any, ...], cell: str, *, bias: bool = True
+) -> tuple[Pair, ...]:
+    """The pairs of the cell of Keras's `LSTM` or `GRU` with a cell of Flax.
+
+    Keras has the gates of a cell in one array, and `LSTMCell` of Flax has an array for each; see
+    `torch.recurrent`. The LSTMs have the same one bias. The GRUs order their gates differently:
+    update, reset, candidate in Keras, and reset, update, candidate in Flax.
+
+    **GRU.** Keras's bias has two rows, one for the input and one for the hidden state. Flax's
+    `GRUCell` has the first only, so give it the second:
+    `cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)`. With `reset_after=False`, which is
+    not Keras's default, a GRU is another function, which Flax does not have. Its kernels have the
+    same shapes.
+
+    Args:
+      theirs: The path of the cell, `'lstm/lstm_cell'`.
+      ours: The path of our cell.
+      cell: `'nnx.LSTMCell'`, `'nnx.OptimizedLSTMCell'`, `'nnx.GRUCell'` or `'linen.LSTMCell'`. The
+        last one also fits Linen's `OptimizedLSTMCell`.
+      bias: Whether it has one.
+
+    Raises:
+      ValueError: If `cell` is none of these.
+
+    Example:
+      >>> from rmsprop_jax import interchange
+      >>> pairs = interchange.keras.recurrent('gru/gru_cell', 'cell', 'nnx.GRUCell')
+      >>> [(p.ours, p.layout.part) for p in pairs if p.theirs == 'gru/gru_cell/bias']
+      [('cell/dense_i/bias', (0, 2, 0)), ('cell/dense_h/bias', (1, 2, 0))]
+
+    Source: Keras 3.15, keras/src/layers/rnn/lstm.py and gru.py; Flax 0.12.8,
+    flax/nnx/nn/recurrent.py.
+    """
+    # For Linen's GRUCell, the two rows of a bias would have to be split into gates.
+    halves = layers_of(cell, [name for name in CELLS if name != 'linen.GRUCell'])
+    if not isinstance(theirs, str):
+        raise TypeError(f'theirs must be a name, got {theirs!r}.')
+    is_gru, has_bias = cell == 'nnx.GRUCell', checked_flag('bias', bias)
+    blocks = (1, 0, 2) if is_gru else ()
+    pairs: list[Pair] = []
+    for half, kernel, gates in zip((0, 1), ('kernel', 'recurrent_kernel'), halves, strict=True):
+        for i, gate in enumerate(gates):
+            path, number = f'{joined(ours)}/{gate}', len(gates)
+            layout = Layout(part=(i, number, 1), blocks=blocks)
+            pairs.append(Pair(f'{theirs}/{kernel}', f'{path}/kernel', layout))
+            if has_bias and (is_gru or half == 1):
+                row = Layout((1,), part=(half, 2, 0), blocks=blocks)
+                layout = row if is_gru else Layout(part=(i, number, 0))
+                pairs.append(Pair(f'{theirs}/bias', f'{path}/bias', layout))
+    return tuple(pairs)
 
 
 def from_keras(

@@ -7,6 +7,18 @@ A checkpoint contains the slots next to the variables and numbers them in order:
     variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 Make the pairs of layers with `interchange.keras`: axes and names are the same in TensorFlow.
+
+The optimizers of `tf_keras.optimizers.legacy`, which are those of Keras in TensorFlow 2.0 to 2.10,
+have the same slots. Ask for them by `get_slot`, pass `name=None` and the count, and let
+`dialects.keras_legacy` go on::
+
+    named = {v.name.removesuffix(':0'): v for v in model.trainable_variables}
+    slots = {
+        f'{name}/{slot}': optimizer.get_slot(v, slot).numpy()
+        for name, v in named.items()
+        for slot in optimizer.get_slot_names()
+    }
+    state = from_tensorflow(slots, tx, params, pairs, name=None, count=int(optimizer.iterations))
 """
 
 import dataclasses
@@ -157,13 +169,15 @@ def to_tensorflow(
 
     Raises:
       InterchangeError: Listing every moment without a pair or a counterpart in TensorFlow, every
-        parameter that has only one of `nu` and `trace` (TensorFlow always has a `momentum`, as does
-        `dialects.tensorflow`), and every velocity on the other side of a learning rate that
-        changes.
+        parameter that has only one of `nu` and `trace` (TensorFlow 1 always has a `momentum`, as
+        does `dialects.tensorflow`; with `name=None` a `nu` alone is accepted), and every velocity
+        on the other side of a learning rate that changes.
     """
     exchange = Exchange('the state cannot be written for TensorFlow', params, mapping)
     moments, trial = exchange.our_moments('TensorFlow', tx, state)
-    for path in sorted(moments.columns['nu'].keys() ^ moments.columns['trace'].keys()):
+    nu, trace = (moments.columns[moment].keys() for moment in ('nu', 'trace'))
+    # Keras's optimizer without momentum has no such slot, and names slots as get_slot does.
+    for path in sorted(nu ^ trace if name is not None else trace - nu):
         exchange.add(f'{path!r} lacks a nu or a trace, but TensorFlow has both')
     counterparts = _counterparts(exchange, name, moments.columns['mu'])
     exchange.counterparts = _with_epsilon(counterparts, moments)

@@ -45,6 +45,7 @@ from rmsprop_jax.interchange._mapping import (
     checked_names,
     joined,
     layer,
+    layers_of,
 )
 from rmsprop_jax.interchange._measure import Trial
 from rmsprop_jax.interchange._settings import counterparts_of, transforms_of
@@ -124,15 +125,6 @@ def batch_stats(theirs: str, ours: str | tuple[Any, ...]) -> tuple[Pair, ...]:
     return layer(theirs, ours, ('.running_mean', 'mean'), ('.running_var', 'var'), True)
 
 
-_CELLS = {
-    'nnx.LSTMCell': ('ii if_ ig io', 'hi hf hg ho'),
-    'nnx.OptimizedLSTMCell': ('dense_i', 'dense_h'),
-    'nnx.GRUCell': ('dense_i', 'dense_h'),
-    'linen.LSTMCell': ('ii if ig io', 'hi hf hg ho'),
-    'linen.GRUCell': ('ir iz in', 'hr hz hn'),
-}
-
-
 def recurrent(
     theirs: str,
     ours: str | tuple[Any, ...],
@@ -179,8 +171,7 @@ def recurrent(
     Source: PyTorch 2.13, torch/nn/modules/rnn.py; Flax 0.12.8, flax/nnx/nn/recurrent.py and
     flax/linen/recurrent.py.
     """
-    if cell not in _CELLS:
-        raise ValueError(f'cell must be one of {", ".join(_CELLS)}, got {cell!r}.')
+    layers = layers_of(cell)
     for name, value in (('theirs', theirs), ('suffix', suffix)):
         if not isinstance(value, str):
             raise TypeError(f'{name} must be a name, got {value!r}.')
@@ -188,8 +179,7 @@ def recurrent(
         if bias not in ('ih', 'hh'):
             raise ValueError(f"biases must be among 'ih' and 'hh', got {bias!r}.")
     pairs: list[Pair] = []
-    for half, layers in zip(('ih', 'hh'), _CELLS[cell], strict=True):
-        gates = layers.split()
+    for half, gates in zip(('ih', 'hh'), layers, strict=True):
         for i, gate in enumerate(gates):
             part = (i, len(gates), 0)
             names = [(f'.weight_{half}{suffix}', 'kernel'), (f'.bias_{half}{suffix}', 'bias')]
