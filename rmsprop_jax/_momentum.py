@@ -90,7 +90,7 @@ def trace_step(
         checked_state(state, TraceState)
         decay = decay_.at(state.count)
 
-        def step(g: jax.Array, velocity: jax.Array, way: Any) -> tuple[jax.Array, jax.Array]:
+        def step(way: Any, g: jax.Array, velocity: jax.Array) -> tuple[jax.Array, jax.Array]:
             del way
             d = cast(decay, g.real.dtype)
             velocity = g + componentwise(operator.mul, velocity, d)

@@ -1,12 +1,11 @@
 """`scale_by_rms`: gradients divided by the root of a running second moment or variance."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag, checked_state
 from rmsprop_jax._core import moments
@@ -15,7 +14,6 @@ from rmsprop_jax._core.leaves import Statistic, map_leaves
 from rmsprop_jax._types import (
     Hyperparameter,
     RmsState,
-    Scalar,
     ScalarOrSchedule,
     cast,
     constant,
@@ -180,19 +178,26 @@ def rms_step(
 
         unit = None if state.unit is None else next_unit(state.unit, decay)
 
-        by_dtype = functools.partial(_scalars, decay, one_minus_decay, eps, weights, state.unit)
-
-        def plain(g: jax.Array, nu: jax.Array, way: moments.Arithmetic) -> Any:
-            by = by_dtype(nu.dtype)
-            return moments.plain_step(g, nu, by, eps_in_sqrt, is_positive, way)
-
-        def central(g: jax.Array, var: jax.Array, mu: jax.Array, way: moments.Arithmetic) -> Any:
-            by = by_dtype(var.dtype)
-            return moments.centered_step(g, var, mu, by, eps_in_sqrt, is_positive, way)
+        def step(
+            way: moments.Arithmetic, g: jax.Array, magnitude: jax.Array, *mean: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            dtype = magnitude.dtype
+            by = moments.Scalars(
+                decay=rounded(decay, dtype),
+                complement=rounded(one_minus_decay, dtype),
+                eps=cast(eps, dtype),
+                weights=weights and (weights[0].astype(dtype), weights[1].astype(dtype)),
+                unit=1 if state.unit is None else state.unit,
+            )
+            if centered:
+                return moments.centered_step(
+                    g, magnitude, mean[0], by, eps_in_sqrt, is_positive, way
+                )
+            return moments.plain_step(g, magnitude, by, eps_in_sqrt, is_positive, way)
 
         trees = [(x, getattr(state, x.name)) for x in (first, *others)]
         new_updates, magnitude, *mean = map_leaves(
-            central if centered else plain,
+            step,
             updates,
             trees,
             count=state.count,
@@ -233,19 +238,6 @@ def scale_by_stddev(
     """
     return scale_by_rms(
         decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=True, storage=storage
-    )
-
-
-def _scalars(
-    decay: Scalar, complement: Scalar, eps: Scalar, weights: Any, unit: Any, dtype: DTypeLike
-) -> moments.Scalars:
-    """The numbers of a step in the precision of one leaf."""
-    return moments.Scalars(
-        decay=rounded(decay, dtype),
-        complement=rounded(complement, dtype),
-        eps=cast(eps, dtype),
-        weights=weights and (weights[0].astype(dtype), weights[1].astype(dtype)),
-        unit=1 if unit is None else unit,
     )
 
 

@@ -3,9 +3,11 @@
 Ways of running it, homes of parameters and derivatives at zero are crossed in `test_crossing.py`.
 """
 
+import collections
 import functools
 import inspect
 import pickle
+import sys
 
 import chex
 import jax
@@ -17,8 +19,10 @@ from absl.testing import parameterized
 from cases import CASES, Case
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr, tree_flatten_with_path
 
 import rmsprop_jax
+from rmsprop_jax._checks import inexact_dtype
 
 
 def each(cases):
@@ -140,6 +144,38 @@ def test_traces_once(case):
     init = jax.jit(chex.assert_max_traces(tx.init, n=1))
     chex.assert_trees_all_equal(init(params), init(gradient(params)))
     steps(tx, params, 4, update)
+
+
+@each_case
+def test_each_gradient_is_checked_once_a_trace(case):
+    """At the edge of the transformation that is called; those inside of it trust it."""
+    checked = collections.Counter()
+
+    def look(frame, event, _):
+        if event == 'call' and frame.f_code is inexact_dtype.__code__:
+            checked[frame.f_locals['name']] += 1
+
+    tx, params = case.tx, tree()
+    state = jax.eval_shape(tx.init, params)
+    sys.setprofile(look)
+    try:
+        jax.make_jaxpr(tx.update)(params, state, params)
+    finally:
+        sys.setprofile(None)
+    names = [f'updates{keystr(path)}' for path, _ in tree_flatten_with_path(params)[0]]
+    assert checked == dict.fromkeys(names, 1)
+
+
+@each([c for c in CASES if not (c.needs_params or c.rewrites_params or c.name == 'cautious')])
+def test_parameters_that_no_step_reads_stay_as_they_are(case):
+    """Nothing is computed from them, not even their conversion to float32."""
+    tx, params = case.tx, tree(jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+    count = len(jax.tree.leaves(params))
+    assert not {*program.invars[-count:]} & {
+        x for eqn in program.eqns for x in eqn.invars if not hasattr(x, 'val')
+    }
 
 
 @pytest.mark.extended

@@ -87,10 +87,6 @@ class Statistic:
         chosen = format_of(self.storage, self.name, own, shape, is_complex, spec)
         return chosen.of_pairs() if splits else chosen
 
-    def shape(self, param: Any) -> tuple[int, ...]:
-        """The statistic's shape for a parameter, or for one device's share of it."""
-        return (*jnp.shape(param), 2) if self.splits(param) else jnp.shape(param)
-
 
 def init_like(params: Any, fill: Any) -> Any:
     """A tree filled with one number, in float32 or wider, shaped and placed like `params`."""
@@ -112,8 +108,8 @@ def map_leaves(
     The caller has checked that gradients are floating or complex.
 
     Args:
-      step: Takes a gradient, the same leaf of each statistic, and the `Arithmetic` of the first
-        format. The leaves are decoded and all in one precision. Returns a tuple: the new update,
+      step: Takes the `Arithmetic` of the first format, a gradient, and the same leaf of each
+        statistic. The leaves are decoded and all in one precision. Returns a tuple: the new update,
         which is then cast to the gradient's dtype, and the new leaf of each statistic, which is
         then encoded.
       updates: The tree of gradients.
@@ -151,14 +147,13 @@ def map_leaves(
         if param is not None:
             check_kind(name, g, param)
         shape = whole_shape(jnp.shape(g), spec)
-        formats = [x.format(own, shape, g, spec) for x in statistics]
-        for statistic, kept, leaf in zip(statistics, formats, stored, strict=True):
-            _check_stored(name, g, statistic, kept, leaf, spec)
-        keys = [
-            kept.key(f'{statistic.name}{keystr(own)}')
-            for kept, statistic in zip(formats, statistics, strict=True)
-        ]
-        split = any(x.splits(g) for x in statistics)
+        split = statistics[0].splits(g)
+        formats, keys = [], []
+        for statistic, leaf in zip(statistics, stored, strict=True):
+            kept = statistic.format(own, shape, g, spec)
+            _check_stored(name, g, split, statistic, kept, leaf, spec)
+            formats.append(kept)
+            keys.append(kept.key(f'{statistic.name}{keystr(own)}') if kept.rounds else None)
         update, *new = leaf_step(tuple(formats), spec, split, g, stored, keys)
         held = (held_as(x, old) for x, old in zip(new, stored, strict=True))
         results.append((update, *held))
@@ -182,10 +177,11 @@ def _leaf_step(
     decoded = [
         kept._decode(leaf, unit) for kept, leaf, unit in zip(formats, stored, before, strict=True)
     ]
-    wide = np.result_type(*[real_dtype(x.dtype) for x in decoded])
+    wide = real_dtype(np.result_type(*[x.dtype for x in decoded]))
+    dtypes = {False: wide, True: np.promote_types(wide, np.complex64)}
     parts = _as_pairs(g) if split else jnp.asarray(g)
-    way = formats[0].arithmetic
-    update, *new = step(*[_in_precision(x, wide) for x in (parts, *decoded)], way)
+    alike = [x.astype(dtypes[jnp.iscomplexobj(x)]) for x in (parts, *decoded)]
+    update, *new = step(formats[0].arithmetic, *alike)
     encoded = [
         kept.encode(x, kept.bits(key, count, x.shape, spec), unit)
         for kept, key, x, unit in zip(formats, keys, new, after, strict=True)
@@ -209,10 +205,6 @@ def _is_staged() -> bool:
     return isinstance(jnp.zeros(()), Tracer)
 
 
-def _in_precision(x: jax.Array, wide: np.dtype) -> jax.Array:
-    return x.astype(np.promote_types(wide, np.complex64) if jnp.iscomplexobj(x) else wide)
-
-
 def widen(tree: Any) -> Any:
     """Casts floating and complex leaves to their accumulation dtype; other leaves are unchanged.
 
@@ -234,9 +226,15 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def _check_stored(
-    name: str, g: Any, statistic: Statistic, kept: Format, stored: Any, spec: PartitionSpec | None
+    name: str,
+    g: Any,
+    split: bool,
+    statistic: Statistic,
+    kept: Format,
+    stored: Any,
+    spec: PartitionSpec | None,
 ) -> None:
-    shape = statistic.shape(g)
+    shape = (*jnp.shape(g), 2) if split else jnp.shape(g)
     fault = kept.fault(stored, shape)
     if fault is not None:
         message = f'{name} has shape {jnp.shape(g)}, but {statistic.name} {fault} there.'
@@ -249,5 +247,5 @@ def _check_stored(
                     'update the argument partition_specs.'
                 )
         raise ValueError(message)
-    if not (statistic.real or statistic.splits(g)):
+    if not (statistic.real or split):
         check_kind(name, g, stored)
