@@ -181,11 +181,8 @@ class Identification:
         return {
             'outcome': self.outcome,
             'dialects': list(self.dialects),
-            'problem': self.problem,
             'verdict': self.verdict,
-            'precision': self.precision,
-            'tolerance': self.tolerance,
-            'facts': {name: dataclasses.asdict(fact) for name, fact in self.facts.items()},
+            **dataclasses.asdict(self),
             'candidates': [plain(c) for c in self.candidates],
             'rivals': [plain(c) for c in self.rivals],
         }
