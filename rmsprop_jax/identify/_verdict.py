@@ -181,8 +181,11 @@ class Identification:
         return {
             'outcome': self.outcome,
             'dialects': list(self.dialects),
+            'problem': self.problem,
             'verdict': self.verdict,
-            **dataclasses.asdict(self),
+            'precision': self.precision,
+            'tolerance': self.tolerance,
+            'facts': {name: dataclasses.asdict(fact) for name, fact in self.facts.items()},
             'candidates': [plain(c) for c in self.candidates],
             'rivals': [plain(c) for c in self.rivals],
         }
