@@ -210,8 +210,8 @@ def update_ratios(updates: Any, params: Any, labels: Labels = None) -> dict[str,
       0.001
     """
     groups = _groups(params, labels)
-    steps = _grouped(groups, _leaves('updates', updates))
-    sizes = _grouped(groups, _leaves('params', params))
+    trees = _leaves('updates', updates), _leaves('params', params)
+    steps, sizes = (_grouped(groups, leaves) for leaves in trees)
 
     def ratio(step: jax.Array, size: jax.Array) -> jax.Array:
         return jnp.where(step == 0, 0, step / jnp.where(step == 0, 1, size))
