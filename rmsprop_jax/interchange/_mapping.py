@@ -119,6 +119,15 @@ class Layout:
         return array.shape[outputs], wanted
 
 
+def shape_here(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of their array with our axes.
+
+    Raises:
+      ValueError: If an array of this shape does not have the axes of the layout.
+    """
+    return layout.to_ours(np.broadcast_to(np.int8(0), shape)).shape
+
+
 AS_IS = Layout()
 KERNEL = Layout((..., 1, 0))
 
