@@ -527,7 +527,7 @@ WRONG_FILES = [
         lambda group: interchange.to_torch(STATE, PARAMS, PAIRS, [group], names=NAMES),
         (GROUP | {'momentum': np.ones(3)},),
         ValueError,
-        "'dense.weight' has momentum=array.* in its group, which is no number",
+        "'dense.weight' has momentum=array.* in its group, which is not a number",
     ),
     (interchange.nnx.set_state, (3, STATE), TypeError, 'optimizer must be an nnx.Optimizer, got'),
     (interchange.nnx.set_state, (NNX, {'x': 3}), ValueError, "'x' is not in the optimizer"),
@@ -898,7 +898,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
         (interchange.read_checkpoint, name): (3, TypeError, f'^{name} must be keys.*got 3')
         for name in ('model', 'optimizer')
     },
-    (interchange.restore_port, 'learning_rate'): ('x', ValueError, 'not a port that was completed'),
+    (interchange.restore_port, 'learning_rate'): ('x', ValueError, 'not a complete port'),
     (interchange.to_torch, 'state'): (3, ValueError, STRAY),
     (interchange.to_torch, 'param_groups'): (
         3,

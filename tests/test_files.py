@@ -214,8 +214,36 @@ def test_dtypes_of_pytorch(kind, tmp_path):
 def test_a_pytorch_file_that_is_cut_off(length, tmp_path):
     path = tmp_path / 'run.pt'
     path.write_bytes((FILES / 'run.pt').read_bytes()[:length])
-    with pytest.raises(interchange.InterchangeError, match='not take it for a whole PyTorch file'):
+    with pytest.raises(interchange.InterchangeError, match='cannot read it as a PyTorch file'):
         interchange.read_checkpoint(path)
+
+
+@needs_torch
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16'])
+def test_a_tensor_that_repeats_its_numbers_takes_no_memory(kind, tmp_path):
+    torch = importlib.import_module('torch')
+    one = torch.ones(1, dtype=getattr(torch, kind))
+    torch.save({'w': one.expand(10**11)}, tmp_path / 'w.pt')
+    with pytest.raises(interchange.InterchangeError, match='w cannot be an array: it would take'):
+        interchange.read_checkpoint(tmp_path / 'w.pt')
+    torch.save({'w': one.expand(3)}, tmp_path / 'w.pt')
+    assert interchange.read_checkpoint(tmp_path / 'w.pt').arrays['w'].tolist() == [1, 1, 1]
+
+
+@needs_torch
+def test_containers_in_themselves_and_in_others(tmp_path):
+    torch = importlib.import_module('torch')
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    torch.save({'model': {'w': torch.ones(1)}, 'more': cycle}, tmp_path / 'w.pt')
+    with pytest.raises(interchange.InterchangeError, match='nested too deeply'):
+        interchange.read_checkpoint(tmp_path / 'w.pt')
+    # A list that is twice in a list that is twice in a list, and so on: 2^40 in all.
+    twice: list[Any] = []
+    for _ in range(40):
+        twice = [twice, twice]
+    torch.save({'model': {'w': torch.ones(1)}, 'more': twice}, tmp_path / 'w.pt')
+    assert interchange.read_checkpoint(tmp_path / 'w.pt').places == ('model', None)
 
 
 @needs_torch
@@ -266,10 +294,10 @@ W = {'w': np.ones(2)}
         (W, {}, ('', None)),
         ({'state_dict': W, 'optimizer_states': [ADAM]}, {}, ('state_dict', 'optimizer_states/0')),
         ({'a': W, 'b': W}, {'model': 'b'}, ('b', None)),
-        ({'a': W, 'b': W}, {}, "several state dictionaries: say model=, one of 'a', 'b'"),
+        ({'a': W, 'b': W}, {}, "several state dictionaries: pass model=, one of 'a', 'b'"),
         ({'a': W}, {'model': 'c'}, "model 'c' is not in it; there is 'a'"),
         ({'a': W, 'g': ADAM, 'd': ADAM}, {'optimizer': 'd'}, ('a', 'd')),
-        ({'a': W, 'g': ADAM, 'd': ADAM}, {}, "say optimizer=, one of 'g', 'd'"),
+        ({'a': W, 'g': ADAM, 'd': ADAM}, {}, "pass optimizer=, one of 'g', 'd'"),
         ({'epoch': 3}, {}, 'no state dictionary of a model'),
         ([1, 2], {}, 'no state dictionary of a model'),
     ],
@@ -315,17 +343,17 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     'list': (safetensors([1]), 'not a JSON object'),
     'twice': (
         safetensors(b'{"w": %s, "w": %s}' % ((json.dumps(ENTRY).encode(),) * 2)),
-        "'w' is in it 2 times",
+        "it has 'w' 2 times",
     ),
     'cut data': (safetensors({'w': ENTRY}, bytes(7)), "'w' ends at byte 8 of 7: .* cut off"),
     'more data': (safetensors({'w': ENTRY}, bytes(9)), '1 bytes at its end belong to no array'),
     'overlap': (
         safetensors({'v': ENTRY, 'w': ENTRY | {'data_offsets': [4, 12]}}, bytes(12)),
-        "'w' begins at byte 4, and what is before it ends at 8",
+        "'w' begins at byte 4, but the data before it ends at byte 8",
     ),
     'hole': (
         safetensors({'v': ENTRY, 'w': ENTRY | {'data_offsets': [12, 20]}}, bytes(20)),
-        "'w' begins at byte 12, and what is before it ends at 8",
+        "'w' begins at byte 12, but the data before it ends at byte 8",
     ),
     'backwards': (safetensors({'w': ENTRY | {'data_offsets': [8, 0]}}), 'has -8 bytes'),
     'negative': (safetensors({'w': ENTRY | {'data_offsets': [-8, 0]}}), 'data_offsets .* lengths'),
@@ -337,7 +365,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     'shape': (safetensors({'w': ENTRY | {'shape': [2.0]}}), 'shape of .w. is not a list of length'),
     'flag': (safetensors({'w': ENTRY | {'shape': [True, 2]}}), 'shape .* is not a list of length'),
     'axes': (safetensors({'w': ENTRY | {'shape': [2] + [1] * 99}}), 'has 100 axes'),
-    'dtype': (safetensors({'w': ENTRY | {'dtype': 'F4'}}), "dtype that is unknown here: 'F4'"),
+    'dtype': (safetensors({'w': ENTRY | {'dtype': 'F4'}}), "has an unsupported dtype, 'F4'"),
     'no dtype': (safetensors({'w': {'shape': [2]}}), 'must have dtype, shape and data_offsets'),
     'more': (safetensors({'w': ENTRY | {'more': 1}}), 'and nothing else'),
     'boolean': (
@@ -728,7 +756,9 @@ TINY = zeros(fc={'kernel': (2, 3), 'bias': (3,)}, norm={'scale': (3,)})
 
 
 def test_guesses_and_gaps_are_refused_with_their_reasons():
-    with pytest.raises(interchange.InterchangeError, match='the order of the model is taken') as e:
+    with pytest.raises(
+        interchange.InterchangeError, match='the order of the model is assumed'
+    ) as e:
         interchange.from_checkpoint(tiny(), TINY)
     assert len(e.value.problems) == 1
     ours = {**TINY, 'more': zeros(kernel=(9, 9))}
@@ -736,8 +766,8 @@ def test_guesses_and_gaps_are_refused_with_their_reasons():
     with pytest.raises(interchange.InterchangeError) as e:
         interchange.from_checkpoint(tiny(), ours, accept_guesses=True)
     text = str(e.value)
-    assert "missing: 'more/kernel': no free array of theirs becomes (9, 9)" in text
-    assert "left over: 'norm.weight': of shape (3,), it is chosen for nothing" in text
+    assert "missing: 'more/kernel': none of their unpaired arrays becomes (9, 9)" in text
+    assert "left over: 'norm.weight': it has shape (3,), and no path of ours takes it" in text
     assert 'the groups have 3 parameters and no names, and the model has 2' in text
 
 
@@ -874,7 +904,7 @@ def test_a_port_that_is_not_whole_or_not_of_this_model(tmp_path, monkeypatch):
     ):
         interchange.restore_port(folder, other)
     (folder / 'port.json').unlink()
-    with pytest.raises(interchange.InterchangeError, match='not a port that was completed'):
+    with pytest.raises(interchange.InterchangeError, match='not a complete port'):
         interchange.restore_port(folder, TINY)
 
 

@@ -712,8 +712,8 @@ def test_every_offending_entry_is_listed():
         "square_avg of 'fc.bias' has dtype int64, not a floating or complex one",
         "momentum_buffer of 'fc.bias' has shape (4,) with our axes where 'fc/bias' has (3,): "
         "are the names in the optimizer's order?",
-        "exp_avg of 'fc.bias' is nothing that RMSProp keeps",
-        "step of 'fc.bias' is missing or no step count",
+        "exp_avg of 'fc.bias' is not part of the state of RMSProp",
+        "step of 'fc.bias' is missing or not a step count",
         'state 2 does not belong to any parameter of the groups',
         'parameters have taken different numbers of steps (0: fc.bias; 7: fc.weight): pass count',
     }
@@ -781,7 +781,9 @@ def test_a_shared_second_moment_of_complex_parameters_does_not_become_pytorchs()
     pairs, groups = [interchange.Pair('w', 'w')], [_group([0]) | {'param_names': ['w']}]
     state = rmsprop_jax.rmsprop(0.1).init(params)
     found = _problems(lambda: interchange.to_torch(state, params, pairs, groups))
-    assert found == ("nu of 'w' is one for real and imaginary parts, PyTorch has two",)
+    assert found == (
+        "nu of 'w' is shared by real and imaginary parts, and PyTorch has one for each",
+    )
 
 
 def test_names_must_cover_the_numbers():
@@ -830,7 +832,7 @@ def test_a_step_that_counts_nothing_is_refused(step: Any):
     theirs = _theirs(step=step)
     found = _problems(lambda: interchange.from_torch(theirs, _schedules(), _params(), _fc()))
     assert found == tuple(
-        f'step of {name!r} is missing or no step count' for name in ('fc.weight', 'fc.bias')
+        f'step of {name!r} is missing or not a step count' for name in ('fc.weight', 'fc.bias')
     )
 
 

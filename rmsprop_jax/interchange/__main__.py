@@ -37,9 +37,9 @@ from rmsprop_jax.interchange._propose import propose_pairs
 def _parser() -> OneLineParser:
     made = OneLineParser(
         prog='python -m rmsprop_jax.interchange',
-        description='List what a PyTorch checkpoint holds, propose pairs with the parameters of a '
-        'Flax model, and write both and the state of the optimizer with Orbax.',
-        epilog='Exit codes: 0, all is well; 1, something is missing, or only guessed without '
+        description='List the contents of a PyTorch checkpoint, propose pairs with the parameters '
+        'of a Flax model, and write parameters and optimizer state with Orbax.',
+        epilog='Exit codes: 0, success; 1, something is missing, or only guessed without '
         '--accept-guesses; 2, a file or an option cannot be read. Read the folder with '
         'interchange.restore_port.',
         allow_abbrev=False,
@@ -56,7 +56,9 @@ def _parser() -> OneLineParser:
         help='the shapes of your model, as interchange.save_template writes them',
     )
     made.add_argument('--out', type=Path, metavar='FOLDER', help='a new folder to write')
-    made.add_argument('--accept-guesses', action='store_true', help='take what is only guessed')
+    made.add_argument(
+        '--accept-guesses', action='store_true', help='accept guessed pairs and names'
+    )
     made.add_argument(
         '--pair',
         action='append',
@@ -64,7 +66,7 @@ def _parser() -> OneLineParser:
         type=_pair,
         dest='known',
         metavar='THEIRS=OURS=LAYOUT',
-        help='a pair that you know, as fc.weight=fc/kernel=kernel; LAYOUT is as_is, kernel '
+        help='a pair that you know, such as fc.weight=fc/kernel=kernel; LAYOUT is as_is, kernel '
         '(axes swapped) or flattened:CHANNELS,HEIGHT,WIDTH',
     )
     made.add_argument(
@@ -92,10 +94,10 @@ def _parser() -> OneLineParser:
         help='a parameter that gets no update',
     )
     made.add_argument(
-        '--model', metavar='KEYS', help='where the model is in the file, as ema/model'
+        '--model', metavar='KEYS', help='the keys of the model in the file, such as ema/model'
     )
-    made.add_argument('--optimizer', metavar='KEYS', help='where the optimizer is in the file')
-    made.add_argument('--dialect', choices=DIALECTS, help='whose optimizer it was')
+    made.add_argument('--optimizer', metavar='KEYS', help='the keys of the optimizer')
+    made.add_argument('--dialect', choices=DIALECTS, help='the dialect of the optimizer')
     return made
 
 
@@ -115,7 +117,7 @@ def _layout(text: str) -> Layout:
 
 
 def _listing(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """What a file holds, line by line."""
+    """The contents of a file, line by line."""
     model, optimizer = (f' at {shown(x)!r}' if x else '' for x in checkpoint.places)
     arrays = checkpoint.arrays
     yield f'{shown(path.name)}: {len(arrays)} parameters and buffers{model}'
@@ -203,10 +205,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _wide_enough(template: Any) -> contextlib.AbstractContextManager[Any]:
-    """Lets JAX have 64 bits if the template has."""
+    """Enables 64 bits in JAX if the template has them."""
     if all(x.dtype.name not in ('float64', 'complex128') for x in jax.tree.leaves(template)):
         return contextlib.nullcontext()
-    # It has another place before JAX 0.8.
+    # Before JAX 0.8 it is in jax.experimental.
     home = jax if hasattr(jax, 'enable_x64') else importlib.import_module('jax.experimental')
     return home.enable_x64(True)
 

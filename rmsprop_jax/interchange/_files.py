@@ -1,4 +1,4 @@
-"""Checkpoint files of PyTorch: what is in them, as NumPy arrays and plain values."""
+"""Reads PyTorch's checkpoint files into NumPy arrays and plain values."""
 
 import collections
 import dataclasses
@@ -20,9 +20,9 @@ from rmsprop_jax.interchange._mapping import InterchangeError
 
 # Before 2.6 `weights_only=True` could be made to run code (CVE-2025-32434).
 _OLDEST_TORCH = (2, 6)
-# That of the safetensors package: its header is parsed before anything else is known.
+# The limit of the safetensors package: a header is parsed before anything else is known.
 _LONGEST_HEADER = 100_000_000
-# How the name of an index ends that says which array is in which file.
+# The end of the name of an index, which says which array is in which file.
 _INDEX = '.safetensors.index.json'
 _DTYPES: dict[str, Any] = {
     'BOOL': np.bool_,
@@ -38,12 +38,13 @@ _DTYPES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds of a PyTorch run.
+    """The contents of a PyTorch checkpoint.
 
     Attributes:
       arrays: The model's parameters and buffers by name, in the order of the file.
       optimizer: The optimizer's state dictionary, or None if the file has none.
-      places: Where in the file the two were found, as `'model/state_dict'`; '' is its top.
+      places: The keys under which the two were found, such as `'model/state_dict'`; '' is the top
+        level, and None means none.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -63,9 +64,9 @@ def read_checkpoint(
 
     Args:
       path: The file, or the index.
-      model: The keys of the model's state dictionary within a PyTorch file, as `'ema/state_dict'`.
-        None finds it, if there is only one.
-      optimizer: The same of the optimizer's state dictionary.
+      model: The keys of the model's state dictionary in a PyTorch file, such as
+        `'ema/state_dict'`. None finds it if there is only one.
+      optimizer: The same for the optimizer's state dictionary.
 
     Raises:
       InterchangeError: If a file is damaged, missing or holds something else, or if it has several
@@ -87,7 +88,7 @@ def read_checkpoint(
     """
     for name, value in (('model', model), ('optimizer', optimizer)):
         if not isinstance(value, str | None):
-            raise TypeError(f'{name} must be keys, as "a/b", or None, got {value!r}.')
+            raise TypeError(f'{name} must be keys such as "a/b", or None, got {value!r}.')
     path = checked_path('path', path)
     if not os.path.isfile(path):  # Which does not raise, whatever the name is.
         raise FileNotFoundError(f'{shown(str(path))} is not a file.')
@@ -116,7 +117,7 @@ def checked_path(name: str, value: Any) -> Path:
 
 
 def shown(name: str) -> str:
-    """A name from a file, without what a terminal would obey."""
+    """A name from a file, with control characters escaped."""
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
@@ -197,7 +198,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda x: x[1][2:]):
             if begin != end:
                 raise ValueError(
-                    f'{shown(name)!r} begins at byte {begin}, and what is before it ends at {end}'
+                    f'{shown(name)!r} begins at byte {begin}, but the data before it ends at byte '
+                    f'{end}'
                 )
             if stop > buffer.size:
                 raise ValueError(
@@ -218,7 +220,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, number in collections.Counter(name for name, _ in pairs).items():
         if number > 1:
-            raise ValueError(f'{shown(name)!r} is in it {number} times')
+            raise ValueError(f'it has {shown(name)!r} {number} times')
     return dict(pairs)
 
 
@@ -226,13 +228,13 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     """The dtype, shape, begin and end of an array.
 
     Raises:
-      ValueError: If the header does not say all of it without contradiction.
+      ValueError: If the entry is incomplete or contradicts itself.
     """
     name = shown(name)
     if not isinstance(entry, dict) or entry.keys() != {'dtype', 'shape', 'data_offsets'}:
         raise ValueError(f'{name!r} must have dtype, shape and data_offsets, and nothing else')
     if not isinstance(entry['dtype'], str) or entry['dtype'] not in _DTYPES:
-        raise ValueError(f'{name!r} has a dtype that is unknown here: {entry["dtype"]!r:.40}')
+        raise ValueError(f'{name!r} has an unsupported dtype, {entry["dtype"]!r:.40}')
     shape, offsets = entry['shape'], entry['data_offsets']
     for key, value in (('shape', shape), ('data_offsets', offsets)):
         whole = isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
@@ -257,7 +259,7 @@ def _torch() -> Any:
     except ImportError:
         raise ImportError(
             f'PyTorch files need PyTorch: pip install torch, or {install("torch")}. Or save the '
-            'parameters as safetensors, which needs nothing.'
+            'parameters as safetensors, which needs no other package.'
         ) from None
     release = re.match(r'(\d+)\.(\d+)', str(torch.__version__))
     if release is None or tuple(map(int, release.groups())) < _OLDEST_TORCH:
@@ -276,32 +278,51 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # PyTorch documents none, and raises many.
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         found = re.search(r'Unsupported (global|class).*?(?= Please| Use|$)', reason)
-        problem = f'torch.load does not take it for a whole PyTorch file ({reason[:200]})'
+        problem = f'torch.load cannot read it as a PyTorch file ({reason[:200]})'
         if found is not None:
             problem = (
-                'it holds more than tensors and plain values, which is not read, since it could '
-                f'run code: save state dictionaries only. PyTorch says: {found[0][:200]}'
+                'it contains more than tensors and plain values. Such a file is not loaded, since '
+                f'it could run code: save state dictionaries only. PyTorch says: {found[0][:200]}'
             )
         raise _damaged(path, problem) from None
-    return _plain(path, torch, loaded, '')
-
-
-def _plain(path: Path, torch: Any, value: Any, place: str) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(path, torch, x, f'{place}/{key}') for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(path, torch, x, f'{place}/{i}') for i, x in enumerate(value)]
-    if not isinstance(value, torch.Tensor):
-        return value
     try:
-        value = value.detach()
-        # NumPy has neither bfloat16 nor float8; float32 holds all of their numbers.
-        narrow = value.is_floating_point() and value.dtype not in (
-            *(torch.float16, torch.float32, torch.float64),
-        )
-        return (value.float() if narrow else value.resolve_conj().resolve_neg()).numpy()
-    except (TypeError, RuntimeError) as error:
-        raise _damaged(path, f'{shown(place[1:])} cannot be an array: {error}') from None
+        return _Plain(path, torch).of(loaded, '')
+    except RecursionError:
+        raise _damaged(path, 'its containers are nested too deeply') from None
+
+
+class _Plain:
+    """Makes arrays of the tensors in containers, which become dictionaries and lists."""
+
+    def __init__(self, path: Path, torch: Any):
+        self.path, self.torch = path, torch
+        # By identity: a container that is in another one many times is converted once.
+        self._made: dict[int, Any] = {}
+
+    def of(self, value: Any, place: str) -> Any:
+        if id(value) not in self._made:
+            self._made[id(value)] = self._of(value, place)
+        return self._made[id(value)]
+
+    def _of(self, value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self.of(x, f'{place}/{key}') for key, x in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(x, f'{place}/{i}') for i, x in enumerate(value)]
+        return self._array(value, place) if isinstance(value, self.torch.Tensor) else value
+
+    def _array(self, tensor: Any, place: str) -> np.ndarray:
+        try:
+            size, most = tensor.numel() * tensor.element_size(), self.path.stat().st_size
+            if size > most:  # Some of its strides are zero.
+                raise ValueError(f'it would take {size} bytes, and the whole file has {most}')
+            # NumPy has neither bfloat16 nor float8; float32 holds all of their numbers.
+            usual = (self.torch.float16, self.torch.float32, self.torch.float64)
+            if tensor.is_floating_point() and tensor.dtype not in usual:
+                tensor = tensor.float()
+            return tensor.detach().resolve_conj().resolve_neg().numpy()
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise _damaged(self.path, f'{shown(place[1:])} cannot be an array: {error}') from None
 
 
 def _is_arrays(value: Any) -> bool:
@@ -348,9 +369,9 @@ def _found(path: Path, loaded: Any, model: str | None, optimizer: str | None) ->
         if wanted is not None and wanted not in there:
             problems.append(f'{name} {wanted!r} is not in it; there is {listed or "none"}')
         elif wanted is None and len(there) > 1:
-            problems.append(f'it has several state dictionaries: say {name}=, one of {listed}')
+            problems.append(f'it has several state dictionaries: pass {name}=, one of {listed}')
         elif needed and not there:
-            problems.append(f'it has no state dictionary of a {name}, names with tensors')
+            problems.append(f'it has no state dictionary of a {name}, which is tensors by name')
         return wanted if wanted is not None else next(iter(there), None)
 
     places = (

@@ -11,6 +11,7 @@ from rmsprop_jax.interchange._mapping import (
     Pair,
     checked_collection,
     pair_of,
+    shape_here,
 )
 from rmsprop_jax.interchange._state import described
 
@@ -102,7 +103,7 @@ def check_shape(conversion: Conversion, label: str, pair: Pair, value: Any) -> N
         return
     wanted = np.shape(conversion.leaves[str(pair.ours)])
     try:
-        ours = pair.layout.to_ours(np.broadcast_to(np.int8(0), shape)).shape
+        ours = shape_here(pair.layout, shape)
         fault = '' if ours == wanted else f'{label} has shape {ours} with our axes'
     except ValueError as error:
         fault = f'{label}: {error}'

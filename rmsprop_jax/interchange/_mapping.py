@@ -150,6 +150,15 @@ def _equal_parts(array: np.ndarray, number: int, axis: int) -> list[np.ndarray]:
     return np.split(array, number, axis)
 
 
+def shape_here(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of their array with our axes.
+
+    Raises:
+      ValueError: If an array of this shape does not have the axes of the layout.
+    """
+    return layout.to_ours(np.broadcast_to(np.int8(0), shape)).shape
+
+
 AS_IS = Layout()
 KERNEL = Layout((..., 1, 0))
 

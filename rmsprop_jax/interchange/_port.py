@@ -1,4 +1,4 @@
-"""A run of PyTorch as one of ours: from its file, and to and from a folder of Orbax."""
+"""Ports a PyTorch run from its file, and writes and restores the port with Orbax."""
 
 import dataclasses
 import json
@@ -44,12 +44,12 @@ DIALECTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """What a run of PyTorch is here.
+    """A PyTorch run, ported to JAX.
 
     Attributes:
-      params: The parameters, as a tree like the given one, of arrays.
+      params: The parameters, in a tree like the given one.
       buffers: The buffers, likewise.
-      tx: The transformation that does what the groups say, or None without an optimizer.
+      tx: The transformation that the groups describe, or None if there is no optimizer.
       state: Its state, or None.
     """
 
@@ -60,9 +60,9 @@ class Port:
 
     @property
     def resumed(self) -> optax.GradientTransformationExtraArgs:
-        """`tx` with an `init` that returns `state`, for what calls `init` itself.
+        """`tx` with an `init` that returns `state`, for classes that call `init` themselves.
 
-        `nnx.Optimizer(model, port.resumed, wrt=nnx.Param)` goes on where PyTorch stopped, and so
+        `nnx.Optimizer(model, port.resumed, wrt=nnx.Param)` continues where PyTorch stopped, and so
         does Linen's `TrainState.create(..., tx=port.resumed)`.
 
         Raises:
@@ -87,10 +87,10 @@ def from_checkpoint(
     learning_rate: ScalarOrSchedule | Sequence[ScalarOrSchedule] | None = None,
     dialect: Callable[..., optax.GradientTransformation] | None = None,
 ) -> Port:
-    """Parameters, transformation and state from a file of PyTorch.
+    """Parameters, a transformation and its state from a PyTorch checkpoint.
 
-    `read_checkpoint`, `propose_pairs`, `parameters_from`, `torch_optimizer` and `from_torch` in one
-    call. Where these need more than their defaults, call them one by one.
+    This is `read_checkpoint`, `propose_pairs`, `parameters_from`, `torch_optimizer` and
+    `from_torch` in one call. Call them one by one if you need their other options.
 
     Args:
       checkpoint: The file, or what `read_checkpoint` returned.
@@ -98,8 +98,8 @@ def from_checkpoint(
         `nnx.state(model, nnx.Param)`.
       buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`.
       known: Pairs that you know, as for `propose_pairs`.
-      ignore: Names of theirs that are to be left out.
-      accept_guesses: Whether guesses may be taken. See them first: the error lists them, as does
+      ignore: Their names that are left out.
+      accept_guesses: Whether to accept guesses. Read them first: the error lists them, and so does
         `print(propose_pairs(...))`.
       names: The parameters' names in the optimizer's order, where its groups do not have them.
       fresh: As for `torch_optimizer`. Without it, parameters that have no state in the file get no
@@ -110,7 +110,7 @@ def from_checkpoint(
 
     Raises:
       InterchangeError: Listing every path without a pair, array that is left over, and guess that
-        is not accepted; or as the functions above.
+        is not accepted; or as the functions above do.
 
     Source: PyTorch 2.13.
 
@@ -152,10 +152,10 @@ def settled(
     ignore: Collection[str],
     accept_guesses: bool,
 ) -> tuple[Sequence[str] | None, str | None, list[str]]:
-    """What the optimizer's names are, the doubt about them, and what stands in the way of a port.
+    """The names in the optimizer's order, a doubt about them, and all that prevents a port.
 
     Args:
-      names: The names that the caller gave. Without them they are proposed; None is 'missing'.
+      names: The caller's names, or None to propose them. They are None again if that fails.
     """
     doubt = None
     if checkpoint.optimizer is not None and names is None:
@@ -177,7 +177,7 @@ def ported(
     learning_rate: Any,
     whose: dict[str, Any],
 ) -> tuple[Port, dict[str, Any]]:
-    """The port of a settled proposal, and what `restore_port` needs to make its `tx` again.
+    """The port of a settled proposal, and what `restore_port` needs to make `tx` again.
 
     Args:
       whose: The arguments that `torch_optimizer` and `from_torch` share.
@@ -203,7 +203,7 @@ def ported(
 
 
 def faults(proposal: Proposal, ignore: Collection[str], accept_guesses: bool) -> list[str]:
-    """What stands in the way of a proposal, a line for each."""
+    """All that prevents a port of a proposal, one line each."""
     lines = [f'missing: {path!r}: {reason}' for path, reason in proposal.missing.items()]
     for name, reason in proposal.unused.items():
         if name not in ignore and not name.endswith('num_batches_tracked'):
@@ -264,7 +264,7 @@ def read_template(path: Path) -> tuple[Any, Any]:
     """The shapes of parameters and of buffers (None without any) that `save_template` wrote.
 
     Raises:
-      InterchangeError: If the file is something else.
+      InterchangeError: If the file is not a template.
     """
     trees: dict[str, dict[Any, Any]] = {'params': {}, 'buffers': {}}
     try:
@@ -298,7 +298,7 @@ def _orbax() -> Any:
 
 
 def write_port(folder: Path, port: Port, told: dict[str, Any], dialect: str | None) -> None:
-    """Writes a port to a new folder. Its record comes last, so that half a port is none."""
+    """Writes a port to a new folder. The record comes last, so that a partial port has none."""
     ocp = _orbax()
     optimizer = {**told, 'dialect': dialect} if told else None
     try:
@@ -326,7 +326,7 @@ def _saved(port: Port) -> dict[str, Any]:
 
 
 def as_schedules(rates: Any) -> Any:
-    """Rates as schedules, so that a state is one for a schedule; `torch_optimizer` checks them."""
+    """Constant rates as schedules, so that the state fits any schedule. Other values are kept."""
     if isinstance(rates, list | tuple):
         return [as_schedules(rate) for rate in rates]
     return rates if as_number(rates) is None else optax.constant_schedule(rates)
@@ -344,19 +344,20 @@ def restore_port(
     *,
     learning_rate: ScalarOrSchedule | Sequence[ScalarOrSchedule] | None = None,
 ) -> Port:
-    """What `python -m rmsprop_jax.interchange --out` has written.
+    """Restores what `python -m rmsprop_jax.interchange --out` wrote.
 
     Args:
       folder: The folder.
-      params: Our parameters, or shapes, as in the template. Arrays come where these are.
+      params: Our parameters or their shapes, as in the template. Restored arrays have their
+        shardings.
       buffers: The same for arrays that are not parameters.
       learning_rate: A schedule of the number of updates, or a number; or a list with one of them
-        for each group. Needed if the groups tell of a scheduler; otherwise the rates stay what
-        they are.
+        for each group. Required if the groups show that a scheduler changed the rates; otherwise
+        the rates stay as they are.
 
     Raises:
-      InterchangeError: If the folder is something else, if the trees are not those of the template,
-        or as `torch_optimizer`.
+      InterchangeError: If the folder is not a complete port, or the trees differ from the template;
+        or as `torch_optimizer` does.
       ImportError: If Orbax is missing.
     """
     ocp = _orbax()
@@ -385,10 +386,10 @@ def restore_port(
 
 
 def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The shapes of a port that was written, and the arguments that made its transformation.
+    """The shapes of a port, and the arguments of its `torch_optimizer`.
 
     Raises:
-      InterchangeError: If the record is missing or something else.
+      InterchangeError: If the record is missing or malformed.
     """
     try:
         record = json_object((folder / _RECORD).read_bytes())
@@ -405,9 +406,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             **{key: told[key] for key in ('names', 'fresh', 'frozen')},
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InterchangeError(
-            f'{folder} is not a port that was completed', [repr(error)]
-        ) from None
+        raise InterchangeError(f'{folder} is not a complete port', [repr(error)]) from None
 
 
 def _with_optimizer(port: Port, told: dict[str, Any], learning_rate: Any) -> Port:
@@ -419,5 +418,5 @@ def _with_optimizer(port: Port, told: dict[str, Any], learning_rate: Any) -> Por
 
 
 def _array(leaf: Any) -> jax.Array:
-    """An array for Orbax to restore like."""
+    """An array with the shape, dtype and sharding in which Orbax restores."""
     return leaf if isinstance(leaf, jax.Array) else jnp.zeros(np.shape(leaf), leaf_dtype('', leaf))

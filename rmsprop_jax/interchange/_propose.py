@@ -1,4 +1,4 @@
-"""Which array of a PyTorch model is which of ours, told by names and shapes."""
+"""Proposes pairs of PyTorch's arrays and ours by their names and shapes."""
 
 import collections
 import dataclasses
@@ -18,16 +18,17 @@ from rmsprop_jax.interchange._mapping import (
     Pair,
     checked_collection,
     checked_names,
+    shape_here,
 )
 
-# Our leaves by what PyTorch calls them, and how their axes differ.
+# For each name in PyTorch, the names of our leaves and how their axes differ.
 _ROLES: dict[str, tuple[tuple[str, Layout], ...]] = {
     'weight': (('kernel', KERNEL), ('embedding', AS_IS), ('scale', AS_IS)),
     'bias': (('bias', AS_IS),),
     'running_mean': (('mean', AS_IS),),
     'running_var': (('var', AS_IS),),
 }
-# What wrappers of modules put before every name.
+# The prefixes that module wrappers put before every name.
 _WRAPPERS = ('module', '_orig_mod', 'model')
 _IGNORED = 'num_batches_tracked'
 _UNSEEN = 'its shape does not show how they lie'
@@ -35,15 +36,15 @@ _UNSEEN = 'its shape does not show how they lie'
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Pairs for a checkpoint, with what is not certain about them. `print` shows all of it.
+    """Proposed pairs, and what is not certain about them. `print` shows everything.
 
     Attributes:
       pairs: The pairs of parameters.
       buffers: The pairs of buffers, such as running means.
-      guesses: Why a pair is only guessed, by the path of ours. All others are sure: the names of
-        both agree, and only one layout is usual for what they name.
-      missing: Why one of our paths has no pair.
-      unused: Why an array of theirs has no pair.
+      guesses: Why a pair is a guess, by our path. All other pairs are sure: the names agree, and
+        only one layout is usual for such an array.
+      missing: Why a path of ours has no pair, by path.
+      unused: Why an array of theirs has no pair, by name.
     """
 
     pairs: tuple[Pair, ...]
@@ -101,10 +102,10 @@ def propose_pairs(
       buffers: The same for arrays that are not parameters: `nnx.state(model, nnx.BatchStat)`, or
         Linen's `variables['batch_stats']`.
       known: Pairs that you know. They are sure, and their arrays are proposed for nothing else.
-      ignore: Names of theirs that are to be left out.
+      ignore: Their names that are left out.
 
     Raises:
-      TypeError: If an argument is of another kind.
+      TypeError: If an argument has the wrong type.
       ValueError: If `known` or `ignore` contradicts `theirs` or our trees.
 
     Source: the layers of PyTorch 2.13 and Flax 0.12.
@@ -151,13 +152,13 @@ def propose_pairs(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The layer of a name, in one spelling for both sides, and what it has there."""
+    """The layer in a name, spelled alike for both sides, and the name of its array."""
     layer, _, leaf = name.rpartition('.')
     return layer.replace('.', '_'), leaf
 
 
 def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Short names of all, with the names."""
+    """Maps names without the prefixes of wrappers to the full names."""
     short = {name: name for name in names}
     while True:
         first = {name.partition('.')[0] for name in short}
@@ -167,12 +168,12 @@ def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
 
 
 class _Search:
-    """What has been paired so far.
+    """The pairs that were found so far.
 
     Attributes:
       pairs: The pairs by our path.
-      guesses: The reason why each of these is a guess.
-      unused: Why arrays of theirs are left out.
+      guesses: Why a pair is a guess, by our path.
+      unused: Why an array of theirs is left out, by name.
     """
 
     def __init__(self, theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, Any]):
@@ -182,7 +183,7 @@ class _Search:
         self.unused: dict[str, str] = {}
         self._misfits: dict[str, str] = {}
         self._known: list[Pair] = []
-        # Several names may become one in this spelling: then it tells nothing.
+        # Names that are spelled alike show nothing.
         self._named: dict[tuple[str, str], list[str]] = {}
         for short, name in _without_wrappers(theirs).items():
             self._named.setdefault(_split(short), []).append(name)
@@ -220,15 +221,12 @@ class _Search:
 
     def _fits(self, name: str, path: str, layout: Layout) -> bool:
         try:
-            return (
-                layout.to_ours(np.broadcast_to(np.int8(0), self.theirs[name])).shape
-                == self.ours[path]
-            )
+            return shape_here(layout, self.theirs[name]) == self.ours[path]
         except ValueError:
             return False
 
     def _layout(self, name: str, path: str) -> Layout | None:
-        """How their array would lie in the place of ours, judged by what both are called there."""
+        """The usual layout for two arrays with these names; None if they do not go together."""
         (_, theirs), leaf = self._place[name], path.rpartition('/')[2]
         for ours, layout in _ROLES.get(theirs, ()):
             if leaf == ours and (leaf != 'kernel' or len(self.theirs[name]) > 1):
@@ -236,7 +234,7 @@ class _Search:
         return AS_IS if leaf == theirs and theirs not in ('weight',) else None
 
     def by_names(self) -> None:
-        """Pairs what has one name on both sides."""
+        """Pairs arrays whose names agree."""
         claims: list[tuple[str, str, Layout]] = []
         free = set(self._free())
         for path in self._open():
@@ -255,8 +253,8 @@ class _Search:
             if alone and self._fits(name, path, layout):
                 self.pairs[path] = Pair(name, path, layout)
                 continue
-            # What has this name must not be guessed for another.
-            self.unused[name] = f'its name is that of {path!r}'
+            # An array with this name must not be guessed for another path.
+            self.unused[name] = f'its name belongs to {path!r}'
             self._misfits[path] = (
                 f'{shown(name)!r} has shape {self.theirs[name]}{_described(layout)}, and ours '
                 f'{self.ours[path]}'
@@ -265,7 +263,7 @@ class _Search:
             )
 
     def by_shapes(self) -> None:
-        """Pairs what alone has its shape, and then what is in the layers so paired."""
+        """Pairs arrays whose shape no other array has, and then the rest of their layers."""
         before = -1
         while before != len(self.pairs):
             before = len(self.pairs)
@@ -293,11 +291,11 @@ class _Search:
                 self.guesses[path] = (
                     'their names differ, and no other free array has this shape'
                     if among is names
-                    else 'their names differ; the layer has been guessed by the shape of others'
+                    else 'their names differ; the shapes of its other arrays suggest this layer'
                 )
 
     def _same_layer(self, path: str, names: list[tuple[str, Layout]]) -> list[tuple[str, Layout]]:
-        """Those of `names` in the layer that others of our layer are paired with."""
+        """Those of `names` in the layer that is paired with our layer already."""
         layer = path.rpartition('/')[0]
         layers = {
             self._place[pair.theirs][0]
@@ -307,7 +305,7 @@ class _Search:
         return [(name, layout) for name, layout in names if self._place[name][0] in layers]
 
     def doubt_layouts(self) -> None:
-        """Notes which arrays' axes could lie otherwise, unless the caller has said how they lie."""
+        """Notes arrays whose axes may lie differently, unless the caller gave their layout."""
         for path, pair in self.pairs.items():
             doubts = [] if pair in self._known else self._doubts(path, pair)
             if doubts:
@@ -329,16 +327,16 @@ class _Search:
         return found + self._doubts_of_flattening(pair.theirs)
 
     def _doubts_of_flattening(self, name: str) -> list[str]:
-        """Whether a linear kernel may read a flattened image, or make one.
+        """The doubts about a linear kernel that may read or make a flattened image.
 
-        PyTorch flattens channels first and Flax last. A layer beside it, in the same module, that
-        makes the same number of features before it, or reads it after, explains them otherwise.
+        PyTorch flattens channels first, Flax last. There is no doubt if another linear layer in the
+        same module makes this number of features before it, or reads it afterwards.
         """
         outputs, inputs = self.theirs[name]
         names = [n for n, shape in self.theirs.items() if len(shape) > 1]
         convs = [n for n in names if len(self.theirs[n]) > 2]
         beside = [n for n in names if self._module(n) == self._module(name)]
-        # The order of a sorted file tells nothing of the order of the layers.
+        # In a sorted file the order of names is not the order of layers.
         if names == sorted(names) and not {*beside}.isdisjoint(convs):
             beside = []
         at = names.index(name)
@@ -381,7 +379,7 @@ class _Search:
             if (layout := self._layout(name, path)) and self._fits(name, path, layout)
         ]
         if not names:
-            return f'no free array of theirs becomes {self.ours[path]}'
+            return f'none of their unpaired arrays becomes {self.ours[path]}'
         listed = ', '.join(shown(name) for name in names[:4]) + (' ...' if len(names) > 4 else '')
         return f'no name matches, and by its shape {self.ours[path]} it may be any of {listed}'
 
@@ -397,17 +395,17 @@ class _Search:
             elif self._place[name][1] == _IGNORED:
                 reasons[name] = 'Flax does not keep it'
             else:
-                reasons[name] = f'of shape {self.theirs[name]}, it is chosen for nothing'
+                reasons[name] = f'it has shape {self.theirs[name]}, and no path of ours takes it'
         return reasons
 
 
 def propose_names(
     checkpoint: Checkpoint, proposal: Proposal
 ) -> tuple[tuple[str, ...] | None, str | None]:
-    """The names of the parameters in the optimizer's order, and why they are only guessed.
+    """The names of the parameters in the optimizer's order, and why they are a guess.
 
     Returns:
-      The names, or None if they cannot be told; and the reason for that or for the guess, or None.
+      The names, or None if they cannot be found; and why so, or why they are a guess, or None.
     """
     optimizer = checkpoint.optimizer or {}
     groups = optimizer['param_groups']
@@ -437,6 +435,6 @@ def propose_names(
         return tuple(names), None
     alike = sum(math.prod(s) > 0 and shapes.count(s) > 1 for s in shapes)
     return tuple(names), (
-        'the groups have no names, so the order of the model is taken for that of the optimizer; '
-        f'the shapes agree, but {alike} parameters have the shape of another'
+        'the groups have no names, so the order of the model is assumed for the optimizer, too; '
+        f'the shapes agree, but {alike} parameters have the shape of another one'
     )

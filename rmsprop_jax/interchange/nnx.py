@@ -1,4 +1,4 @@
-"""Flax NNX: a converted state goes into an `nnx.Optimizer` that exists already.
+"""Flax NNX: puts a converted state into an existing `nnx.Optimizer`.
 
 The conversions take `nnx.state(model, nnx.Param)` as parameters and `optimizer.opt_state` as a
 state. Flax offers nothing for the last step: `optimizer.opt_state = state` and
@@ -21,12 +21,12 @@ _VALUE = GetAttrKey('value')
 
 
 def set_state(optimizer: Any, state: Any) -> None:
-    """Puts an optimizer state into an `nnx.Optimizer`, whose next update goes on from it.
+    """Puts an optimizer state into an `nnx.Optimizer`, whose next update continues from it.
 
-    Everything is checked before anything changes. Works under `nnx.jit` too.
+    Everything is checked before anything changes. This also works under `nnx.jit`.
 
-    `optimizer.step`, which Flax counts for itself and which no transformation reads, stays as it
-    is. Set it with `optimizer.step[...] = count`.
+    `optimizer.step`, Flax's own count, which no transformation reads, does not change. Set it with
+    `optimizer.step[...] = count`.
 
     Args:
       optimizer: The `nnx.Optimizer`.
@@ -34,8 +34,8 @@ def set_state(optimizer: Any, state: Any) -> None:
         transformation's `init` or `update`, or another optimizer's `opt_state` gives.
 
     Raises:
-      InterchangeError: Listing every leaf that is missing, left over, or has another shape or dtype
-        than in the optimizer.
+      InterchangeError: Listing every leaf that is missing, is left over, or differs in shape or
+        dtype from that in the optimizer.
       TypeError: If `optimizer` is not an `nnx.Optimizer`, or a leaf of `state` is not an array.
       ImportError: If Flax is not installed.
 
@@ -82,5 +82,5 @@ def _described(path: str, leaf: Any) -> str:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """A path without the variables on it: NNX has factored statistics inside of one."""
+    """A path without the `.value` of variables, which factored statistics have in its middle."""
     return keystr(tuple(key for key in path if key != _VALUE), simple=True, separator='/')

@@ -8,8 +8,8 @@ groups. Their names are in the groups if the optimizer was made with `model.name
     names = {p: name for name, p in model.named_parameters()}
     names = [names[p] for group in optimizer.param_groups for p in group['params']]
 
-Two sources PyTorch keeps apart must be told apart here too: a group's numbers (`lr`, `alpha`, ...)
-belong to the transformation, and arrays and `step` to its state.
+The numbers of a group (`lr`, `alpha`, ...) belong to the transformation. Arrays and `step` belong
+to its state.
 """
 
 import functools
@@ -203,24 +203,24 @@ def torch_optimizer(
     learning_rate: ScalarOrSchedule | Sequence[ScalarOrSchedule] | None = None,
     dialect: Callable[..., optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation that does what the parameter groups of a PyTorch optimizer say.
+    """The transformation that the parameter groups of a PyTorch optimizer describe.
 
     Every group becomes a `dialects.torch` with its own `lr`, `alpha`, `eps`, `weight_decay`,
-    `momentum`, `centered` and `maximize`, and `optax.partition` deals out the parameters. timm's
-    `RMSpropTF` is recognised by its settings and becomes `dialects.timm`. The settings of
+    `momentum`, `centered` and `maximize`; `optax.partition` gives each parameter that of its group.
+    timm's `RMSpropTF` is recognised by its settings and becomes `dialects.timm`. The settings of
     Stable-Baselines3's `RMSpropTFLike` are those of PyTorch before 1.12: pass `dialect`.
 
-    **The learning rate.** A state dictionary holds today's rate and no schedule. `initial_lr` in a
-    group tells that a scheduler set the rate; then `learning_rate` is required. A rate that was set
-    by hand, as Stable-Baselines3 does, leaves no trace and stays what it is unless
-    `learning_rate` is given. A schedule may also stand in a group itself:
+    **The learning rate.** A state dictionary holds the current rate and no schedule. `initial_lr`
+    in a group shows that a scheduler set the rate; then `learning_rate` is required. A rate that
+    was set by hand, as Stable-Baselines3 does, leaves no trace: it stays as it is unless
+    `learning_rate` is given. A group may also hold a schedule:
     `state_dict['param_groups'][0]['lr'] = schedule`.
 
     **Parameters that PyTorch would not touch.** PyTorch skips a parameter whose gradient is None,
-    weight decay included, while a gradient of zero here would let it decay. These parameters do
-    not move: those that the optimizer does not have, those that are in `frozen`, and those that
-    have no entry in a state that is not empty, since they have never had a gradient. `fresh` names
-    those of the last kind that are trained from now on.
+    weight decay included. Here a gradient of zero would let it decay. So these parameters get no
+    update: those that the optimizer does not have, those in `frozen`, and those without an entry
+    in a state that has others, since they have never had a gradient. `fresh` names those of the
+    last kind that are trained from now on.
 
     Args:
       state_dict: What `optimizer.state_dict()` returns.
@@ -232,12 +232,12 @@ def torch_optimizer(
       frozen: Names of parameters that get no update, whether they have state or not.
       learning_rate: Replaces the groups' rates: a number or a schedule of the step count, or a list
         with one of them for each group.
-      dialect: `dialects.torch`, `dialects.timm` or `dialects.stable_baselines3`: whose optimizer it
-        was, where the groups do not tell.
+      dialect: `dialects.torch`, `dialects.timm` or `dialects.stable_baselines3`, if the groups do
+        not show which optimizer wrote them.
 
     Raises:
-      InterchangeError: Listing every group whose optimizer or learning rate cannot be told, every
-        parameter that cannot be told, and every array of another shape than its parameter.
+      InterchangeError: Listing every group whose optimizer or learning rate is unknown, every
+        parameter whose name is unknown, and every array with another shape than its parameter.
       TypeError: If `dialect` is none of the three.
 
     Example:
@@ -294,27 +294,27 @@ def from_torch(
     lr_in_momentum: bool | None = None,
     dialect: Any = None,
 ) -> Any:
-    """The state of `tx` that goes on where PyTorch's optimizer stopped.
+    """The state with which `tx` continues where PyTorch's optimizer stopped.
 
     Args:
-      state_dict: What `optimizer.state_dict()` returns, tensors on the host.
+      state_dict: What `optimizer.state_dict()` returns, with tensors on the host.
       tx: `torch_optimizer(...)`, or any transformation that does the same, such as
-        `dialects.torch` with a schedule, inside whatever wrappers. What it does at that step is
-        measured and compared with the `lr`, `alpha`, `eps`, `weight_decay`, `momentum` and
-        `maximize` of the groups; nothing is compared with an entry that is missing.
+        `dialects.torch` with a schedule, inside any wrappers. What it does at that step is measured
+        and compared with the `lr`, `alpha`, `eps`, `weight_decay`, `momentum` and `maximize` of the
+        groups. Missing settings are not compared.
       params: Our parameters.
       mapping: The pairs.
       names: The parameters' names in the optimizer's order, through all groups, unless the groups
         have them.
-      fresh: Names of parameters that PyTorch keeps no state for, since they had no gradient yet.
-        Theirs starts as `tx.init` makes it, as it would there.
-      frozen: Names of parameters that `tx` keeps no state for, as for `torch_optimizer`. Their
-        entries are left behind.
-      count: The step count for schedules, where it is not the parameters' common `step`.
-      lr_in_momentum: Whether the buffer holds the learning rate. None means what the groups say, as
-        timm's `RMSpropTF` has them say, or else that it does not, as in PyTorch.
-      dialect: `dialects.torch` or `dialects.stable_baselines3`, whose settings are the same where
-        PyTorch is older than 1.12: needed where the groups do not tell.
+      fresh: Names of parameters without state in PyTorch, since they have had no gradient. Their
+        state starts as `tx.init` makes it, as in PyTorch.
+      frozen: Names of parameters for which `tx` keeps no state, as for `torch_optimizer`. Their
+        entries are left out.
+      count: The step count for schedules, if the parameters have no common `step`.
+      lr_in_momentum: Whether the momentum buffer includes the learning rate. None means what the
+        groups say, as those of timm's `RMSpropTF` do, and otherwise no, as in PyTorch.
+      dialect: `dialects.torch` or `dialects.stable_baselines3`, if the groups may be from either:
+        those of PyTorch before 1.12 have the same settings.
 
     Returns:
       A state like `tx.init(params)`, with its dtypes and shardings. Complex moments become pairs of
@@ -322,11 +322,11 @@ def from_torch(
 
     Raises:
       InterchangeError: Listing every entry that is missing, left over, misshapen, of the wrong kind
-        or not finite, every setting that `tx` contradicts, and every velocity that is on the other
-        side of a learning rate that changes.
+        or not finite, every setting that `tx` contradicts, and every velocity on the other side of
+        a learning rate that changes.
 
     Warns:
-      LossyConversionWarning: Where a centered second moment is smaller than its squared mean.
+      LossyConversionWarning: If a centered second moment is smaller than its squared mean.
       UserWarning: If `tx` scales or clips parts of one of their arrays each by its own norm.
 
     Example:
@@ -379,12 +379,12 @@ def from_torch(
 
 
 def _step(member: Member, exchange: Exchange) -> int:
-    """The step count of an entry, which may hold nothing else but moments."""
+    """The step count of an entry, which may hold only moments besides."""
     for key in sorted(member.entry.keys() - {*SLOTS.values(), 'step'}, key=str):
-        exchange.add(f'{described(key, member.name)} is nothing that RMSProp keeps')
+        exchange.add(f'{described(key, member.name)} is not part of the state of RMSProp')
     step = as_count(member.entry.get('step'), 'iuf')
     if step is None:
-        exchange.add(f'step of {member.name!r} is missing or no step count')
+        exchange.add(f'step of {member.name!r} is missing or not a step count')
     return step or 0
 
 
@@ -401,21 +401,21 @@ def to_torch(
     dialect: Any = None,
     as_tensor: Callable[[np.ndarray], Any] = np.asarray,
 ) -> dict[str, Any]:
-    """A dictionary that `optimizer.load_state_dict` of `torch.optim.RMSprop` takes.
+    """A dictionary for `optimizer.load_state_dict` of `torch.optim.RMSprop`.
 
     Args:
       state: The state of our transformation.
       params: Our parameters.
       mapping: The pairs.
-      param_groups: `optimizer.state_dict()['param_groups']` of the optimizer that is to go on. They
-        say how it numbers its parameters, and are passed on as they are. They must be its own:
-        `load_state_dict` does not look at names or shapes.
+      param_groups: `optimizer.state_dict()['param_groups']` of the optimizer that will continue.
+        They show how it numbers its parameters, and are returned unchanged. They must be its own:
+        `load_state_dict` does not compare names or shapes.
       names: The parameters' names in the optimizer's order, through all groups, unless the groups
         have them.
       fresh: Names of parameters in the groups that are written without state, such as those that
         are frozen here.
-      tx: The transformation whose state it is; needed where that has a velocity. What it does is
-        compared with the groups as by `from_torch`.
+      tx: The transformation whose state it is, required if the state has a velocity. What it does
+        is compared with the groups, as in `from_torch`.
       lr_in_momentum: As for `from_torch`.
       dialect: As for `from_torch`.
       as_tensor: Applied to every array: `torch.from_numpy` for a dictionary to load.
@@ -424,8 +424,8 @@ def to_torch(
       `{'state': {number: {'step', 'square_avg', ...}}, 'param_groups': [...]}`.
 
     Raises:
-      InterchangeError: Listing every parameter without moments, moment without a parameter, and
-        group whose settings do not go with our moments or with `tx`.
+      InterchangeError: Listing every parameter without moments, every moment without a parameter,
+        and every group whose settings contradict our moments or `tx`.
 
     Warns:
       UserWarning: As for `from_torch`, if `tx` is given.
@@ -465,7 +465,7 @@ def to_torch(
 
 
 def _check_group(member: Member, group: Group, moments: Moments, exchange: Exchange) -> None:
-    """Notes settings that go with other moments than the state has."""
+    """Notes settings that do not fit the moments in the state."""
     name, columns = member.name, moments.columns
     if member.path not in columns['nu']:
         exchange.add(f'the state has no second moment for {name!r}')
@@ -473,7 +473,7 @@ def _check_group(member: Member, group: Group, moments: Moments, exchange: Excha
     for moment, key in (('trace', 'momentum'), ('mu', 'centered')):
         wanted, held = as_number(group.get(key, 0)), member.path in columns[moment]
         if key in group and wanted is None:
-            exchange.add(f'{name!r} has {key}={group[key]!r} in its group, which is no number')
+            exchange.add(f'{name!r} has {key}={group[key]!r} in its group, which is not a number')
         elif key in group and bool(wanted) != held:
             has = 'has' if held else 'has no'
             exchange.add(
@@ -486,5 +486,7 @@ def _as_complex(label: str, array: np.ndarray, param: Any) -> np.ndarray:
     if not np.iscomplexobj(param) or np.iscomplexobj(array):
         return array
     if array.shape != (*param.shape, 2):
-        raise EntryError(f'{label} is one for real and imaginary parts, PyTorch has two')
+        raise EntryError(
+            f'{label} is shared by real and imaginary parts, and PyTorch has one for each'
+        )
     return array[..., 0] + 1j * array[..., 1]
