@@ -5,14 +5,9 @@
 what the program does to memory, not which numbers it computes. See docs/backends.md.
 """
 
-from rmsprop_jax.aot._compile import Report as Report
-from rmsprop_jax.aot._compile import compile_step as compile_step
-from rmsprop_jax.aot._compile import compile_update as compile_update
-from rmsprop_jax.aot._compile import table as table
-from rmsprop_jax.aot._program import Collective as Collective
-from rmsprop_jax.aot._targets import MissingPluginError as MissingPluginError
-from rmsprop_jax.aot._targets import devices as devices
-from rmsprop_jax.aot._targets import targets as targets
+from rmsprop_jax.aot._compile import Report, compile_step, compile_update, table
+from rmsprop_jax.aot._program import Collective
+from rmsprop_jax.aot._targets import MissingPluginError, devices, targets
 
 __all__ = [
     'Collective',

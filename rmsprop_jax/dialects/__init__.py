@@ -16,23 +16,20 @@ for narrower parameters. As in the frameworks, a Python zero turns momentum or w
 
 # Tables and messages follow this order. Importing a module registers its dialect.
 # isort: off
-from rmsprop_jax.dialects._torch import torch as torch
-from rmsprop_jax.dialects._torch import torch_clip_grad_norm as torch_clip_grad_norm
-from rmsprop_jax.dialects._keras import keras as keras
-from rmsprop_jax.dialects._tf_keras import tf_keras as tf_keras
-from rmsprop_jax.dialects._keras_legacy import keras_legacy as keras_legacy
-from rmsprop_jax.dialects._tensorflow import tensorflow as tensorflow
-from rmsprop_jax.dialects._timm import timm as timm
-from rmsprop_jax.dialects._stable_baselines3 import stable_baselines3 as stable_baselines3
+from rmsprop_jax.dialects._torch import torch, torch_clip_grad_norm
+from rmsprop_jax.dialects._keras import keras
+from rmsprop_jax.dialects._tf_keras import tf_keras
+from rmsprop_jax.dialects._keras_legacy import keras_legacy
+from rmsprop_jax.dialects._tensorflow import tensorflow
+from rmsprop_jax.dialects._timm import timm
+from rmsprop_jax.dialects._stable_baselines3 import stable_baselines3
 from rmsprop_jax.dialects import _optax as _optax
-from rmsprop_jax.dialects._mxnet import mxnet as mxnet
-from rmsprop_jax.dialects._mxnet import mxnet1 as mxnet1
-from rmsprop_jax.dialects._mindspore import mindspore as mindspore
-from rmsprop_jax.dialects._graves import graves as graves
-from rmsprop_jax.dialects._hinton import hinton as hinton
-from rmsprop_jax.dialects._other_frameworks import Equivalent as Equivalent
-from rmsprop_jax.dialects._other_frameworks import table as table
-from rmsprop_jax.dialects._record import differences as differences
+from rmsprop_jax.dialects._mxnet import mxnet, mxnet1
+from rmsprop_jax.dialects._mindspore import mindspore
+from rmsprop_jax.dialects._graves import graves
+from rmsprop_jax.dialects._hinton import hinton
+from rmsprop_jax.dialects._other_frameworks import Equivalent, table
+from rmsprop_jax.dialects._record import differences
 
 __all__ = [
     'Equivalent',

@@ -30,35 +30,37 @@ Example:
   True
 """
 
-from rmsprop_jax.recipes._agents import a3c as a3c
-from rmsprop_jax.recipes._agents import baselines_a2c as baselines_a2c
-from rmsprop_jax.recipes._agents import dopamine_dqn as dopamine_dqn
-from rmsprop_jax.recipes._agents import dqn_nature as dqn_nature
-from rmsprop_jax.recipes._agents import impala_atari as impala_atari
-from rmsprop_jax.recipes._agents import impala_dmlab as impala_dmlab
-from rmsprop_jax.recipes._agents import impala_dmlab30 as impala_dmlab30
-from rmsprop_jax.recipes._agents import impala_torchbeast as impala_torchbeast
-from rmsprop_jax.recipes._agents import sb3_a2c as sb3_a2c
-from rmsprop_jax.recipes._agents import sb3_a2c_tf_like as sb3_a2c_tf_like
-from rmsprop_jax.recipes._average import ema_init as ema_init
-from rmsprop_jax.recipes._average import ema_update as ema_update
-from rmsprop_jax.recipes._masks import describe_mask as describe_mask
-from rmsprop_jax.recipes._masks import slim_decay_mask as slim_decay_mask
-from rmsprop_jax.recipes._masks import tensorflow_decay_mask as tensorflow_decay_mask
-from rmsprop_jax.recipes._masks import timm_decay_mask as timm_decay_mask
-from rmsprop_jax.recipes._networks import efficientnet as efficientnet
-from rmsprop_jax.recipes._networks import efficientnet_timm as efficientnet_timm
-from rmsprop_jax.recipes._networks import graves as graves
-from rmsprop_jax.recipes._networks import inception_v3 as inception_v3
-from rmsprop_jax.recipes._networks import mnasnet as mnasnet
-from rmsprop_jax.recipes._networks import mobilenet_v2 as mobilenet_v2
-from rmsprop_jax.recipes._networks import mobilenet_v3_timm as mobilenet_v3_timm
-from rmsprop_jax.recipes._networks import wgan as wgan
-from rmsprop_jax.recipes._networks import wgan_clamp as wgan_clamp
-from rmsprop_jax.recipes._records import RECIPES as RECIPES
-from rmsprop_jax.recipes._records import Recipe as Recipe
-from rmsprop_jax.recipes._records import Staircase as Staircase
-from rmsprop_jax.recipes._records import table as table
+from rmsprop_jax.recipes._agents import (
+    a3c,
+    baselines_a2c,
+    dopamine_dqn,
+    dqn_nature,
+    impala_atari,
+    impala_dmlab,
+    impala_dmlab30,
+    impala_torchbeast,
+    sb3_a2c,
+    sb3_a2c_tf_like,
+)
+from rmsprop_jax.recipes._average import ema_init, ema_update
+from rmsprop_jax.recipes._masks import (
+    describe_mask,
+    slim_decay_mask,
+    tensorflow_decay_mask,
+    timm_decay_mask,
+)
+from rmsprop_jax.recipes._networks import (
+    efficientnet,
+    efficientnet_timm,
+    graves,
+    inception_v3,
+    mnasnet,
+    mobilenet_v2,
+    mobilenet_v3_timm,
+    wgan,
+    wgan_clamp,
+)
+from rmsprop_jax.recipes._records import RECIPES, Recipe, Staircase, table
 
 __all__ = [
     'RECIPES',
