@@ -20,6 +20,7 @@ from rmsprop_jax.aot import _models
 from rmsprop_jax.dialects._record import functions
 
 _DIALECTS = functions()
+_FACTORIES = {'rmsprop': rmsprop_jax.rmsprop, **_DIALECTS}
 _FORMATS = sorted(
     name
     for name, thing in vars(formats).items()
@@ -142,15 +143,11 @@ def _optimizer(name: str, options: Sequence[str], storage: str | None) -> Any:
 
 
 def _factory(name: str) -> Any:
-    if name == 'rmsprop':
-        return rmsprop_jax.rmsprop
-    if name in _DIALECTS:
-        return _DIALECTS[name]
+    if name in _FACTORIES:
+        return _FACTORIES[name]
     if name.startswith('optax.') and hasattr(optax, name.removeprefix('optax.')):
         return getattr(optax, name.removeprefix('optax.'))
-    raise ValueError(
-        f'optimizer must be {_either(["rmsprop", *_DIALECTS, "optax.NAME"])}, got {name!r}.'
-    )
+    raise ValueError(f'optimizer must be {_either([*_FACTORIES, "optax.NAME"])}, got {name!r}.')
 
 
 def _either(names: Sequence[str]) -> str:

@@ -208,7 +208,9 @@ def table(reports: Iterable[Report], names: Iterable[str] | None = None) -> str:
     labels = [''] * len(found) if names is None else _listed('names', names, str)
     if len(labels) != len(found):
         raise ValueError(f'names has {len(labels)} entries for {len(found)} reports.')
-    rows = [_HEADING, *[_row(label, r) for label, r in zip(labels, found, strict=True)]]
+    rows = [['step', *_COLUMNS]]
+    for label, report in zip(labels, found, strict=True):
+        rows.append([label, *(cell(report) for cell in _COLUMNS.values())])
     if not any(labels):
         rows = [row[1:] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -226,38 +228,24 @@ def _listed(name: str, values: Any, kind: type) -> list[Any]:
     return found
 
 
-_HEADING = (
-    'step',
-    'target',
-    'devices',
-    'leaves',
-    'kernels/leaf',
-    'copies',
-    'B/param',
-    'minimum',
-    'temporary',
-    'arguments',
-    "compiler's time",
-    'collectives',
-)
+# The cell of each column of `table`, by its heading.
+_COLUMNS: dict[str, Callable[[Report], str]] = {
+    'target': lambda r: r.target,
+    'devices': lambda r: str(r.devices),
+    'leaves': lambda r: _number(r.leaves),
+    'kernels/leaf': lambda r: _number(r.kernels_per_leaf),
+    'copies': lambda r: str(r.copies),
+    'B/param': lambda r: _number(r.bytes_per_parameter),
+    'minimum': lambda r: _number(r.minimum_per_parameter),
+    'temporary': lambda r: _megabytes(r.temporary_bytes),
+    'arguments': lambda r: _megabytes(r.argument_bytes),
+    "compiler's time": lambda r: '-' if r.seconds is None else f'{r.seconds * 1e6:.0f} us',
+    'collectives': lambda r: ', '.join(map(_in_words, r.collectives)) or '-',
+}
 
 
-def _row(label: str, report: Report) -> tuple[str, ...]:
-    collectives = [f'{c.count} {c.kind} {_megabytes(c.bytes)}' for c in report.collectives]
-    return (
-        label,
-        report.target,
-        str(report.devices),
-        '-' if report.leaves is None else str(report.leaves),
-        _number(report.kernels_per_leaf),
-        str(report.copies),
-        _number(report.bytes_per_parameter),
-        _number(report.minimum_per_parameter),
-        _megabytes(report.temporary_bytes),
-        _megabytes(report.argument_bytes),
-        '-' if report.seconds is None else f'{report.seconds * 1e6:.0f} us',
-        ', '.join(collectives) or '-',
-    )
+def _in_words(collective: Collective) -> str:
+    return f'{collective.count} {collective.kind} {_megabytes(collective.bytes)}'
 
 
 def _number(value: float | None) -> str:
@@ -299,13 +287,7 @@ def _initial_state(tx: optax.GradientTransformation, params: Any) -> Any:
     if not any(_is_placed(x) for x in jax.tree.leaves(params)):
         return state
     shardings = jax.jit(tx.init).lower(params).compile().output_shardings
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type
-        ),
-        state,
-        shardings,
-    )
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
 
 
 def _report(compiled: Any, target: str, params: Any) -> Report:

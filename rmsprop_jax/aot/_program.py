@@ -181,7 +181,7 @@ class Program:
 
     def dtypes(self) -> frozenset[str]:
         """The dtypes in the program, as XLA writes them."""
-        return frozenset(array.dtype for _, i in self._all() for array in i.arrays)
+        return frozenset(array.dtype for i in self._instructions() for array in i.arrays)
 
     def custom_calls(self) -> frozenset[str]:
         """The external functions that the program calls."""
@@ -190,13 +190,12 @@ class Program:
     def host_transfers(self) -> frozenset[str]:
         """The ways in which the program talks to the host while it runs."""
         calls = {name for name in self.custom_calls() if 'callback' in name.lower()}
-        opcodes = {i.opcode for _, i in self._all()}
+        opcodes = {i.opcode for i in self._instructions()}
         return frozenset(calls | (opcodes & _HOST_TRANSFERS))
 
-    def _all(self) -> Iterator[tuple[Mapping[str, Instruction], Instruction]]:
+    def _instructions(self) -> Iterator[Instruction]:
         for computation in self.computations.values():
-            for instruction in computation.values():
-                yield computation, instruction
+            yield from computation.values()
 
     def _traffic(self, name: str) -> Traffic:
         computation = self.computations[name]
