@@ -178,12 +178,11 @@ def saturation(state: Any, storage: Storage | None) -> dict[str, Saturation]:
       ...     print(path, share.low, share.high)
       .nu['kernel'] 1.0 0.0
     """
-    found: dict[str, Saturation] = {}
-    for leaf in stored_leaves(state, storage):
-        if leaf.format.smallest > 0:
-            low, high = leaf.ends()
-            found[leaf.name] = Saturation(low=jnp.mean(low), high=jnp.mean(high))
-    return found
+    return {
+        leaf.name: Saturation(*map(jnp.mean, leaf.ends()))
+        for leaf in stored_leaves(state, storage)
+        if leaf.format.smallest > 0
+    }
 
 
 def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
@@ -267,7 +266,7 @@ def check(description: Mapping[str, Any], state: Any, storage: Storage | None) -
     for path in sorted(paths, key=str):
         old, new = _plain_leaf(there.get(path)), _plain_leaf(here.get(path))
         if old != new:
-            lines.append(f'  {path}: {_side(old, new)} in the checkpoint, {_side(new, old)} here')
+            lines.append(f'  {path}: {_apart(old, new)} in the checkpoint, {_apart(new, old)} here')
             kinds |= _kinds(str(path), old, new, paths)
     if lines:
         raise ValueError('\n'.join([_summary(writer, kinds), *lines]))
@@ -296,19 +295,14 @@ def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
         of_format = path.endswith('.unit') or {whole, f'{whole}.row'} <= paths
         return {'formats' if of_format else 'leaves'}
     names = {'shape': 'shapes', 'dtype': 'dtypes'}
-    differing = _apart(old, new).keys() | _apart(new, old).keys()
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return {names.get(name, 'formats') for name in differing}
 
 
-def _apart(leaf: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The part of a leaf's description that the other description does not have."""
-    return {name: x for name, x in leaf.items() if name not in other or other[name] != x}
-
-
-def _side(leaf: Any, other: Any) -> Any:
-    """How the message shows one of two differing descriptions."""
+def _apart(leaf: Any, other: Any) -> Any:
+    """What the message shows of a leaf's description: the part that differs from the other one."""
     if isinstance(leaf, dict) and isinstance(other, dict):
-        return _apart(leaf, other) or 'none of this'
+        return {n: x for n, x in leaf.items() if x != other.get(n)} or 'none of this'
     return 'absent' if leaf is None else leaf
 
 
@@ -325,7 +319,7 @@ def _plain_leaf(x: Any) -> Any:
 def _plain(x: Any) -> Any:
     """A value of such a description, in a form that can be compared and shown."""
     is_shape = type(x) is list and all(type(item) is int for item in x)
-    return x if x is None or is_shape or type(x) in (str, int, float) else reprlib.repr(x)
+    return x if is_shape or type(x) in (str, int, float) else reprlib.repr(x)
 
 
 def _release() -> str:
