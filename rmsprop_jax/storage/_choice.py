@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from rmsprop_jax._checks import checked_steps
 from rmsprop_jax.storage._formats import STATISTICS, Format, float32
+from rmsprop_jax.storage._place import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class LargeLeaves:
     min_size: int
     min_ndim: int
 
-    def choose(self, path: str, shape: tuple[int, ...]) -> Format:
+    def choose(self, path: str, shape: Shape) -> Format:
         """The format of a leaf of this shape."""
         del path
         large = len(shape) >= self.min_ndim and math.prod(shape) >= self.min_size
@@ -31,9 +32,9 @@ class LargeLeaves:
 class PerLeaf:
     """A format for each leaf: what `storage.per_leaf` returns."""
 
-    function: Callable[[str, tuple[int, ...]], Format]
+    function: Callable[[str, Shape], Format]
 
-    def choose(self, path: str, shape: tuple[int, ...]) -> Format:
+    def choose(self, path: str, shape: Shape) -> Format:
         """The format of the leaf at this path."""
         chosen = self.function(path, shape)
         if not isinstance(chosen, Format):
@@ -82,7 +83,7 @@ def large_leaves(format: Format, min_size: int = 4096, min_ndim: int = 2) -> Lar
     )
 
 
-def per_leaf(function: Callable[[str, tuple[int, ...]], Format]) -> PerLeaf:
+def per_leaf(function: Callable[[str, Shape], Format]) -> PerLeaf:
     """Lets a function choose the format of each leaf.
 
     Args:
@@ -154,7 +155,7 @@ def format_of(
     storage: Storage | None,
     statistic: str,
     path: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     is_complex: bool,
     spec: PartitionSpec | None = None,
 ) -> Format:

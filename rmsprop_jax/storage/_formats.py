@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from rmsprop_jax._checks import leaf_dtype
 from rmsprop_jax._core.moments import Arithmetic, kept_apart
 from rmsprop_jax._types import constant, real_dtype
-from rmsprop_jax.storage._place import full_like, manual_axes, without_axis
+from rmsprop_jax.storage._place import Shape, full_like, manual_axes, without_axis
 from rmsprop_jax.storage._rounding import (
     HALF,
     leaf_key,
@@ -67,11 +67,7 @@ class Format(abc.ABC):
         return Arithmetic()
 
     def refusal(
-        self,
-        statistic: str,
-        shape: tuple[int, ...],
-        is_complex: bool,
-        spec: PartitionSpec | None = None,
+        self, statistic: str, shape: Shape, is_complex: bool, spec: PartitionSpec | None = None
     ) -> str | None:
         """Why this format cannot keep a leaf, or None if it can.
 
@@ -115,7 +111,7 @@ class Format(abc.ABC):
         self,
         key: ArrayLike | None,
         count: ArrayLike,
-        shape: tuple[int, ...],
+        shape: Shape,
         spec: PartitionSpec | None = None,
     ) -> jax.Array | None:
         """32 random bits for each entry of a leaf at a step; None if its key is None.
@@ -137,7 +133,7 @@ class Format(abc.ABC):
         """`decode` without its check for a fault."""
 
     @abc.abstractmethod
-    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+    def fault(self, stored: Any, shape: Shape) -> str | None:
         """Why `stored` is not this format's form of an array of this shape, or None if it is."""
 
     def of_pairs(self) -> 'Format':
@@ -150,7 +146,7 @@ class Format(abc.ABC):
         return spec
 
     @abc.abstractmethod
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: Shape) -> int:
         """The bytes that a leaf takes for float32 parameters of this shape."""
 
     def description(self) -> dict[str, Any]:
@@ -167,9 +163,10 @@ class _Elementwise(Format):
 
     dtype: ClassVar[np.dtype]
 
-    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
-        if getattr(stored, 'shape', None) != shape:
-            return f'has {_described(stored)}'
+    def fault(self, stored: Any, shape: Shape) -> str | None:
+        found = getattr(stored, 'shape', type(stored).__name__)
+        if found != shape:
+            return f'has {found}'
         if not self._is_own(stored.dtype):
             return f'is stored as {stored.dtype}, not in the format storage.{self.name}'
         return None
@@ -183,7 +180,7 @@ class _Elementwise(Format):
         code = _encoded(self, fill) if is_number else self.encode(jnp.asarray(fill))
         return full_like(param, code, self.dtype)
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: Shape) -> int:
         return math.prod(shape) * self.dtype.itemsize
 
 
@@ -298,11 +295,7 @@ class bfloat16(_Rounded):
         return float(jnp.finfo(jnp.bfloat16).max)
 
     def refusal(
-        self,
-        statistic: str,
-        shape: tuple[int, ...],
-        is_complex: bool,
-        spec: PartitionSpec | None = None,
+        self, statistic: str, shape: Shape, is_complex: bool, spec: PartitionSpec | None = None
     ) -> str | None:
         if is_complex and statistic in ('mu', 'trace'):
             return f'storage.bfloat16 cannot hold {statistic}: it is complex. Keep it in float32.'
@@ -427,7 +420,7 @@ def as_factors(stored: Any, kind: type[Means] = Factors) -> Any:
     return stored if are_pairs else Factors(*stored)
 
 
-def stored_shape(stored: Any) -> tuple[int, ...] | None:
+def stored_shape(stored: Any) -> Shape | None:
     """The shape of the statistic that `stored` holds, or None if it is not an array."""
     stored = as_factors(stored)
     if not isinstance(stored, Means):
@@ -477,11 +470,7 @@ class factored(Format):
     _columns: ClassVar[int] = -1
 
     def refusal(
-        self,
-        statistic: str,
-        shape: tuple[int, ...],
-        is_complex: bool,
-        spec: PartitionSpec | None = None,
+        self, statistic: str, shape: Shape, is_complex: bool, spec: PartitionSpec | None = None
     ) -> str | None:
         if len(shape) < 2 and statistic in self.holds:
             return f'storage.factored needs two axes, not an array of shape {shape}.'
@@ -515,7 +504,7 @@ class factored(Format):
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))
         return jnp.expand_dims(share, columns) * jnp.expand_dims(stored.col, columns - 1)
 
-    def fault(self, stored: Any, shape: tuple[int, ...]) -> str | None:
+    def fault(self, stored: Any, shape: Shape) -> str | None:
         stored, columns = as_factors(stored, self._kind), self._columns
         if type(stored) is not self._kind:
             return 'is not stored in the format storage.factored'
@@ -527,7 +516,7 @@ class factored(Format):
     def spec(self, spec: PartitionSpec, ndim: int) -> Factors:
         return Factors(row=without_axis(spec, -1, ndim), col=without_axis(spec, -2, ndim))
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
+    def nbytes(self, shape: Shape) -> int:
         return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
 
     def description(self) -> dict[str, Any]:
@@ -638,7 +627,3 @@ def _refuse_derivative(window: uint8, primals: Any, tangents: Any) -> Any:
 
 
 _to_uint8.defjvp(_refuse_derivative, symbolic_zeros=True)
-
-
-def _described(stored: Any) -> Any:
-    return getattr(stored, 'shape', type(stored).__name__)

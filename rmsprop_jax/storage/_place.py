@@ -13,6 +13,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+Shape = tuple[int, ...]
+
 
 def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = None) -> jax.Array:
     """An array of the parameter's shape and placement, filled with one number.
@@ -47,7 +49,7 @@ def full_like(param: Any, fill: Any, dtype: DTypeLike, without: int | None = Non
 def _fill(sharding: Any) -> Callable[..., jax.Array]:
     # Outside of jit, a compiled call costs a fraction of `jnp.full`. If `fill` is an array, the
     # result does not share its buffer.
-    def full(fill: Any, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    def full(fill: Any, shape: Shape, dtype: np.dtype) -> jax.Array:
         return jnp.full(shape, fill, dtype)
 
     placed = {} if sharding is None else {'out_shardings': sharding}
@@ -87,14 +89,14 @@ def manual_axes(spec: PartitionSpec | None, axis: int) -> tuple[str, ...]:
     return tuple(name for name in axis_names(entry) if name in manual)
 
 
-def whole_shape(shape: tuple[int, ...], spec: PartitionSpec | None) -> tuple[int, ...]:
+def whole_shape(shape: Shape, spec: PartitionSpec | None) -> Shape:
     """The shape of a whole array, from the shape of one device's share and the partition."""
     if spec is None:
         return shape
     return tuple(n * _devices(manual_axes(spec, axis)) for axis, n in enumerate(shape))
 
 
-def possible_shapes(x: Any) -> list[tuple[int, ...]]:
+def possible_shapes(x: Any) -> list[Shape]:
     """The possible shapes of the whole array of which `x` is a share under `jax.shard_map`.
 
     Only the shape of `x` itself is possible if shard_map knows that `x` is equal on all devices.

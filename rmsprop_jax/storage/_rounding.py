@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax._types import Scalar, cast
-from rmsprop_jax.storage._place import manual_axes, whole_shape
+from rmsprop_jax.storage._place import Shape, manual_axes, whole_shape
 
 # These bits round to nearest.
 HALF = np.uint32(2**31)
@@ -32,9 +32,7 @@ def salt(key: ArrayLike, count: ArrayLike) -> jax.Array:
     return _hashed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + key)
 
 
-def random_bits(
-    shape: tuple[int, ...], salt: jax.Array, spec: PartitionSpec | None = None
-) -> jax.Array:
+def random_bits(shape: Shape, salt: jax.Array, spec: PartitionSpec | None = None) -> jax.Array:
     """32 bits for every entry, which depend only on the salt and the entry's index.
 
     A counter hash costs a ninth of Threefry. The bits of an entry must not be equidistributed over
