@@ -35,22 +35,11 @@ class Target:
     Attributes:
       platform: 'cpu', 'tpu' or 'cuda'.
       topology: The default devices to compile for.
+      name: The name by which the TPU compiler or the GPU's driver knows it.
     """
 
     platform: str = 'cpu'
     topology: str = '1'
-
-
-@dataclasses.dataclass(frozen=True)
-class Tpu(Target):
-    """One TPU generation. A host has 2 x 2 chips, which is the smallest slice to compile for.
-
-    Attributes:
-      name: The compiler's name for it.
-    """
-
-    platform: str = 'tpu'
-    topology: str = '2x2'
     name: str = ''
 
 
@@ -59,7 +48,6 @@ class Gpu(Target):
     """One NVIDIA GPU, in bytes, bytes per second and hertz.
 
     Attributes:
-      name: The driver's name for it.
       capability: The CUDA compute capability, major and minor.
       cores: The number of streaming multiprocessors.
       lanes: The number of float32 units per multiprocessor.
@@ -71,7 +59,6 @@ class Gpu(Target):
     """
 
     platform: str = 'cuda'
-    name: str = ''
     capability: tuple[int, int] = (0, 0)
     cores: int = 0
     lanes: int = 0
@@ -113,11 +100,12 @@ device_description_str: "{self.name}"
 
 _TARGETS: dict[str, Target] = {
     'cpu': Target(),
-    'tpu-v4': Tpu(name='v4', topology='2x2x1'),
-    'tpu-v5e': Tpu(name='v5e'),
-    'tpu-v5p': Tpu(name='v5p', topology='2x2x1'),
-    'tpu-v6e': Tpu(name='v6e'),
-    'tpu-7x': Tpu(name='tpu7x', topology='2x2x1'),
+    # A host has 2 x 2 chips, which is the smallest slice to compile for.
+    'tpu-v4': Target('tpu', '2x2x1', 'v4'),
+    'tpu-v5e': Target('tpu', '2x2', 'v5e'),
+    'tpu-v5p': Target('tpu', '2x2x1', 'v5p'),
+    'tpu-v6e': Target('tpu', '2x2', 'v6e'),
+    'tpu-7x': Target('tpu', '2x2x1', 'tpu7x'),
     # NVIDIA A100 Tensor Core GPU Architecture, tables 1 and 4; data sheet of the 80 GB SXM part.
     'cuda-a100': Gpu(
         name='NVIDIA A100-SXM4-80GB',
@@ -225,7 +213,6 @@ def devices(target: str, topology: str | int | None = None) -> Sequence[Any]:
                 '', 'cuda', topology=layout, target_config=kind.text()
             )
         else:
-            assert isinstance(kind, Tpu)
             found = topologies.get_topology_desc(f'{kind.name}:{shape}', 'tpu')
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f'{target} has no topology {shape!r}: {error}') from error
