@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._checks import checked_leaves, checked_mask, whole_mask
-from rmsprop_jax._types import canonical
+from rmsprop_jax._types import canonical, path_name
 
 BATCH_NORM = r'batch_?norm|(^|_)bn(?![a-z])'
 DEPTHWISE = r'depthwise'
@@ -109,10 +109,10 @@ def describe_mask(params: Any, mask: Any) -> str:
     flags = jax.tree.leaves(
         whole_mask('mask', True if mask is None else checked_mask('mask', mask), params)
     )
-    rows = []
-    for (path, leaf), decays in zip(leaves, flags, strict=True):
-        name = '/'.join(_parts(path))
-        rows.append((name, str(np.shape(leaf)), 'decayed' if decays else 'not decayed'))
+    rows = [
+        (path_name(path), str(np.shape(leaf)), 'decayed' if decays else 'not decayed')
+        for (path, leaf), decays in zip(leaves, flags, strict=True)
+    ]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return '\n'.join(f'{a:{widths[0]}}  {b:{widths[1]}}  {c}' for a, b, c in rows)
 

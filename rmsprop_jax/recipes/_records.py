@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from rmsprop_jax.dialects._record import as_markdown
+
 
 @dataclasses.dataclass(frozen=True)
 class Staircase:
@@ -385,9 +387,7 @@ def table() -> str:
       | `graves` | `dialects.graves` |
     """
     rows = [_row(recipe) for recipe in RECIPES]
-    header = tuple(rows[0])
-    lines = [header, ('---',) * len(header), *(tuple(row.values()) for row in rows)]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return as_markdown(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def _row(r: Recipe) -> dict[str, str]:
