@@ -85,9 +85,8 @@ def tf_keras(
 
     Source: tf_keras 2.21, tf_keras/src/optimizers/optimizer.py and rmsprop.py.
     """
-    norms = {'clipnorm': clipnorm, 'global_clipnorm': global_clipnorm}
-    values = {'clipvalue': clipvalue}
-    by_norm, by_value = clipping_unless_zero(**norms), clipping_unless_zero(**values)
+    by_norm = clipping_unless_zero(clipnorm=clipnorm, global_clipnorm=global_clipnorm)
+    by_value = clipping_unless_zero(clipvalue=clipvalue)
     step = precise_chain(
         by_value if by_norm is None else by_norm,
         keras(
