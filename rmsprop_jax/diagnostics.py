@@ -210,15 +210,13 @@ def update_ratios(updates: Any, params: Any, labels: Labels = None) -> dict[str,
       0.001
     """
     groups = _groups(params, labels)
-    lengths = [
-        {name: _length(leaves) for name, leaves in _grouped(groups, found).items()}
-        for found in (_leaves('updates', updates), _leaves('params', params))
-    ]
+    trees = _leaves('updates', updates), _leaves('params', params)
+    steps, sizes = (_grouped(groups, leaves) for leaves in trees)
 
     def ratio(step: jax.Array, size: jax.Array) -> jax.Array:
         return jnp.where(step == 0, 0, step / jnp.where(step == 0, 1, size))
 
-    return {name: ratio(lengths[0][name], lengths[1][name]) for name in lengths[0]}
+    return {name: ratio(_length(steps[name]), _length(sizes[name])) for name in steps}
 
 
 def epsilon_shares(
@@ -519,12 +517,7 @@ def measured(
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return MeasuredState(jnp.zeros([], jnp.int32), blank, state)
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         checked_state(checked_state(state, MeasuredState).measurements, Measurements)
         checked_params('measured', checked_updates(updates), params)
         new, after = inner_.update(updates, state.inner, params, **extra_args)
