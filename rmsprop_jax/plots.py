@@ -12,6 +12,7 @@ from matplotlib.ticker import MultipleLocator, PercentFormatter
 COLOURS = ('#000000', '#56B4E9', '#009E73', '#D55E00', '#CC79A7', '#0072B2', '#E69F00')
 DASHES = ('-', (0, (5, 1.5)), (0, (1, 1)), '-', (0, (5, 1.5)), (0, (4, 1, 1, 1)), (0, (8, 2)))
 STYLE = {'linewidth': 1.8, 'solid_capstyle': 'round'}
+LEGEND: dict[str, Any] = {'frameon': False, 'handlelength': 3.2}
 
 
 def training_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
@@ -69,18 +70,12 @@ def comparison_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
     # The first epochs, near chance, would squeeze the differences that matter.
     accuracy_axes.set_ylim(0.8, 1.005)
     accuracy_axes.yaxis.set_major_locator(MultipleLocator(0.05))
-    handles, labels = loss_axes.get_legend_handles_labels()
     seeds = len(results[0]['loss'])
-    figure.legend(
-        handles,
-        labels,
-        loc='outside lower center',
-        ncols=2,
-        frameon=False,
-        handlelength=3.2,
-        title=f'Line: mean of {seeds} seeds. Band: smallest to largest of the {seeds}. '
-        'Percentages: mean final test accuracy.',
+    caption = (
+        f'Line: mean of {seeds} seeds. Band: smallest to largest of the {seeds}. '
+        'Percentages: mean final test accuracy.'
     )
+    _add_legend_below(figure, ncols=2, title=caption)
     return figure
 
 
@@ -132,15 +127,7 @@ def diagnostics_figure(records: Sequence[dict[str, Any]], title: str) -> Figure:
     steps = [record['step'] for record in records]
     for axes, measure in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw_measure(axes, measure, steps, columns[measure])
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc='outside lower center',
-        ncols=max(1, 2 * len(drawn)),
-        frameon=False,
-        handlelength=3.2,
-    )
+    _add_legend_below(figure, ncols=2 * len(drawn))
     return figure
 
 
@@ -167,7 +154,13 @@ def _draw_measure(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if scale == 'count':
         # This panel has its own legend: its lines are leaves, those of the others are groups.
-        axes.legend(frameon=False, handlelength=3.2)
+        axes.legend(**LEGEND)
+
+
+def _add_legend_below(figure: Figure, ncols: int, title: str | None = None) -> None:
+    """A legend below all panels, of the lines of the first."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=ncols, title=title, **LEGEND)
 
 
 def _two_panels(title: str, height: float) -> tuple[Figure, Axes, Axes]:
