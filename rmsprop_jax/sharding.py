@@ -82,21 +82,16 @@ def state_shardings(tx: Any, params: Any, shardings: Any = None) -> Any:
     # `zero1` constrains the state that `init` makes, wherever in the optimizer it is.
     constrained = _constraints(program.jaxpr)
     leaves, treedef = jax.tree.flatten(_of_state(tx, state, params, places))
-    chosen = [own or place for own, place in zip(constrained, leaves, strict=True)]
-    # `offload` moves the state to the host's memory.
-    spaces = [getattr(aval, 'memory_space', None) for aval in program.out_avals]
-    chosen = [
-        place.with_memory_kind(_HOST) if _is_host(space) and isinstance(place, Sharding) else place
-        for place, space in zip(chosen, spaces, strict=True)
-    ]
-    return treedef.unflatten(
-        own.spec if isinstance(place, PartitionSpec) and isinstance(own, NamedSharding) else own
-        for own, place in zip(chosen, leaves, strict=True)
-    )
 
+    def chosen(place: Any, own: NamedSharding | None, result: Any) -> Any:
+        if isinstance(place, PartitionSpec):
+            return place if own is None else own.spec
+        found = own or place
+        # `offload` moves the state to the host's memory.
+        is_moved = hasattr(jax, 'memory') and result.memory_space == jax.memory.Space.Host
+        return found.with_memory_kind(_HOST) if is_moved else found
 
-def _is_host(space: Any) -> bool:
-    return hasattr(jax, 'memory') and space == jax.memory.Space.Host
+    return treedef.unflatten(map(chosen, leaves, constrained, program.out_avals))
 
 
 def _constraints(program: Any) -> list[Any]:
