@@ -1,6 +1,5 @@
 """PyTorch's parameter groups: which parameters they contain, and the state of each parameter."""
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -165,13 +164,12 @@ def _numbered(
     if names is not None and not _is_list_of(str, names):
         raise TypeError(f'names must be a list of names, got {names!r}.')
     numbers = [number for group in groups for number in group['params']]
+    group_names = [name for group in groups for name in group.get('param_names', ())]
     if names is None:
-        lists = [group.get('param_names', [None] * len(group['params'])) for group in groups]
-        names = [name for name in itertools.chain(*lists) if name is not None]
+        names = group_names
         if len(names) < len(numbers):
             conversion.add("the groups have no param_names: pass names, in the optimizer's order")
             return {}
-    group_names = [name for group in groups for name in group.get('param_names', ())]
     if list(names) != group_names and sorted(names) == sorted(group_names):
         conversion.add("names has the groups' own names in another order: leave it out")
     if len(names) != len(numbers):
