@@ -8,6 +8,7 @@ derivatives by the gradient and by the parameter are found in the same way. Seco
 large that epsilon does not matter, to show the learning rate, or small, to show epsilon.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 from jax.tree_util import tree_map_with_path
 
-from rmsprop_jax._types import RmsState, by_path, wide_dtype
+from rmsprop_jax._types import RmsState, by_path, path_name, wide_dtype
 from rmsprop_jax.interchange._mapping import named_leaves, sharding_of
 from rmsprop_jax.interchange._state import (
     accumulates,
@@ -116,7 +117,7 @@ class Trial:
         self._decays: dict[str, float] = {}
         try:
             # Wide parameters, so that updates are as wide as the accumulators always are.
-            self._params = jax.tree.map(_zeros, params)
+            self._params = jax.tree.map(lambda p: _full(p, 0, wide_dtype(p.dtype)), params)
             self._ranks = {path: p.ndim for path, p in named_leaves(self._params).items()}
             start = tx.init(self._params)
             if by_path(start).keys() != by_path(state).keys():
@@ -264,16 +265,9 @@ class Trial:
             most *= 2
             if most > _MOST_CALLS:
                 raise ValueError(f'it does not step in {most} calls')
-        least = most // 2
-        # Invariant: `waits(least - 1)` is true and `waits(most - 1)` is false.
-        while most - least > 1:
-            middle = (least + most) // 2
-            least, most = (middle, most) if waits(middle - 1) else (least, middle)
-        return most
-
-
-def _zeros(param: Any) -> jax.Array:
-    return _full(param, 0, wide_dtype(param.dtype))
+        # The first number of calls whose last one does not wait.
+        least = most // 2 + 1
+        return bisect.bisect_left(range(most), True, least, key=lambda n: not waits(n - 1))
 
 
 def _full(like: Any, value: float, dtype: Any = None) -> jax.Array:
@@ -293,9 +287,7 @@ def _with_mini_step(state: Any, value: int) -> Any:
 
 
 def _filled(tree: Any, value: Callable[[str], float]) -> Any:
-    values = {path: value(path) for path in named_leaves(tree)}
-    leaves = [_full(x, values[path]) for path, x in named_leaves(tree).items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return tree_map_with_path(lambda path, x: _full(x, value(path_name(path))), tree)
 
 
 def _uniform(x: Any, rank: int) -> float:
