@@ -7,12 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, tree_flatten_with_path, tree_map_with_path
 
-from rmsprop_jax._checks import (
-    check_alike,
-    checked_flag,
-    checked_leaves,
-    checked_transformation,
-)
+from rmsprop_jax._checks import check_alike, checked_flag, checked_leaves, checked_transformation
 from rmsprop_jax._core.wrapped import as_pure, like_state, map_rms_states
 from rmsprop_jax._reset import encoded, fresh, in_units_of, with_weight
 from rmsprop_jax._types import KeyPath, RmsState, by_path, canonical, path_name
@@ -41,12 +36,8 @@ class CarriedOver(NamedTuple):
 
     def __str__(self) -> str:
         """One line for each parameter."""
-        lines = [
-            f'{kind:<9}  {name}'
-            for kind, names in zip(self._fields, self, strict=True)
-            for name in names
-        ]
-        return '\n'.join(lines)
+        groups = self._asdict().items()
+        return '\n'.join(f'{kind:<9}  {name}' for kind, names in groups for name in names)
 
 
 def carry_over(

@@ -133,13 +133,11 @@ def encoded(decoded: Any, running: Any, params: Any, storage: Storage | None) ->
 def fresh(tx: optax.GradientTransformation, params: Any) -> Any:
     """The state of `tx.init`, with averages of parameters that start from `params`."""
 
-    def is_average(node: Any) -> bool:
-        return isinstance(node, AverageState)
-
-    def leaf(node: Any) -> Any:
-        if not is_average(node):
+    def restarted(node: Any) -> Any:
+        if not isinstance(node, AverageState):
             return node
         ema = map_with_moments(lambda p, _: p, widen(params), node.ema)
         return node._replace(ema=ema)
 
-    return jax.tree.map(leaf, tx.init(params), is_leaf=is_average)
+    start = tx.init(params)
+    return jax.tree.map(restarted, start, is_leaf=lambda node: isinstance(node, AverageState))
