@@ -18,13 +18,7 @@ from rmsprop_jax._checks import leaf_dtype
 from rmsprop_jax._core.moments import Arithmetic, kept_apart
 from rmsprop_jax._types import constant, real_dtype
 from rmsprop_jax.storage._place import Shape, full_like, manual_axes, without_axis
-from rmsprop_jax.storage._rounding import (
-    HALF,
-    leaf_key,
-    power_below,
-    random_bits,
-    salt,
-)
+from rmsprop_jax.storage._rounding import HALF, leaf_key, power_below, random_bits, salt
 
 STATISTICS = ('nu', 'mu', 'var', 'trace')
 MAGNITUDES = ('nu', 'var')
@@ -41,25 +35,21 @@ class Format(abc.ABC):
       holds: The names of the statistics that the format can keep.
       rounds: Whether it keeps fewer digits than float32. If so, averages are stored as multiples of
         a unit that decays as they do; see `RmsState`.
+      smallest: The smallest positive number; smaller ones are clamped to it. Zero if there is no
+        limit.
+      largest: The largest number; larger ones are clamped to it. Infinity if there is no limit.
     """
 
     holds: ClassVar[tuple[str, ...]] = STATISTICS
     rounds: ClassVar[bool] = False
+    smallest: float = 0.0
+    largest: float = math.inf
+    _why_not: ClassVar[str] = 'keep that in another format.'
 
     @property
     def name(self) -> str:
         """The format's name in `rmsprop_jax.storage`."""
         return type(self).__name__
-
-    @property
-    def smallest(self) -> float:
-        """The smallest positive number; smaller ones are clamped to it. 0 if there is no limit."""
-        return 0.0
-
-    @property
-    def largest(self) -> float:
-        """The largest number; larger ones are clamped to it. Infinity if there is no limit."""
-        return math.inf
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -152,10 +142,6 @@ class Format(abc.ABC):
     def description(self) -> dict[str, Any]:
         """What one must know to decode a leaf, in a form that `json` can save."""
         return {'format': self.name}
-
-    @property
-    def _why_not(self) -> str:
-        return 'keep that in another format.'
 
 
 class _Elementwise(Format):
@@ -285,14 +271,8 @@ class bfloat16(_Rounded):
     """
 
     dtype = np.dtype(jnp.bfloat16)
-
-    @property
-    def smallest(self) -> float:
-        return 2.0**-118
-
-    @property
-    def largest(self) -> float:
-        return float(jnp.finfo(jnp.bfloat16).max)
+    smallest = 2.0**-118
+    largest = float(jnp.finfo(jnp.bfloat16).max)
 
     def refusal(
         self, statistic: str, shape: Shape, is_complex: bool, spec: PartitionSpec | None = None
@@ -346,6 +326,10 @@ class uint8(_Rounded):
 
     dtype = np.dtype(np.uint8)
     holds = MAGNITUDES
+    _why_not = (
+        'it has no sign. Give storage.per_statistic(nu=storage.uint8(), '
+        'var=storage.uint8()), and bfloat16 or float32 for the others.'
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -356,14 +340,8 @@ class uint8(_Rounded):
         # At the smallest scale, the smallest byte is the smallest normal number.
         if fraction != 0.5 or not -46 < exponent <= 61:
             raise ValueError(f'scale must be a power of two in [2^-46, 2^60], got {self.scale}.')
-
-    @property
-    def smallest(self) -> float:
-        return self.scale * 2.0**-80
-
-    @property
-    def largest(self) -> float:
-        return self.scale * 2.0**54
+        object.__setattr__(self, 'smallest', self.scale * 2.0**-80)
+        object.__setattr__(self, 'largest', self.scale * 2.0**54)
 
     def rounded(self, x: jax.Array, bits: Any) -> jax.Array:
         return _to_uint8(x, bits, self)
@@ -374,13 +352,6 @@ class uint8(_Rounded):
         leading = jnp.where((code >= 41) & (code < 201), fine, coarse)
         value = lax.bitcast_convert_type(leading, jnp.float32) * self.scale
         return jnp.where(code == 0, 0.0, value)
-
-    @property
-    def _why_not(self) -> str:
-        return (
-            'it has no sign. Give storage.per_statistic(nu=storage.uint8(), '
-            'var=storage.uint8()), and bfloat16 or float32 for the others.'
-        )
 
 
 # Offsets between a float32's high bits and the byte, for each range.
@@ -465,6 +436,10 @@ class factored(Format):
     """
 
     holds = ('nu',)
+    _why_not = (
+        'means over rows and columns keep neither a sign nor a small difference. Give '
+        'storage.per_statistic(nu=storage.factored()), and bfloat16 or float32 for the others.'
+    )
     _kind: ClassVar[type[Means]] = Factors
     # `row` is a mean over this axis, `col` a mean over the axis before.
     _columns: ClassVar[int] = -1
@@ -521,13 +496,6 @@ class factored(Format):
 
     def description(self) -> dict[str, Any]:
         return {'format': self.name, 'version': 1}
-
-    @property
-    def _why_not(self) -> str:
-        return (
-            'means over rows and columns keep neither a sign nor a small difference. Give '
-            'storage.per_statistic(nu=storage.factored()), and bfloat16 or float32 for the others.'
-        )
 
 
 @dataclasses.dataclass(frozen=True)
