@@ -3,11 +3,11 @@
 from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import Optimizer, dialect
+from rmsprop_jax.dialects._shared import Optimizer
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(Dialect(title='always centered', rules=(Rule(centered=('yes',)),), recorded=False))
+@Dialect(title='always centered', rules=(Rule(centered=('yes',)),), recorded=False)
 def graves(
     learning_rate: ScalarOrSchedule = 1e-4,
     decay: ScalarOrSchedule = 0.95,

@@ -3,16 +3,14 @@
 from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import Optimizer, dialect
+from rmsprop_jax.dialects._shared import Optimizer
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        # A missing epsilon leaves no trace, so `identify_dialect` never names this dialect.
-        rules=(Rule(epsilon=(), centered=('no',), momentum=('none',)),),
-        recorded=False,
-    )
+@Dialect(
+    # A missing epsilon leaves no trace, so `identify_dialect` never names this dialect.
+    rules=(Rule(epsilon=(), centered=('no',), momentum=('none',)),),
+    recorded=False,
 )
 def hinton(
     learning_rate: ScalarOrSchedule,

@@ -12,23 +12,20 @@ from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import accumulate, average_parameters, unscale
 from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping_unless_zero, dialect
+from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping_unless_zero
 from rmsprop_jax.storage._choice import Storage
 
 RULE = Rule(weight_decay=('decoupled',))
 
 
-@dialect(
-    Dialect(
-        title='Keras 3',
-        rules=(RULE,),
-        refused={
-            'name': NAME,
-            'var_list': 'give mask, a tree of booleans',
-            'overwrite_with_gradient': 'set such variables outside the optimizer, with '
-            'optax.partition',
-        },
-    )
+@Dialect(
+    title='Keras 3',
+    rules=(RULE,),
+    refused={
+        'name': NAME,
+        'var_list': 'give mask, a tree of booleans',
+        'overwrite_with_gradient': 'set such variables outside the optimizer, with optax.partition',
+    },
 )
 def keras(
     learning_rate: ScalarOrSchedule = 1e-3,

@@ -11,18 +11,16 @@ from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import skip_zero_rows
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, cast, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping, dialect
+from rmsprop_jax.dialects._shared import NAME, Optimizer, clipping
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        rules=(
-            Rule(epsilon=('outside the root',), momentum=('none',), when='no momentum'),
-            Rule(momentum=('heavy ball',), when='momentum'),
-        ),
-        refused={'name': NAME, 'lr': 'use learning_rate'},
-    )
+@Dialect(
+    rules=(
+        Rule(epsilon=('outside the root',), momentum=('none',), when='no momentum'),
+        Rule(momentum=('heavy ball',), when='momentum'),
+    ),
+    refused={'name': NAME, 'lr': 'use learning_rate'},
 )
 def keras_legacy(
     learning_rate: ScalarOrSchedule = 1e-3,

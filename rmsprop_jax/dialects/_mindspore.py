@@ -9,15 +9,13 @@ from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import unscale
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import Optimizer, coupled_decay, dialect, momentum_step
+from rmsprop_jax.dialects._shared import Optimizer, coupled_decay, momentum_step
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        rules=(Rule(start=('one',), weight_decay=('coupled',)),),
-        refused={'use_locking': 'updates are pure functions: leave it out'},
-    )
+@Dialect(
+    rules=(Rule(start=('one',), weight_decay=('coupled',)),),
+    refused={'use_locking': 'updates are pure functions: leave it out'},
 )
 def mindspore(
     learning_rate: ScalarOrSchedule = 0.1,

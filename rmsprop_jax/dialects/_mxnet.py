@@ -10,14 +10,7 @@ from rmsprop_jax._optimizer import precise_chain, rmsprop
 from rmsprop_jax._transforms import clip_parameters, rescale
 from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Epsilon, Rule
-from rmsprop_jax.dialects._shared import (
-    XLA,
-    Optimizer,
-    Step,
-    clipping_unless_zero,
-    coupled_decay,
-    dialect,
-)
+from rmsprop_jax.dialects._shared import XLA, Optimizer, Step, clipping_unless_zero, coupled_decay
 from rmsprop_jax.storage._choice import Storage
 
 _REFUSED = {
@@ -37,12 +30,10 @@ def _plain(epsilon: Epsilon) -> Rule:
     return Rule((epsilon,), centered=('no',), momentum=('none',), weight_decay=('coupled',))
 
 
-@dialect(
-    Dialect(
-        title='MXNet 2',
-        rules=(_plain('outside the root'), _GRAVES),
-        refused={**_REFUSED, 'gamma1': 'use rho', 'gamma2': 'use momentum'},
-    )
+@Dialect(
+    title='MXNet 2',
+    rules=(_plain('outside the root'), _GRAVES),
+    refused={**_REFUSED, 'gamma1': 'use rho', 'gamma2': 'use momentum'},
 )
 def mxnet(
     learning_rate: ScalarOrSchedule = 1e-3,
@@ -102,7 +93,7 @@ def mxnet(
     )
 
 
-@dialect(Dialect(title='MXNet 1', rules=(_plain('inside the root'), _GRAVES), refused=_REFUSED))
+@Dialect(title='MXNet 1', rules=(_plain('inside the root'), _GRAVES), refused=_REFUSED)
 def mxnet1(
     learning_rate: ScalarOrSchedule = 1e-3,
     gamma1: ScalarOrSchedule = 0.9,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rmsprop_jax._optimizer import rmsprop
+from rmsprop_jax.dialects._shared import Optimizer, P, checked
 
 Epsilon = Literal['inside the root', 'outside the root']
 Start = Literal['zero', 'one']
@@ -65,7 +66,7 @@ _WITHOUT = {'learning_rate': ('no momentum',), 'weight_decay': ('none',)}
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """The facts about one function of `rmsprop_jax.dialects`.
+    """The facts about one function of `rmsprop_jax.dialects`, and the decorator that registers it.
 
     The function's signature has the names, order and defaults of the arguments. The end of its
     docstring has the files and versions that were read.
@@ -85,6 +86,12 @@ class Dialect:
     twin: str = ''
     recorded: bool = True
     function: Callable[..., Any] | None = None
+
+    def __call__(self, function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
+        """Registers `function` as this dialect, and checks its arguments."""
+        made = checked(self.refused)(function)
+        RECORDS[function.__name__] = dataclasses.replace(self, function=made)
+        return made
 
 
 RECORDS: dict[str, Dialect] = {}

@@ -1,6 +1,5 @@
 """Argument checks and chain steps that several dialects share."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_each_norm, clip_global_norm, clip_value
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_none_or_zero
-from rmsprop_jax.dialects._record import RECORDS, Dialect
 from rmsprop_jax.storage._choice import Storage
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -31,17 +29,6 @@ _NUMBERS = {
     # PyTorch and its followers refuse a negative rate.
     **dict.fromkeys(('lr', 'epsilon', 'wd'), Hyperparameter),
 }
-
-
-def dialect(facts: Dialect) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
-    """Registers a function as the dialect that `facts` describe, and checks its arguments."""
-
-    def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
-        made = checked(facts.refused)(function)
-        RECORDS[function.__name__] = dataclasses.replace(facts, function=made)
-        return made
-
-    return decorate
 
 
 def checked(

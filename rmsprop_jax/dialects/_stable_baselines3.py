@@ -6,15 +6,13 @@ from rmsprop_jax._optimizer import precise_chain, scale_by_learning_rate
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import Optimizer, coupled_decay, dialect, momentum_step
+from rmsprop_jax.dialects._shared import Optimizer, coupled_decay, momentum_step
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        title='`RMSpropTFLike`',
-        rules=(Rule(start=('one',), learning_rate=('after momentum',), weight_decay=('coupled',)),),
-    )
+@Dialect(
+    title='`RMSpropTFLike`',
+    rules=(Rule(start=('one',), learning_rate=('after momentum',), weight_decay=('coupled',)),),
 )
 def stable_baselines3(
     lr: ScalarOrSchedule = 1e-2,

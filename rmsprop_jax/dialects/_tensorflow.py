@@ -6,16 +6,14 @@ from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import skip_zero_rows
 from rmsprop_jax._types import ScalarOrSchedule, decay_rate
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import NAME, Optimizer, dialect
+from rmsprop_jax.dialects._shared import NAME, Optimizer
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        title='TensorFlow 1',
-        rules=(Rule(start=('one',)),),
-        refused={'name': NAME, 'use_locking': 'updates are pure functions: leave it out'},
-    )
+@Dialect(
+    title='TensorFlow 1',
+    rules=(Rule(start=('one',)),),
+    refused={'name': NAME, 'use_locking': 'updates are pure functions: leave it out'},
 )
 def tensorflow(
     learning_rate: ScalarOrSchedule,

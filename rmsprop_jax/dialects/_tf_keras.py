@@ -11,22 +11,20 @@ from rmsprop_jax._transforms import average_parameters
 from rmsprop_jax._types import ScalarOrSchedule, is_none_or_zero
 from rmsprop_jax.dialects._keras import RULE, keras
 from rmsprop_jax.dialects._record import Dialect
-from rmsprop_jax.dialects._shared import NAME, XLA, Optimizer, clipping_unless_zero, dialect
+from rmsprop_jax.dialects._shared import NAME, XLA, Optimizer, clipping_unless_zero
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        title='TensorFlow 2.11 to 2.15',
-        rules=(RULE,),
-        refused={
-            'name': NAME,
-            'jit_compile': XLA,
-            'lr': 'tf_keras warns and ignores it: use learning_rate',
-            'decay': 'tf_keras refuses it too: use a schedule, or keras_legacy',
-        },
-        twin='keras',
-    )
+@Dialect(
+    title='TensorFlow 2.11 to 2.15',
+    rules=(RULE,),
+    refused={
+        'name': NAME,
+        'jit_compile': XLA,
+        'lr': 'tf_keras warns and ignores it: use learning_rate',
+        'decay': 'tf_keras refuses it too: use a schedule, or keras_legacy',
+    },
+    twin='keras',
 )
 def tf_keras(
     learning_rate: ScalarOrSchedule = 1e-3,

@@ -7,38 +7,25 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rmsprop_jax._checks import checked_flag
-from rmsprop_jax._optimizer import (
-    precise_chain,
-    scale_by_learning_rate,
-    subtract_decayed_weights,
-)
+from rmsprop_jax._optimizer import precise_chain, scale_by_learning_rate, subtract_decayed_weights
 from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import cautious
 from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, constant, is_none_or_zero
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import (
-    XLA,
-    Optimizer,
-    Step,
-    coupled_decay,
-    dialect,
-    momentum_step,
-)
+from rmsprop_jax.dialects._shared import XLA, Optimizer, Step, coupled_decay, momentum_step
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        title='`RMSpropTF`',
-        rules=(
-            Rule(
-                start=('one',),
-                learning_rate=('before momentum', 'after momentum'),
-                weight_decay=('coupled', 'decoupled'),
-            ),
+@Dialect(
+    title='`RMSpropTF`',
+    rules=(
+        Rule(
+            start=('one',),
+            learning_rate=('before momentum', 'after momentum'),
+            weight_decay=('coupled', 'decoupled'),
         ),
-        refused={'foreach': XLA},
-    )
+    ),
+    refused={'foreach': XLA},
 )
 def timm(
     lr: ScalarOrSchedule = 1e-2,

@@ -17,32 +17,23 @@ from rmsprop_jax._precondition import rms_step
 from rmsprop_jax._transforms import norm_of, scaled
 from rmsprop_jax._types import ScalarOrSchedule, constant
 from rmsprop_jax.dialects._record import Dialect, Rule
-from rmsprop_jax.dialects._shared import (
-    XLA,
-    Optimizer,
-    checked,
-    coupled_decay,
-    dialect,
-    momentum_step,
-)
+from rmsprop_jax.dialects._shared import XLA, Optimizer, checked, coupled_decay, momentum_step
 from rmsprop_jax.storage._choice import Storage
 
 
-@dialect(
-    Dialect(
-        rules=(
-            Rule(
-                epsilon=('outside the root',),
-                learning_rate=('after momentum',),
-                weight_decay=('coupled',),
-            ),
+@Dialect(
+    rules=(
+        Rule(
+            epsilon=('outside the root',),
+            learning_rate=('after momentum',),
+            weight_decay=('coupled',),
         ),
-        refused={
-            'foreach': XLA,
-            'capturable': XLA,
-            'differentiable': 'every transformation here is differentiable: leave it out',
-        },
-    )
+    ),
+    refused={
+        'foreach': XLA,
+        'capturable': XLA,
+        'differentiable': 'every transformation here is differentiable: leave it out',
+    },
 )
 def torch(
     lr: ScalarOrSchedule = 1e-2,
