@@ -356,26 +356,8 @@ WGAN = Recipe(
     note='The source clamps before each step of the critic, the function after it.',
 )
 
-RECIPES = (
-    GRAVES,
-    DQN_NATURE,
-    DOPAMINE_DQN,
-    A3C,
-    BASELINES_A2C,
-    SB3_A2C,
-    SB3_A2C_TF_LIKE,
-    IMPALA_DMLAB,
-    IMPALA_DMLAB30,
-    IMPALA_ATARI,
-    IMPALA_TORCHBEAST,
-    INCEPTION_V3,
-    MNASNET,
-    EFFICIENTNET,
-    MOBILENET_V2,
-    EFFICIENTNET_TIMM,
-    MOBILENET_V3_TIMM,
-    WGAN,
-)
+# All of the above, in this order.
+RECIPES = tuple(record for record in globals().values() if isinstance(record, Recipe))
 
 
 def table() -> str:
