@@ -1,8 +1,8 @@
 """`python -m rmsprop_jax.aot`: compiles an optimizer's step and reports on the program."""
 
 import ast
-import functools
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -94,18 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         tx = _optimizer(given.optimizer, given.options, given.storage)
         dtype = jnp.dtype(given.dtype)
         models = {name: _models.shapes(name, dtype) for name in given.model or ['4096x4096']}
-        reports, names = [], []
-        for target in _targets(given.target):
-            for name, params in models.items():
-                reports.append(
-                    aot.compile_update(tx, params, target=target, topology=given.topology)
-                )
-                names.append(name)
+        steps = list(itertools.product(_targets(given.target), models))
+        reports = [
+            aot.compile_update(tx, models[name], target=target, topology=given.topology)
+            for target, name in steps
+        ]
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         command.error(str(error))
     if given.hlo:
         print('\n\n'.join(report.text() for report in reports))
-    print(aot.table(reports, names))
+    print(aot.table(reports, [name for _, name in steps]))
     return 0
 
 
@@ -139,7 +137,7 @@ def _optimizer(name: str, options: Sequence[str], storage: str | None) -> Any:
         if storage not in _FORMATS:
             raise ValueError(f'storage must be {_either(_FORMATS)}, got {storage!r}.')
         arguments['storage'] = getattr(formats, storage)()
-    return functools.partial(make, **arguments)()
+    return make(**arguments)
 
 
 def _factory(name: str) -> Any:
