@@ -29,14 +29,11 @@ def quantiles(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> ja
     Raises:
       ValueError: If the group called `name` has too many entries to count.
     """
-    return _order_statistics(leaves, _ranks(name, leaves, shares))
-
-
-def _ranks(name: str, leaves: list[jax.Array], shares: Sequence[float]) -> tuple[int, ...]:
     size = sum(map(whole_size, leaves))
     if size >= 2**32:
         raise ValueError(f'the group {name!r} has more than 2^32 entries: give finer labels.')
-    return tuple(max(1, math.ceil(share * size)) for share in shares)
+    ranks = tuple(max(1, math.ceil(share * size)) for share in shares)
+    return _order_statistics(leaves, ranks)
 
 
 @functools.partial(jax.jit, static_argnums=1)
