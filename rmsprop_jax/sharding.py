@@ -429,20 +429,6 @@ def _check_is_mapped(name: str) -> None:
 def _of_state(tx: Any, state: Any, params: Any, shardings: Any) -> Any:
     """The shardings of a state. Only its shapes are inspected."""
     elsewhere = _replicated(shardings)
-    return optax.tree.map_params(
-        tx,
-        lambda moments, params, shardings: _like_params(moments, params, shardings, elsewhere),
-        state,
-        params,
-        shardings,
-        transform_non_params=lambda _: elsewhere,
-        # Pass whole trees, since a leaf may be stored as several, or masked out.
-        is_leaf=lambda _: True,
-    )
-
-
-def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> Any:
-    """The shardings of one tree of a state that has the structure of the parameters."""
 
     def leaf(param: Any, stored: Any, sharding: Any) -> Any:
         return jax.tree.map(
@@ -451,7 +437,16 @@ def _like_params(moments: Any, params: Any, shardings: Any, elsewhere: Any) -> A
             is_leaf=lambda part: isinstance(part, Means),
         )
 
-    return map_with_moments(leaf, params, moments, shardings)
+    return optax.tree.map_params(
+        tx,
+        lambda moments, params, shardings: map_with_moments(leaf, params, moments, shardings),
+        state,
+        params,
+        shardings,
+        transform_non_params=lambda _: elsewhere,
+        # Pass whole trees, since a leaf may be stored as several, or masked out.
+        is_leaf=lambda _: True,
+    )
 
 
 def _like_param(stored: Any, param: Any, sharding: Any, elsewhere: Any) -> Any:
