@@ -112,18 +112,11 @@ def _least_squares(residuals: Any, x: jax.Array, box: Box) -> tuple[jax.Array, j
     Returns the largest residual at the final point, and the final point.
     """
     middle, size = (box.low + box.high) / 2, x.size
-
-    def derivatives(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def twice(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            r = residuals(x)
-            return r, r
-
-        jacobian, r = jax.jacfwd(twice, has_aux=True)(x)
-        return r, jacobian
+    with_slopes = jax.vmap(functools.partial(jax.jvp, residuals), (None, 0), (None, -1))
 
     def iterate(_: Any, carry: Any) -> Any:
         ahead, damping, kept = carry
-        r, jacobian = derivatives(ahead)
+        r, jacobian = with_slopes((ahead,), (jnp.eye(size),))
         off = ahead - middle
         cost = jnp.sum(r**2) + jnp.sum(box.pull * off**2)
         slope = jacobian.T @ r + box.pull * off
