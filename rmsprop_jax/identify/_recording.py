@@ -148,11 +148,9 @@ def lay_out(trace: Trace, learning_rate: Any) -> tuple[Steps, str]:
     flat = [_as_rows(p) for p in params.values()]
     p = np.concatenate(flat, axis=1)
     g = np.concatenate([_as_rows(g) for g in gradients.values()], axis=1)
-    rounding = [
-        np.full(x.shape[1], float(jnp.finfo(dtype).eps) / 2)
-        for x, dtype in zip(flat, dtypes, strict=True)
-    ]
-    steps = Steps(p[:-1], p[1:], g, _rates(learning_rate, count), np.concatenate(rounding))
+    units = [float(jnp.finfo(dtype).eps) / 2 for dtype in dtypes]
+    rounding = np.repeat(units, [x.shape[1] for x in flat])
+    steps = Steps(p[:-1], p[1:], g, _rates(learning_rate, count), rounding)
     return steps, ' and '.join(dict.fromkeys(dtypes))
 
 
