@@ -15,14 +15,7 @@ from jax import lax
 
 from rmsprop_jax._momentum import trace
 from rmsprop_jax._precondition import scale_by_rms
-from rmsprop_jax.dialects._record import (
-    Epsilon,
-    Momentum,
-    RatePlace,
-    Start,
-    WeightDecay,
-    YesNo,
-)
+from rmsprop_jax.dialects._record import Epsilon, Momentum, RatePlace, Start, WeightDecay, YesNo
 
 # TensorFlow and Keras round hyperparameters to float32 whatever the dtype of the parameters.
 FLOAT32_ROUNDING = 2.0**-24
@@ -93,9 +86,7 @@ def _endings(
     momentum: float | None, weight_decay: float | None
 ) -> tuple[_Kinds, list[WeightDecay]]:
     """The kinds of momentum and of weight decay that these numbers allow; None means unknown."""
-    kinds: list[tuple[Momentum, RatePlace]] = []
-    if not momentum:
-        kinds.append(('none', 'no momentum'))
+    kinds: _Kinds = [] if momentum else [('none', 'no momentum')]
     if momentum != 0:
         places: tuple[RatePlace, ...] = ('before momentum', 'after momentum')
         styles: tuple[Momentum, ...] = ('heavy ball', 'Nesterov')
@@ -104,17 +95,15 @@ def _endings(
     if not weight_decay:
         decays.append('none')
     if weight_decay != 0:
-        decays.append('coupled')
-        decays.append('decoupled')
+        decays.extend(('coupled', 'decoupled'))
     return kinds, decays
 
 
 def candidates(momentum: float | None, weight_decay: float | None) -> tuple[Facts, ...]:
     """All combinations of facts that a momentum and a weight decay allow; None means unknown."""
     kinds, decays = _endings(momentum, weight_decay)
-    places_of_eps: tuple[Epsilon, ...] = ('inside the root', 'outside the root')
     starts = (('zero', 'no'), ('one', 'no'), ('zero', 'yes'))
-    combinations = itertools.product(places_of_eps, starts, ('no', 'yes'), kinds, decays)
+    combinations = itertools.product((IN, OUT), starts, ('no', 'yes'), kinds, decays)
     return tuple(
         Facts(eps, start, correction, centered, style, place, decay)  # pyright: ignore
         for eps, (start, correction), centered, (style, place), decay in combinations
@@ -177,10 +166,9 @@ def replay(
     first = jnp.where(switches.rate_first == 1, rates, 1.0)
     last = jnp.where(switches.rate_first == 1, 1.0, rates)
     preconditions = _preconditions(switches, decay, eps)
-    momenta = trace(momentum, nesterov=True)
+    momenta: Any = trace(momentum, nesterov=True)
 
     def direction(n: int, g: Any, whole: Any, states: Any) -> tuple[Any, jax.Array, Any]:
-        u: Any
         u, state = preconditions[n].update(whole, states[n])
         condition = _condition(whole, g, state, eps if FORMS[n][0] == IN else eps**2)
         return u, jnp.abs(u) * condition, (*states[:n], state, *states[n + 1 :])
@@ -192,7 +180,6 @@ def replay(
     branches = [*(functools.partial(direction, n) for n in range(len(FORMS))), plain]
 
     def accelerate(u: Any, state: Any) -> tuple[jax.Array, Any]:
-        ahead: Any
         ahead, state = momenta.update(u, state)
         return jnp.where(switches.nesterov == 1, ahead, state.trace), state
 
