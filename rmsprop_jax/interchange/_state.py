@@ -10,13 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import (
-    DictKey,
-    GetAttrKey,
-    keystr,
-    tree_flatten_with_path,
-    tree_map_with_path,
-)
+from jax.tree_util import DictKey, GetAttrKey, keystr, tree_flatten_with_path, tree_map_with_path
 
 from rmsprop_jax._checks import checked_leaves
 from rmsprop_jax._transforms import AverageState
