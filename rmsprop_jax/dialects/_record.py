@@ -89,7 +89,7 @@ class Dialect:
 
     def __call__(self, function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
         """Registers `function` as this dialect, and checks its arguments."""
-        made = checked(self.refused)(function)
+        made = checked(function, self.refused)
         RECORDS[function.__name__] = dataclasses.replace(self, function=made)
         return made
 

@@ -31,35 +31,29 @@ _NUMBERS = {
 }
 
 
-def checked(
-    refused: Mapping[str, str],
-) -> Callable[[Callable[P, Optimizer]], Callable[P, Optimizer]]:
+def checked(function: Callable[P, Optimizer], refused: Mapping[str, str]) -> Callable[P, Optimizer]:
     """Checks numbers under the framework's names for them, and explains unsupported arguments."""
+    positions = list(inspect.signature(function).parameters)
+    # Users import the function from the package.
+    function.__module__ = 'rmsprop_jax.dialects'
 
-    def decorate(function: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
-        positions = list(inspect.signature(function).parameters)
-        # Users import the function from the package.
-        function.__module__ = 'rmsprop_jax.dialects'
+    def number(name: str, value: Any) -> Any:
+        if name not in _NUMBERS or value is None:
+            return value
+        number = _NUMBERS[name](name, value)
+        return number.at if callable(value) else number.value
 
-        def number(name: str, value: Any) -> Any:
-            if name not in _NUMBERS or value is None:
-                return value
-            number = _NUMBERS[name](name, value)
-            return number.at if callable(value) else number.value
+    @public
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
+        for name in kwargs.keys() & refused.keys():
+            raise TypeError(f'{function.__name__} has no argument {name!r}: {refused[name]}.')
+        # Surplus positional arguments are passed on: the function itself refuses them.
+        head = map(number, positions, args)
+        named = {name: number(name, value) for name, value in kwargs.items()}
+        return function(*head, *args[len(positions) :], **named)  # pyright: ignore[reportCallIssue]
 
-        @public
-        @functools.wraps(function)
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Optimizer:
-            for name in kwargs.keys() & refused.keys():
-                raise TypeError(f'{function.__name__} has no argument {name!r}: {refused[name]}.')
-            # Surplus positional arguments are passed on: the function itself refuses them.
-            head = map(number, positions, args)
-            named = {name: number(name, value) for name, value in kwargs.items()}
-            return function(*head, *args[len(positions) :], **named)  # pyright: ignore[reportCallIssue]
-
-        return wrapped
-
-    return decorate
+    return wrapped
 
 
 def momentum_step(

@@ -90,7 +90,10 @@ def torch(
     )
 
 
-@checked({'foreach': XLA, 'error_if_nonfinite': 'wrap the optimizer in optax.apply_if_finite'})
+@functools.partial(
+    checked,
+    refused={'foreach': XLA, 'error_if_nonfinite': 'wrap the optimizer in optax.apply_if_finite'},
+)
 def torch_clip_grad_norm(max_norm: ArrayLike, norm_type: float = 2.0) -> Optimizer:
     """`torch.nn.utils.clip_grad_norm_`: `g <- g min(1, max_norm / (norm + 1e-6))`.
 
