@@ -2,31 +2,21 @@
 
 from typing import TYPE_CHECKING
 
-from rmsprop_jax import dialects as dialects
-from rmsprop_jax import recipes as recipes
-from rmsprop_jax import sharding as sharding
-from rmsprop_jax import storage as storage
-from rmsprop_jax._carry_over import CarriedOver as CarriedOver
-from rmsprop_jax._carry_over import carry_over as carry_over
-from rmsprop_jax._labels import labels_by_path as labels_by_path
-from rmsprop_jax._momentum import trace as trace
-from rmsprop_jax._nonfinite import nonfinite_entries as nonfinite_entries
-from rmsprop_jax._nonfinite import skip_nonfinite as skip_nonfinite
-from rmsprop_jax._optimizer import inject_hyperparams as inject_hyperparams
-from rmsprop_jax._optimizer import rmsprop as rmsprop
-from rmsprop_jax._parameters import round_parameters as round_parameters
-from rmsprop_jax._precondition import scale_by_rms as scale_by_rms
-from rmsprop_jax._precondition import scale_by_stddev as scale_by_stddev
-from rmsprop_jax._reset import reset as reset
-from rmsprop_jax._transforms import cautious as cautious
-from rmsprop_jax._types import RmsState as RmsState
-from rmsprop_jax._types import TraceState as TraceState
+from rmsprop_jax import dialects, recipes, sharding, storage
+from rmsprop_jax._carry_over import CarriedOver, carry_over
+from rmsprop_jax._labels import labels_by_path
+from rmsprop_jax._momentum import trace
+from rmsprop_jax._nonfinite import nonfinite_entries, skip_nonfinite
+from rmsprop_jax._optimizer import inject_hyperparams, rmsprop
+from rmsprop_jax._parameters import round_parameters
+from rmsprop_jax._precondition import scale_by_rms, scale_by_stddev
+from rmsprop_jax._reset import reset
+from rmsprop_jax._transforms import cautious
+from rmsprop_jax._types import RmsState, TraceState
 
 if TYPE_CHECKING:
-    from rmsprop_jax import diagnostics as diagnostics
-    from rmsprop_jax import identify as identify
-    from rmsprop_jax import interchange as interchange
-    from rmsprop_jax.identify import identify_dialect as identify_dialect
+    from rmsprop_jax import diagnostics, identify, interchange
+    from rmsprop_jax.identify import identify_dialect
 
 __all__ = [
     'CarriedOver',

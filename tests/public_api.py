@@ -34,8 +34,7 @@ def modules() -> list[str]:
 
 
 def public_names(module: Any) -> list[str]:
-    """What a module defines without an underscore, what it imports from its own parts, and what it
-    imports `as` its own name.
+    """What a module defines without an underscore, and what it imports from its own parts.
 
     What it imports only when it is asked for stands under `if TYPE_CHECKING`.
     """
@@ -45,8 +44,8 @@ def public_names(module: Any) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)
         elif isinstance(node, ast.ImportFrom):
-            of_parts = f'{node.module}'.startswith(f'{module.__name__}.')
-            names += [x.name for x in node.names if of_parts or x.name == x.asname]
+            is_part = f'{node.module}.'.startswith(f'{module.__name__}.')
+            names += [alias.name for alias in node.names if is_part]
     return sorted(name for name in names if not name.startswith('_'))
 
 

@@ -30,37 +30,25 @@ small compared with `|mu|^2`, the difference has only the digits that remain in 
 computed in float64 and set to 0 where it is negative; a `LossyConversionWarning` says where.
 """
 
-from rmsprop_jax.interchange import keras as keras
-from rmsprop_jax.interchange import nnx as nnx
-from rmsprop_jax.interchange import optax as optax
-from rmsprop_jax.interchange import tensorflow as tensorflow
-from rmsprop_jax.interchange import torch as torch
-from rmsprop_jax.interchange._files import Checkpoint as Checkpoint
-from rmsprop_jax.interchange._files import read_checkpoint as read_checkpoint
-from rmsprop_jax.interchange._mapping import AS_IS as AS_IS
-from rmsprop_jax.interchange._mapping import KERNEL as KERNEL
-from rmsprop_jax.interchange._mapping import InterchangeError as InterchangeError
-from rmsprop_jax.interchange._mapping import Layout as Layout
-from rmsprop_jax.interchange._mapping import Pair as Pair
-from rmsprop_jax.interchange._mapping import flattened as flattened
-from rmsprop_jax.interchange._mapping import parameters_from as parameters_from
-from rmsprop_jax.interchange._mapping import parameters_to as parameters_to
-from rmsprop_jax.interchange._port import Port as Port
-from rmsprop_jax.interchange._port import from_checkpoint as from_checkpoint
-from rmsprop_jax.interchange._port import restore_port as restore_port
-from rmsprop_jax.interchange._port import save_template as save_template
-from rmsprop_jax.interchange._propose import Proposal as Proposal
-from rmsprop_jax.interchange._propose import propose_pairs as propose_pairs
-from rmsprop_jax.interchange._state import LossyConversionWarning as LossyConversionWarning
-from rmsprop_jax.interchange.keras import from_keras as from_keras
-from rmsprop_jax.interchange.keras import to_keras as to_keras
-from rmsprop_jax.interchange.optax import from_optax as from_optax
-from rmsprop_jax.interchange.optax import to_optax as to_optax
-from rmsprop_jax.interchange.tensorflow import from_tensorflow as from_tensorflow
-from rmsprop_jax.interchange.tensorflow import to_tensorflow as to_tensorflow
-from rmsprop_jax.interchange.torch import from_torch as from_torch
-from rmsprop_jax.interchange.torch import to_torch as to_torch
-from rmsprop_jax.interchange.torch import torch_optimizer as torch_optimizer
+from rmsprop_jax.interchange import keras, nnx, optax, tensorflow, torch
+from rmsprop_jax.interchange._files import Checkpoint, read_checkpoint
+from rmsprop_jax.interchange._mapping import (
+    AS_IS,
+    KERNEL,
+    InterchangeError,
+    Layout,
+    Pair,
+    flattened,
+    parameters_from,
+    parameters_to,
+)
+from rmsprop_jax.interchange._port import Port, from_checkpoint, restore_port, save_template
+from rmsprop_jax.interchange._propose import Proposal, propose_pairs
+from rmsprop_jax.interchange._state import LossyConversionWarning
+from rmsprop_jax.interchange.keras import from_keras, to_keras
+from rmsprop_jax.interchange.optax import from_optax, to_optax
+from rmsprop_jax.interchange.tensorflow import from_tensorflow, to_tensorflow
+from rmsprop_jax.interchange.torch import from_torch, to_torch, torch_optimizer
 
 __all__ = [
     'AS_IS',
