@@ -395,7 +395,7 @@ def _row(r: Recipe) -> dict[str, str]:
         'learning rate': f'{_number(r.learning_rate)}{per}, {r.schedule}',
         'decay': _number(r.decay),
         'momentum': _number(r.momentum),
-        'eps': f'{_number(r.eps)} {place} the root',
+        'eps': f'{_number(r.eps)} {place}',
         'centered': 'yes' if r.centered else 'no',
         'weight decay': f'{r.weight_decay:g}: {r.decayed}' if r.weight_decay else '',
         'clipping': ', '.join(clipping),
