@@ -119,7 +119,8 @@ def main(folder: Path) -> None:
         reference: dict[str, list[float]] = {}
         for label, variant in variants().items():
             kept = jnp.dtype(variant.dtype).itemsize
-            result = {'task': name, 'format': label, 'bytes': kept + variant.state}
+            result: dict[str, Any] = {'task': name, 'format': label}
+            result['bytes'] = kept + variant.state
             for series, first in (('', 0), ('second_', SEEDS)):
                 losses = held_out_losses(task, variant, range(first, first + SEEDS))
                 result[f'{series}losses'] = losses

@@ -203,7 +203,7 @@ def training_figure(records: list[Record]) -> Figure:
         rows = [record for record in records if record['task'] == task][::-1]
         for place, row in enumerate(rows):
             colour = '0.5' if 'float32, ' in row['format'] else COLOURS[5]
-            style = {'color': colour, 'capsize': 4, 'fmt': 'o'}
+            style: dict[str, Any] = {'color': colour, 'capsize': 4, 'fmt': 'o'}
             apart = 0.15 if 'second_se' in row else 0
             one.errorbar(row['difference'], place + apart, xerr=row['se'], **style)
             if apart:
