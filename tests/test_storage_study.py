@@ -13,7 +13,7 @@ from benchmarks.storage.metrics import (
     signed_errors,
     step_errors,
 )
-from benchmarks.storage.report import pooled, table
+from benchmarks.storage.report import parameters_table, pooled, table
 from benchmarks.storage.streams import STEPS, Stream
 
 pytestmark = pytest.mark.extended
@@ -100,3 +100,12 @@ def test_seeds_are_pooled_by_their_worst_step_and_their_mean_error():
     assert table([record], {'format': 'format', 'largest': lambda r: f'{r["worst"]:g}'}) == (
         '| format | largest |\n| --- | --- |\n| uint8 | 5 |'
     )
+
+
+def test_both_series_of_seeds_are_beside_each_other():
+    record = {'task': 'digits', 'format': 'bfloat16', 'bytes': 6, 'losses': [1.0, 2.0]}
+    first = {'difference': 0.5, 'se': 0.25}
+    second = {'second_difference': -0.25, 'second_se': 0.125}
+    lines = parameters_table([record, record | first | second]).splitlines()
+    assert lines[-2] == '| digits | bfloat16 | 6 | 1.5000 |  |  |  |  |'
+    assert lines[-1].endswith('| +0.5000 ± 0.2500 | +2.0 | -0.2500 ± 0.1250 | -2.0 |')

@@ -19,7 +19,11 @@ from benchmarks.storage.training import SEEDS
 from rmsprop_jax.plots import COLOURS
 
 Record = dict[str, Any]
-TASKS = {'digits': 'digits, decay 0.99', 'language': 'characters, decay 0.999'}
+TASKS = {
+    'digits': 'digits, decay 0.99',
+    'language, MLP': 'characters, MLP, decay 0.999',
+    'language': 'characters, transformer, decay 0.999',
+}
 
 
 def percent(value: float) -> str:
@@ -99,11 +103,24 @@ def tracking_tables(tables: dict[str, list[Record]]) -> Iterable[str]:
     yield '### Centered\n\n' + table(records, first | errors | mean | low | worst)
 
 
-# The loss of a training, and its difference to the one it is paired with.
+def difference_columns(series: str = '') -> dict[str, str | Callable[[Record], str]]:
+    """The difference of a training to the one it is paired with, in a series of seeds."""
+
+    def difference(r: Record) -> str:
+        mean, error = r.get(f'{series}difference'), r.get(f'{series}se')
+        return '' if error is None else f'{mean:+.4f} ± {error:.4f}'
+
+    def ratio(r: Record) -> str:
+        mean, error = r.get(f'{series}difference'), r.get(f'{series}se')
+        return '' if error is None else f'{mean / error:+.1f}'
+
+    name = series.replace('_', ' ')
+    return {f'{name}difference': difference, f'{name}in standard errors': ratio}
+
+
 LOSSES: dict[str, str | Callable[[Record], str]] = {
     'loss': lambda r: f'{np.mean(r["losses"]):.4f}',
-    'difference': lambda r: f'{r["difference"]:+.4f} ± {r["se"]:.4f}' if 'se' in r else '',
-    'in standard errors': lambda r: f'{r["difference"] / r["se"]:+.1f}' if 'se' in r else '',
+    **difference_columns(),
 }
 
 
@@ -114,7 +131,8 @@ def training_table(records: list[Record]) -> str:
 
 def parameters_table(records: list[Record]) -> str:
     columns = {'model': 'task', 'parameters': 'format', 'bytes a parameter': 'bytes'}
-    return '### Parameters in bfloat16\n\n' + table(records, columns | LOSSES)
+    columns |= LOSSES | difference_columns('second_')
+    return '### Parameters in bfloat16\n\n' + table(records, columns)
 
 
 def steps_table(records: list[Record]) -> str:
@@ -177,16 +195,20 @@ def window_figure(records: list[Record]) -> Figure:
 
 
 def training_figure(records: list[Record]) -> Figure:
-    """Paired differences to float32, with their standard errors."""
+    """Paired differences to float32, with their standard errors; a second series is hollow."""
     records = [record for record in records if 'difference' in record]
     tasks = [task for task in TASKS if any(record['task'] == task for record in records)]
-    figure, axes = panels(11, 4, len(tasks))
+    figure, axes = panels(11, 4, len(tasks), sharey=True)
     for one, task in zip(axes, tasks, strict=True):
         rows = [record for record in records if record['task'] == task][::-1]
         for place, row in enumerate(rows):
             colour = '0.5' if 'float32, ' in row['format'] else COLOURS[5]
-            errors = {'xerr': row['se'], 'color': colour, 'capsize': 4}
-            one.errorbar(row['difference'], place, fmt='o', **errors)
+            style: dict[str, Any] = {'color': colour, 'capsize': 4, 'fmt': 'o'}
+            apart = 0.15 if 'second_se' in row else 0
+            one.errorbar(row['difference'], place + apart, xerr=row['se'], **style)
+            if apart:
+                style |= {'xerr': row['second_se'], 'markerfacecolor': 'white'}
+                one.errorbar(row['second_difference'], place - apart, **style)
         labels = [
             row['format']
             if row.get('family', 'plain') == 'plain'
@@ -196,9 +218,10 @@ def training_figure(records: list[Record]) -> Figure:
         one.set_yticks(range(len(rows)), labels)
         one.axvline(0, color='0.5', linewidth=0.8)
         one.locator_params(axis='x', nbins=5)
-        one.set_title(TASKS[task])
-        one.set_xlabel('held-out loss less that of float32, nats')
-    figure.suptitle(f'Mean of {SEEDS} paired differences, with one standard error')
+        one.set_title(TASKS[task], fontsize=10)
+    figure.supxlabel('held-out loss less that of float32, nats', fontsize=10)
+    hollow = ' (hollow: other seeds)' if any('second_se' in row for row in records) else ''
+    figure.suptitle(f'Mean of {SEEDS} paired differences{hollow}, with one standard error')
     return figure
 
 

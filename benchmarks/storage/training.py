@@ -1,4 +1,4 @@
-"""Trains two small models under each storage format.
+"""Trains small models under each storage format.
 
 ::
 
@@ -111,20 +111,57 @@ def digits() -> Task:
     )
 
 
+def characters() -> tuple[jax.Array, int, int]:
+    """Python's reference manual as numbers, how many characters there are, and where the held-out
+    part begins."""
+    text = ''.join(pydoc_data.topics.topics.values())
+    alphabet, tokens = np.unique(list(text), return_inverse=True)
+    return jnp.asarray(tokens, jnp.int32), len(alphabet), int(0.95 * len(tokens))
+
+
+def window_language() -> Task:
+    """A perceptron that predicts a character of that manual from the 16 before it."""
+    width, hidden, context = 24, 128, 16
+    tokens, alphabet, train = characters()
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, 4)
+        return {
+            'embedding': jax.random.normal(keys[0], (alphabet, width)),
+            'first': dense(keys[1], context * width, hidden),
+            'second': dense(keys[2], hidden, hidden),
+            'logits': dense(keys[3], hidden, alphabet),
+        }
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        inputs, targets = batch
+        x = params['embedding'][inputs].reshape(len(inputs), -1)
+        for name in ('first', 'second'):
+            x = jax.nn.relu(x @ params[name])
+        return cross_entropy(x @ params['logits'], targets)
+
+    def windows(starts: jax.Array) -> Batch:
+        pieces = tokens[starts[:, None] + jnp.arange(context + 1)]
+        return pieces[:, :-1], pieces[:, -1]
+
+    def batch(key: jax.Array) -> Batch:
+        return windows(jax.random.randint(key, (128,), 0, train - context))
+
+    held_out = windows(jnp.arange(train, len(tokens) - context))
+    return Task(init, loss, batch, held_out, steps=1000, learning_rate=3e-3, decay=0.999)
+
+
 def language() -> Task:
     """A transformer of two layers that predicts the characters of Python's reference manual."""
     width, heads, context = 64, 4, 64
-    text = ''.join(pydoc_data.topics.topics.values())
-    alphabet, tokens = np.unique(list(text), return_inverse=True)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    train = int(0.95 * len(tokens))
+    tokens, alphabet, train = characters()
 
     def init(key: jax.Array) -> Params:
         keys = iter(jax.random.split(key, 11))
         params = {
-            'embedding': jax.random.normal(next(keys), (len(alphabet), width)),
+            'embedding': jax.random.normal(next(keys), (alphabet, width)),
             'position': jax.random.normal(next(keys), (context, width)),
-            'logits': dense(next(keys), width, len(alphabet)),
+            'logits': dense(next(keys), width, alphabet),
         }
         for layer in '01':
             params[f'attend{layer}'] = dense(next(keys), width, 3 * width)

@@ -204,19 +204,21 @@ def test_rounded_parameters_are_updated_at_the_minimum(make, expected, target):
 
 
 @pytest.mark.parametrize(
-    ('form', 'target', 'temporary'),
+    ('form', 'target', 'arguments', 'temporaries'),
     [
         # A TPU's compiler takes a minute for the layers unrolled.
-        ('layers unrolled', 'cuda-h100', 1),
-        ('layers in lax.scan', 'cuda-h100', 2.8),
-        ('layers in lax.scan', 'tpu-v5e', 2.2),
+        ('layers unrolled', 'cuda-h100', 3.00, 0.80),
+        ('unrolled, clipped by global norm', 'cuda-h100', 3.00, 2.06),
+        ('layers in lax.scan', 'cuda-h100', 3.00, 2.62),
+        ('layers in lax.scan', 'tpu-v5e', 3.00, 2.00),
+        ('4 layers unrolled, optax.MultiSteps', 'cuda-h100', 7.02, 1.39),
     ],
 )
-def test_a_whole_step_in_three_bytes_a_parameter(form, target, temporary):
-    """Beside parameters and state: the gradients that exist at once, and 0.3 of activations."""
-    arguments, temporaries = memory.layers_bytes(form, target)
-    assert 3 <= arguments < 3.01
-    assert temporaries < temporary
+def test_a_whole_step_in_three_bytes_a_parameter(form, target, arguments, temporaries):
+    """The table of docs/storage.md: a gradient that is kept longer would add 0.08 a layer."""
+    found = memory.layers_bytes(form, target)
+    assert found[0] == pytest.approx(arguments, abs=0.01)
+    assert found[1] < temporaries + 0.04
 
 
 class Network(nn.Module):
