@@ -403,9 +403,10 @@ def test_a_state_that_would_become_wider_is_refused():
 
 def test_a_state_that_gets_another_leaf_is_not_taken_for_wider():
     params = jnp.ones(2, jnp.bfloat16)
-    inner = optax.GradientTransformation(
-        lambda _: {'steps': jnp.zeros([], jnp.int32)},
-        lambda updates, state, _=None: (updates, {'last': updates, **state}),
-    )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return updates, {'last': updates, **state}
+
+    inner = optax.GradientTransformation(lambda _: {'steps': jnp.zeros([], jnp.int32)}, update)
     _, state = take(rmsprop_jax.round_parameters(inner), params, params)
     assert state.inner_state['last'].dtype == jnp.float32
