@@ -79,7 +79,7 @@ def test_the_options_that_move_epsilon_and_the_start():
     assert_says(
         DIFFERENCES,
         '`eps_in_sqrt` and `initial_scale` move the first two in both libraries. For a learning '
-        'rate after momentum chain the parts, or take `dialects.torch`.',
+        'rate after momentum, chain the parts or use `dialects.torch`.',
     )
     for function in (optax.rmsprop, rmsprop_jax.rmsprop):
         parameters = inspect.signature(function).parameters
@@ -109,7 +109,8 @@ def test_an_average_in_bfloat16():
 
 def test_classes_and_names_of_states():
     assert_says(
-        DIFFERENCES, 'Optax has a class for each of four configurations. Here it is one, `RmsState'
+        DIFFERENCES,
+        'Optax has four state classes, one for each configuration. Here there is one, `RmsState',
     )
     params = jnp.ones(2)
     forms = [(centered, corrected) for centered in (False, True) for corrected in (False, True)]
