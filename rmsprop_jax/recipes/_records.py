@@ -153,7 +153,7 @@ A3C = Recipe(
 BASELINES_A2C = Recipe(
     name='baselines_a2c',
     citation='OpenAI Baselines: A2C',
-    source='openai/baselines 015dc21: baselines/a2c/a2c.py, Model.__init__; '
+    source='openai/baselines 015dc21: baselines/a2c/a2c.py, `Model.__init__`; '
     'baselines/a2c/utils.py, Scheduler',
     verified='code',
     dialect='dialects.tensorflow',
@@ -168,7 +168,8 @@ BASELINES_A2C = Recipe(
 SB3_A2C = Recipe(
     name='sb3_a2c',
     citation='Raffin et al. 2021, Stable-Baselines3, JMLR 22(268)',
-    source='DLR-RM/stable-baselines3 0574e58: stable_baselines3/a2c/a2c.py, A2C.__init__ and train',
+    source='DLR-RM/stable-baselines3 0574e58: stable_baselines3/a2c/a2c.py, `A2C.__init__` and '
+    'train',
     verified='code',
     dialect='dialects.torch',
     learning_rate=7e-4,
