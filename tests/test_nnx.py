@@ -1,5 +1,6 @@
 """Flax NNX gives `init` trees of variables, `update` trees of arrays: nothing depends on it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +138,43 @@ def test_zero1_in_an_nnx_optimizer(given):
     np.testing.assert_allclose(
         model.first.kernel[...], plain.first.kernel[...], rtol=1e-5, atol=1e-7
     )
+
+
+class Split(nnx.Module):
+    def __init__(self, **metadata):
+        place = {'out_sharding': (None, 'model'), **metadata}
+        kernel_init = nnx.with_metadata(nnx.initializers.lecun_normal(), **place)
+        self.linear = nnx.Linear(*SHAPE, use_bias=False, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+def test_zero1_agrees_with_the_sharding_that_flax_has_for_optimizers(kind):
+    """It splits as `optimizer_sharding` would, and takes variables that have that."""
+    inner = rmsprop_jax.rmsprop(0.01, momentum=0.9)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, gradients(model))
+
+    def trained(wrap, **metadata):
+        model = Split(**metadata)
+        optimizer = nnx.Optimizer(model, wrap(nnx.state(model, nnx.Param)), wrt=nnx.Param)
+        for _ in range(2):
+            step(model, optimizer)
+        nu = optimizer.opt_state[0].nu['linear']['kernel'].get_value()
+        return nu.sharding.spec, np.asarray(nu), np.asarray(model.linear.kernel[...])
+
+    said, zero1 = {'optimizer_sharding': ('data', 'model')}, lambda p: sharding.zero1(inner, p)
+    with jax.set_mesh(jax.make_mesh((4, 2), ('data', 'model'), (kind, kind))):
+        spec, *whole = trained(lambda _: inner)
+        assert spec == P(None, 'model')
+        for wrap, metadata in ((lambda _: inner, said), (zero1, {}), (zero1, said)):
+            spec, *found = trained(wrap, **metadata)
+            assert spec == P('data', 'model')
+            chex.assert_trees_all_close(found, whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
