@@ -25,11 +25,16 @@ from rmsprop_jax._core.leaves import cast_like, init_like, widen
 from rmsprop_jax._core.moments import componentwise, root_or_zero
 from rmsprop_jax._core.wrapped import rms_states
 from rmsprop_jax._parameters import check_does_not_round
-from rmsprop_jax._types import ScalarOrSchedule, cast, constant, decay_rate, is_none_or_zero
+from rmsprop_jax._types import (
+    Optimizer,
+    ScalarOrSchedule,
+    Step,
+    cast,
+    constant,
+    decay_rate,
+    is_none_or_zero,
+)
 from rmsprop_jax.storage._formats import Means
-
-Optimizer = optax.GradientTransformationExtraArgs
-Step = optax.GradientTransformation
 
 
 class AverageState(NamedTuple):

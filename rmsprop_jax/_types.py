@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
@@ -19,6 +20,8 @@ KeyPath = tuple[Any, ...]
 Schedule = Callable[[ArrayLike], ArrayLike]
 
 
+Optimizer = optax.GradientTransformationExtraArgs
+Step = optax.GradientTransformation
 ScalarOrSchedule = ArrayLike | Schedule
 
 

@@ -7,8 +7,7 @@ import optax
 from rmsprop_jax._checks import checked_state
 from rmsprop_jax._core.edge import member
 from rmsprop_jax._core.leaves import cast_like, widen
-
-Optimizer = optax.GradientTransformationExtraArgs
+from rmsprop_jax._types import Optimizer
 
 
 def chain(*steps: optax.GradientTransformation | None) -> Optimizer:

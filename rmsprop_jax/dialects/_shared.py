@@ -5,18 +5,22 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
-import optax
 from jax.typing import ArrayLike
 
 from rmsprop_jax._core.edge import public
 from rmsprop_jax._momentum import trace_step
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_each_norm, clip_global_norm, clip_value
-from rmsprop_jax._types import Hyperparameter, ScalarOrSchedule, decay_rate, is_none_or_zero
+from rmsprop_jax._types import (
+    Hyperparameter,
+    Optimizer,
+    ScalarOrSchedule,
+    Step,
+    decay_rate,
+    is_none_or_zero,
+)
 from rmsprop_jax.storage._choice import Storage
 
-Optimizer = optax.GradientTransformationExtraArgs
-Step = optax.GradientTransformation
 P = ParamSpec('P')
 
 # Advice about arguments that many frameworks have.

@@ -11,12 +11,10 @@ from rmsprop_jax._core.chains import precise_chain
 from rmsprop_jax._core.edge import public
 from rmsprop_jax._optimizer import rmsprop
 from rmsprop_jax._transforms import clip_global_norm
-from rmsprop_jax._types import ScalarOrSchedule
+from rmsprop_jax._types import Optimizer, ScalarOrSchedule
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._records import Recipe
 from rmsprop_jax.recipes._schedules import checked_rate, linear_to_zero, or_else
-
-Optimizer = optax.GradientTransformationExtraArgs
 
 
 @public

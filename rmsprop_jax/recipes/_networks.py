@@ -13,7 +13,7 @@ from rmsprop_jax._core.edge import public
 from rmsprop_jax._core.leaves import Statistic
 from rmsprop_jax._optimizer import add_decayed_weights
 from rmsprop_jax._transforms import clip_parameters
-from rmsprop_jax._types import KeyPath, ScalarOrSchedule
+from rmsprop_jax._types import KeyPath, Optimizer, ScalarOrSchedule
 from rmsprop_jax.recipes import _records
 from rmsprop_jax.recipes._masks import slim_decay_mask, tensorflow_decay_mask, timm_decay_mask
 from rmsprop_jax.recipes._records import Recipe
@@ -25,8 +25,6 @@ from rmsprop_jax.recipes._schedules import (
     staircase_by_epoch,
     staircase_of,
 )
-
-Optimizer = optax.GradientTransformationExtraArgs
 
 
 @public
