@@ -76,5 +76,15 @@ def rmsprop_updates(
 ) -> np.ndarray:
     """The updates of RMSProp with the learning rate inside the momentum."""
     u = directions(gradients, **options)  # pyright: ignore[reportArgumentType]
+    return with_momentum(u, learning_rates, momentum, nesterov)
+
+
+def with_momentum(
+    u: np.ndarray,
+    learning_rates: float | Sequence[float],
+    momentum: float | Sequence[float] | None,
+    nesterov: bool,
+) -> np.ndarray:
+    """The updates that follow from RMSProp's directions, the learning rate inside the momentum."""
     rate = np.broadcast_to(np.asarray(learning_rates, Wide), len(u))
     return velocities(-rate.reshape(-1, *([1] * (u.ndim - 1))) * u, momentum, nesterov)
