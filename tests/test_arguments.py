@@ -532,7 +532,7 @@ WRONG_FILES = [
     (interchange.nnx.set_state, (3, STATE), TypeError, 'optimizer must be an nnx.Optimizer, got'),
     (interchange.nnx.set_state, (NNX, {'x': 3}), ValueError, "'x' is not in the optimizer"),
     (interchange.nnx.set_state, (NNX, {'x': 'x'}), TypeError, r"state\['x'\] is a str, not an"),
-    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'not exactly one'),
+    (interchange.from_optax, (3, TX, PARAMS), ValueError, 'has no step count: pass count'),
     (interchange.from_optax, (STATE, 3, PARAMS), TypeError, 'tx must be a gradient'),
     (
         interchange.from_optax,

@@ -73,8 +73,8 @@ def from_optax(
     if count is not None:
         moments = dataclasses.replace(moments, counts=[count])
     elif len(moments.counts) != 1:
-        found = f'step counts {sorted(moments.counts)}' if moments.counts else 'no step count'
-        exchange.add(f'the state has {found}, not exactly one: pass count')
+        several = f'step counts {sorted(moments.counts)}, not exactly one'
+        exchange.add(f'the state has {several if moments.counts else "no step count"}: pass count')
     weights = {**_weights_there(moments, decay, exchange), **moments.weights}
     exchange.counterparts = dict.fromkeys(moments.columns['trace'], _OPTAX)
     if source is not None:
