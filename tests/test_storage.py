@@ -161,7 +161,7 @@ def test_numbers_on_the_grid_are_float32_beside_float64(kept):
 
 @pytest.mark.parametrize(
     ('unit', 'decay', 'expected'),
-    [(1.5, 0.5, 1.5), (1.0, 0.75, 1.5), (1.25, 0.9, 1.125), (1.5, 1.0, 1.5), (1.5, 0.0, 1.0)],
+    [(1.5, 0.5, 1.5), (1.0, 0.75, 1.5), (1.25, 0.9, 1.125), (1.0, 0.5, 1.0), (1.5, 0.0, 1.0)],
 )
 def test_the_unit_of_the_grid_decays_within_its_octave(unit, decay, expected):
     found = next_unit(jnp.float32(unit), jnp.float32(decay))

@@ -473,7 +473,7 @@ class factored(Format):
 
     def _decode(self, stored: Any, unit: Any = None) -> jax.Array:
         del unit
-        stored, columns = as_factors(stored, self._kind), self._columns
+        stored, columns = as_factors(stored), self._columns
         total = jnp.mean(stored.row, axis=columns, keepdims=True)
         vanishes = total < float(jnp.finfo(total.dtype).tiny)
         share = jnp.where(vanishes, 0, stored.row / jnp.where(vanishes, 1, total))
