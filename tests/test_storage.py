@@ -16,6 +16,7 @@ import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
 from rmsprop_jax.dialects._record import functions
 from rmsprop_jax.storage._choice import format_of, is_plain
+from rmsprop_jax.storage._formats import FactorsOfPairs, as_factors, stored_shape
 from rmsprop_jax.storage._rounding import leaf_key, next_unit, random_bits, salt
 
 everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
@@ -94,6 +95,15 @@ def test_what_is_on_the_grid_stays(kept):
 
 
 @each_rounding
+def test_a_unit_stretches_the_grid(kept):
+    values = inside(kept)[0]
+    noise = bits(kept, values.shape)
+    stored = kept.encode(values, noise, jnp.float32(4))
+    chex.assert_trees_all_equal(stored, kept.encode(values / 4, noise))
+    chex.assert_trees_all_equal(kept.decode(stored, jnp.float32(1.5)), 1.5 * kept.decode(stored))
+
+
+@each_rounding
 def test_ends(kept):
     def kept_as(x):
         return float(kept.decode(kept.encode(jnp.float32(x), jnp.uint32(2**32 - 1))))
@@ -142,6 +152,31 @@ def test_factors_in_a_mapping_stay_in_one(make):
     assert type(held_after[0].nu) is dict
     chex.assert_trees_all_equal(same_updates, updates)
     chex.assert_trees_all_equal(held_after[0].nu, after[0].nu._asdict())
+
+
+@pytest.mark.parametrize(
+    ('row', 'col', 'kind', 'shape'),
+    [
+        ((3, 2), (4, 2), FactorsOfPairs, (3, 4, 2)),
+        ((5, 3, 2), (5, 4, 2), FactorsOfPairs, (5, 3, 4, 2)),
+        ((3, 4), (3, 2), storage.Factors, (3, 4, 2)),
+        ((5, 3, 4), (5, 3, 2), storage.Factors, (5, 3, 4, 2)),
+    ],
+)
+def test_shapes_tell_stored_factors_of_pairs_from_those_of_older_releases(row, col, kind, shape):
+    """Which were means over the last two axes, the pair among them."""
+    stored = FactorsOfPairs(row=np.zeros(row), col=np.zeros(col))
+    for x in (stored, stored._asdict()):
+        found = as_factors(x, FactorsOfPairs)
+        assert type(found) is kind
+        assert (found.row is stored.row, found.col is stored.col) == (True, True)
+    assert stored_shape(stored) == shape
+
+
+@pytest.mark.parametrize('stored', [{'row': 1, 'col': 2, 'more': 3}, {'row': 1}, np.ones(3), None])
+def test_what_is_not_stored_as_factors_stays(stored):
+    assert as_factors(stored) is stored
+    assert stored_shape(stored) == getattr(stored, 'shape', None)
 
 
 @pytest.mark.parametrize('fill', [0, 0.3])
