@@ -2,6 +2,7 @@
 
 import functools
 import json
+import zlib
 
 import chex
 import jax
@@ -236,6 +237,42 @@ def test_random_bits_look_random():
     ]
     for other in others:
         assert abs((one * other).mean() * 12) < 4 * error
+
+
+def test_random_bits_are_those_of_the_hash():
+    """Checkpoints go on with the same bits; here they come from integers without a width."""
+
+    def lowbias32(x):
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    kept, shape, count = storage.uint8(seed=7), (2, 3, 5), 10**9
+    key = zlib.crc32(b"7 nu['w']")
+    assert kept.key("nu['w']") == key
+    of_step = lowbias32((count * 0x9E3779B9 + key) % 2**32)
+    expected = [lowbias32(index ^ of_step) for index in range(30)]
+    assert kept.bits(key, count, shape).ravel().tolist() == expected
+    assert storage.float32().bits(storage.float32().key("nu['w']"), count, shape) is None
+
+
+@pytest.mark.parametrize('spec', [P('x', 'y'), P(('y', 'x')), P(None, None, 'x')])
+def test_random_bits_of_shares_are_those_of_the_whole(spec):
+    kept, mesh = storage.bfloat16(), jax.make_mesh((4, 2), ('x', 'y'))
+    whole = bits(kept, (8, 8, 8))
+    split = jax.shard_map(
+        lambda share: kept.bits(kept.key("nu['w']"), 0, share.shape, spec),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    placed = jax.device_put(whole, NamedSharding(mesh, spec))
+    chex.assert_trees_all_equal(jax.jit(split)(placed), whole)
+
+
+def test_random_bits_of_more_entries_than_integers():
+    found = jax.eval_shape(functools.partial(random_bits, (2, 2**16, 2**16)), jnp.uint32(1))
+    assert found.dtype == jnp.uint32
 
 
 # Runs
@@ -614,6 +651,14 @@ def test_stored_forms_of_others_are_refused(kept, stored, fault):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         kept.decode(stored)
     assert str(error.value) == f'stored {fault}.'
+
+
+@each_format
+def test_stored_forms_of_another_shape_are_refused(kept):
+    stored = kept.init(jnp.zeros((2, 3)), 0, jnp.float32)
+    shapes = 'factors of shapes (2,) and (3,)' if kept.name == 'factored' else '(2, 3)'
+    assert kept.fault(stored, (2, 3)) is None
+    assert kept.fault(stored, (3, 2)) == f'has {shapes}'
 
 
 @pytest.mark.parametrize('spec', [P('x'), P('x', None), P(None, 'x'), P(None, ('x',))])
