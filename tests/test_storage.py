@@ -190,8 +190,10 @@ def test_a_traced_number_is_stored_like_a_python_number(kept, fill):
 
 @each_rounding
 def test_numbers_on_the_grid_are_float32_beside_float64(kept):
-    stored = kept.encode(jnp.ones(3, jnp.float32))
+    x = np.float32([1e-3, 1, 3])
+    stored = kept.encode(x)
     with jax.enable_x64(True):
+        chex.assert_trees_all_equal(kept.encode(np.float64(x)), stored)
         assert kept.decode(stored).dtype == jnp.float32
 
 
@@ -252,7 +254,7 @@ def test_random_bits_are_those_of_the_hash():
     assert kept.key("nu['w']") == key
     of_step = lowbias32((count * 0x9E3779B9 + key) % 2**32)
     expected = [lowbias32(index ^ of_step) for index in range(30)]
-    assert kept.bits(key, count, shape).ravel().tolist() == expected
+    assert kept.bits(key, jnp.int32(count), shape).ravel().tolist() == expected
     assert storage.float32().bits(storage.float32().key("nu['w']"), count, shape) is None
 
 
@@ -560,6 +562,7 @@ ONLY_NU = (
         (lambda: storage.uint8(scale=lambda count: 1.0), 'scale cannot be a schedule.'),
         (lambda: storage.bfloat16(seed=1.5), 'seed must be a Python integer, got 1.5.'),
         (lambda: storage.uint8(seed=True), 'seed must be a Python integer, got True.'),
+        (lambda: storage.uint8().encode({}), 'x is a dict, not an array.'),
     ],
 )
 def test_wrong_types_are_refused(make, message):
