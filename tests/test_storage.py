@@ -2,6 +2,7 @@
 
 import functools
 import json
+import zlib
 
 import chex
 import jax
@@ -15,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
 from rmsprop_jax.dialects._record import functions
-from rmsprop_jax.storage._rounding import leaf_key, random_bits, salt
+from rmsprop_jax.storage._choice import format_of, is_plain
+from rmsprop_jax.storage._formats import FactorsOfPairs, as_factors, stored_shape
+from rmsprop_jax.storage._rounding import leaf_key, next_unit, random_bits, salt
 
 everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
 ROUNDING = [
@@ -93,6 +96,15 @@ def test_what_is_on_the_grid_stays(kept):
 
 
 @each_rounding
+def test_a_unit_stretches_the_grid(kept):
+    values = inside(kept)[0]
+    noise = bits(kept, values.shape)
+    stored = kept.encode(values, noise, jnp.float32(4))
+    chex.assert_trees_all_equal(stored, kept.encode(values / 4, noise))
+    chex.assert_trees_all_equal(kept.decode(stored, jnp.float32(1.5)), 1.5 * kept.decode(stored))
+
+
+@each_rounding
 def test_ends(kept):
     def kept_as(x):
         return float(kept.decode(kept.encode(jnp.float32(x), jnp.uint32(2**32 - 1))))
@@ -121,6 +133,90 @@ def test_factored_is_exact_for_products():
     chex.assert_trees_all_close(storage.factored().decode(stored), nu, rtol=1e-5)
 
 
+def test_factored_is_exact_for_the_smallest_normal_number_and_zero_below():
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    at, below = jnp.full((4, 4), tiny), jnp.zeros((4, 16)).at[0, 0].set(8 * tiny)
+    for nu, expected in ((at, at), (below, 0 * below)):
+        stored = storage.factored().encode(nu)
+        chex.assert_trees_all_equal(storage.factored().decode(stored), expected)
+
+
+@pytest.mark.parametrize('make', [rmsprop_jax.rmsprop, dialects.torch])
+def test_factors_in_a_mapping_stay_in_one(make):
+    """As Flax NNX holds them; PyTorch's factors are those of pairs."""
+    tx = make(0.1, storage=everywhere(storage.factored()))
+    g = numbers(-1, 1, (3, 4)) + (1j if make is dialects.torch else 0)
+    _, state = tx.update(g, tx.init(g), g)
+    held = (state[0]._replace(nu=state[0].nu._asdict()), *state[1:])
+    updates, after = tx.update(g, state, g)
+    same_updates, held_after = tx.update(g, held, g)
+    assert type(held_after[0].nu) is dict
+    chex.assert_trees_all_equal(same_updates, updates)
+    chex.assert_trees_all_equal(held_after[0].nu, after[0].nu._asdict())
+
+
+@pytest.mark.parametrize(
+    ('row', 'col', 'kind', 'shape'),
+    [
+        ((3, 2), (4, 2), FactorsOfPairs, (3, 4, 2)),
+        ((5, 3, 2), (5, 4, 2), FactorsOfPairs, (5, 3, 4, 2)),
+        ((3, 4), (3, 2), storage.Factors, (3, 4, 2)),
+        ((5, 3, 4), (5, 3, 2), storage.Factors, (5, 3, 4, 2)),
+    ],
+)
+def test_shapes_tell_stored_factors_of_pairs_from_those_of_older_releases(row, col, kind, shape):
+    """Which were means over the last two axes, the pair among them."""
+    stored = FactorsOfPairs(row=np.zeros(row), col=np.zeros(col))
+    for x in (stored, stored._asdict()):
+        found = as_factors(x, FactorsOfPairs)
+        assert type(found) is kind
+        assert (found.row is stored.row, found.col is stored.col) == (True, True)
+    assert stored_shape(stored) == shape
+
+
+@pytest.mark.parametrize('stored', [{'row': 1, 'col': 2, 'more': 3}, {'row': 1}, np.ones(3), None])
+def test_what_is_not_stored_as_factors_stays(stored):
+    assert as_factors(stored) is stored
+    assert stored_shape(stored) == getattr(stored, 'shape', None)
+
+
+@pytest.mark.parametrize('fill', [0, 0.3])
+@each_format
+def test_a_traced_number_is_stored_like_a_python_number(kept, fill):
+    make = functools.partial(kept.init, jnp.zeros((2, 3)), dtype=jnp.float32)
+    chex.assert_trees_all_equal(make(fill), kept.encode(jnp.full((2, 3), jnp.float32(fill))))
+    chex.assert_trees_all_equal(jax.jit(make)(jnp.float32(fill)), make(fill))
+
+
+@each_rounding
+def test_numbers_on_the_grid_are_float32_beside_float64(kept):
+    x = np.float32([1e-3, 1, 3])
+    stored = kept.encode(x)
+    with jax.enable_x64(True):
+        chex.assert_trees_all_equal(kept.encode(np.float64(x)), stored)
+        assert kept.decode(stored).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ('unit', 'decay', 'expected'),
+    [(1.5, 0.5, 1.5), (1.0, 0.75, 1.5), (1.25, 0.9, 1.125), (1.0, 0.5, 1.0), (1.5, 0.0, 1.0)],
+)
+def test_the_unit_of_the_grid_decays_within_its_octave(unit, decay, expected):
+    found = next_unit(jnp.float32(unit), jnp.float32(decay))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@each_rounding
+def test_only_the_tpu_platform_takes_a_root_as_it_is(kept):
+    """Elsewhere the compiler must not fuse it with the division after it: see `kept_apart`."""
+
+    def program(platform):
+        step = jax.jit(kept.arithmetic.keep)
+        return jax.export.export(step, platforms=[platform])(jnp.ones(3)).mlir_module()
+
+    assert ['maximum' in program(name) for name in ('cpu', 'cuda', 'tpu')] == [True, True, False]
+
+
 def test_random_bits_look_random():
     """Uniform, and uncorrelated between neighbours, steps, leaves, statistics and seeds."""
     shape = (512, 512)
@@ -143,6 +239,43 @@ def test_random_bits_look_random():
     ]
     for other in others:
         assert abs((one * other).mean() * 12) < 4 * error
+
+
+def test_random_bits_are_those_of_the_hash():
+    """Checkpoints go on with the same bits; here they come from integers without a width."""
+
+    def lowbias32(x):
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    kept, shape, count = storage.uint8(seed=7), (2, 3, 5), 10**9
+    key = zlib.crc32(b"7 nu['w']")
+    assert kept.key("nu['w']") == key
+    of_step = lowbias32((count * 0x9E3779B9 + key) % 2**32)
+    expected = [lowbias32(index ^ of_step) for index in range(30)]
+    found = np.asarray(kept.bits(key, jnp.int32(count), shape))
+    assert found.ravel().tolist() == expected
+    assert storage.float32().bits(storage.float32().key("nu['w']"), count, shape) is None
+
+
+@pytest.mark.parametrize('spec', [P('x', 'y'), P(('y', 'x')), P(None, None, 'x')])
+def test_random_bits_of_shares_are_those_of_the_whole(spec):
+    kept, mesh = storage.bfloat16(), jax.make_mesh((4, 2), ('x', 'y'))
+    whole = bits(kept, (8, 8, 8))
+    split = jax.shard_map(
+        lambda share: kept.bits(kept.key("nu['w']"), 0, share.shape, spec),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    placed = jax.device_put(whole, NamedSharding(mesh, spec))
+    chex.assert_trees_all_equal(jax.jit(split)(placed), whole)
+
+
+def test_random_bits_of_more_entries_than_integers():
+    found = jax.eval_shape(functools.partial(random_bits, (2, 2**16, 2**16)), jnp.uint32(1))
+    assert found.dtype == jnp.uint32
 
 
 # Runs
@@ -335,8 +468,12 @@ def test_bytes_have_no_derivative():
     x = jnp.ones((4, 4))
     final(x)
     for differentiate in (jax.grad(final), jax.jit(jax.grad(final))):
-        with pytest.raises(TypeError, match='uint8 cannot be differentiated through'):
+        with pytest.raises(TypeError) as error:
             differentiate(x)
+        assert str(error.value) == (
+            'storage.uint8 cannot be differentiated through: a byte has no derivative. Use '
+            'storage.float32() or storage.bfloat16() to differentiate through training.'
+        )
 
 
 # Choices
@@ -357,6 +494,22 @@ def test_small_leaves_stay_float32_by_a_rule_that_can_be_changed():
     assert dtypes(chosen) == {'kernel': 'float32', 'small': 'bfloat16', 'b': 'float32'}
     assert dtypes(storage.per_statistic(nu=kept)) == default
     assert dtypes(storage.per_statistic(trace=kept)) == dict.fromkeys(params, 'float32')
+    wide = storage.per_leaf(lambda _, shape: kept if shape[0] < 64 else storage.float32())
+    assert dtypes(wide) == {'kernel': 'float32', 'small': 'bfloat16', 'b': 'float32'}
+    assert storage.large_leaves(kept, min_size=0, min_ndim=0).choose('', ()) == kept
+
+
+def test_each_named_statistic_has_its_own_format():
+    formats = [storage.bfloat16(seed=seed) for seed in range(4)]
+    choice = storage.per_statistic(**dict(zip(('nu', 'mu', 'var', 'trace'), formats, strict=True)))
+    assert [choice.nu, choice.mu, choice.var, choice.trace] == formats
+
+
+def test_choices_without_functions_are_plain():
+    by_leaf = storage.per_leaf(lambda path, shape: storage.float32())
+    plain = [None, True, 1, 0.5, 'uint8', np.float32(1), *FORMATS, MIXED, everywhere(FORMATS[0])]
+    others = [by_leaf, *(storage.per_statistic(**{name: by_leaf}) for name in ('nu', 'trace')), len]
+    assert [x for x in (*plain, *others) if is_plain(x)] == plain
 
 
 @pytest.mark.parametrize('name', functions())
@@ -371,38 +524,168 @@ def test_every_dialect_takes_storage(name):
     assert set(found) == {jnp.dtype('bfloat16')}
 
 
+A_CHOICE = 'must be a format or a choice from rmsprop_jax.storage'
+NO_SIGN = (
+    'it has no sign. Give storage.per_statistic(nu=storage.uint8(), var=storage.uint8()), and '
+    'bfloat16 or float32 for the others.'
+)
+ONLY_NU = (
+    'means over rows and columns keep neither a sign nor a small difference. Give '
+    'storage.per_statistic(nu=storage.factored()), and bfloat16 or float32 for the others.'
+)
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: rmsprop_jax.scale_by_rms(storage=storage.bfloat16), r'Call it'),
-        (lambda: rmsprop_jax.scale_by_rms(storage=lambda p, s: None), r'storage\.per_leaf'),
-        (lambda: rmsprop_jax.scale_by_rms(storage='uint8'), r"got 'uint8'"),
-        (lambda: storage.large_leaves('uint8'), r"format must be .* 'uint8'"),
-        (lambda: storage.per_leaf(3), r'needs a function'),
-        (lambda: storage.uint8(scale=jnp.float32(1)), r'scale must be a Python number'),
-        (lambda: storage.bfloat16(seed=1.5), r'seed must be'),
+        (
+            lambda: rmsprop_jax.scale_by_rms(storage=storage.bfloat16),
+            f'storage {A_CHOICE}, got {storage.bfloat16}. Call it: storage.bfloat16().',
+        ),
+        (
+            lambda: rmsprop_jax.scale_by_rms(storage=len),
+            f'storage {A_CHOICE}, got {len}. Wrap a function in storage.per_leaf.',
+        ),
+        (
+            lambda: rmsprop_jax.scale_by_rms(storage='uint8'),
+            f"storage {A_CHOICE}, got 'uint8'.",
+        ),
+        (lambda: storage.per_statistic(mu='uint8'), f"mu {A_CHOICE}, got 'uint8'."),
+        (lambda: storage.large_leaves('uint8'), "format must be a storage format, got 'uint8'."),
+        (
+            lambda: storage.per_leaf(3),
+            'storage.per_leaf needs a function of path and shape, got 3.',
+        ),
+        (
+            lambda: storage.uint8(scale=jnp.float32(1)),
+            'scale must be a Python number: it decides how bytes are read.',
+        ),
+        (lambda: storage.uint8(scale=lambda count: 1.0), 'scale cannot be a schedule.'),
+        (lambda: storage.bfloat16(seed=1.5), 'seed must be a Python integer, got 1.5.'),
+        (lambda: storage.uint8(seed=True), 'seed must be a Python integer, got True.'),
+        (lambda: storage.uint8().encode({}), 'x is a dict, not an array.'),
     ],
 )
 def test_wrong_types_are_refused(make, message):
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError) as error:
         make()
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=storage.uint8()), r'trace.*sign'),
-        (lambda: rmsprop_jax.scale_by_stddev(storage=storage.uint8()), r'mu.*sign'),
-        (lambda: rmsprop_jax.scale_by_stddev(storage=storage.factored()), r'var.*difference'),
-        (lambda: rmsprop_jax.trace(0.9, storage=storage.factored()), r'trace.*sign'),
-        (lambda: storage.per_statistic(mu=storage.factored()), r'mu.*per_statistic'),
-        (lambda: storage.uint8(scale=3.0), r'power of two'),
-        (lambda: storage.uint8(scale=2.0**80), r'power of two'),
+        (
+            lambda: rmsprop_jax.rmsprop(0.1, momentum=0.9, storage=storage.uint8()),
+            f'storage.uint8 cannot hold trace: {NO_SIGN}',
+        ),
+        (
+            lambda: rmsprop_jax.scale_by_stddev(storage=storage.uint8()),
+            f'storage.uint8 cannot hold mu: {NO_SIGN}',
+        ),
+        (
+            lambda: rmsprop_jax.scale_by_stddev(storage=storage.factored()),
+            f'storage.factored cannot hold var: {ONLY_NU}',
+        ),
+        (
+            lambda: rmsprop_jax.trace(0.9, storage=storage.factored()),
+            f'storage.factored cannot hold trace: {ONLY_NU}',
+        ),
+        (
+            lambda: storage.per_statistic(mu=storage.factored()),
+            f'storage.factored cannot hold mu: {ONLY_NU}',
+        ),
+        (
+            lambda: storage.large_leaves(storage.uint8(), min_size=-1),
+            'min_size must be an integer of at least 0, got -1.',
+        ),
+        (
+            lambda: storage.large_leaves(storage.uint8(), min_ndim=-1),
+            'min_ndim must be an integer of at least 0, got -1.',
+        ),
+        (lambda: storage.uint8(scale=-1.0), 'scale must be in [0, inf), got -1.0.'),
+        *(
+            (
+                functools.partial(storage.uint8, scale=scale),
+                f'scale must be a power of two in [2^-46, 2^60], got {scale}.',
+            )
+            for scale in (0.0, 3.0, 2.0**-47, 2.0**61)
+        ),
     ],
 )
 def test_wrong_values_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
         make()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize('scale', [2.0**-46, 2.0**60])
+def test_bytes_at_the_ends_of_the_scale(scale):
+    kept = storage.uint8(scale=scale)
+    assert (kept.smallest, kept.largest) == (scale * 2.0**-80, scale * 2.0**54)
+    stored = jnp.uint8([1, 255])
+    values = kept.decode(stored)
+    assert values.tolist() == [kept.smallest, kept.largest]
+    chex.assert_trees_all_equal(kept.encode(values), stored)
+
+
+@pytest.mark.parametrize(
+    ('kept', 'stored', 'fault'),
+    [
+        (storage.float32(), 'a', 'has str'),
+        (storage.bfloat16(), None, 'has NoneType'),
+        *(
+            (kept, np.zeros(3, dtype), f'is stored as {dtype}, not in the format {name}')
+            for kept, dtype, name in (
+                (storage.float32(), 'uint8', 'storage.float32'),
+                (storage.float32(), jnp.dtype(jnp.bfloat16), 'storage.float32'),
+                (storage.bfloat16(), 'float32', 'storage.bfloat16'),
+                (storage.uint8(), 'float32', 'storage.uint8'),
+            )
+        ),
+        (storage.factored(), np.zeros(3), 'is not stored in the format storage.factored'),
+        (
+            storage.factored(),
+            storage.Factors(row=np.zeros((2, 3)), col=np.zeros((5, 7))),
+            'has factors of shapes (2, 3) and (5, 7)',
+        ),
+    ],
+)
+def test_stored_forms_of_others_are_refused(kept, stored, fault):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        kept.decode(stored)
+    assert str(error.value) == f'stored {fault}.'
+
+
+@each_format
+def test_stored_forms_of_another_shape_are_refused(kept):
+    stored = kept.init(jnp.zeros((2, 3)), 0, jnp.float32)
+    shapes = 'factors of shapes (2,) and (3,)' if kept.name == 'factored' else '(2, 3)'
+    assert kept.fault(stored, (2, 3)) is None
+    assert kept.fault(stored, (3, 2)) == f'has {shapes}'
+
+
+@pytest.mark.parametrize('spec', [P('x'), P('x', None), P(None, 'x'), P(None, ('x',))])
+def test_means_over_split_axes_are_refused(spec):
+    found = []
+
+    def shared(x):
+        make = functools.partial(format_of, everywhere(storage.factored()), 'nu', "['w']")
+        # Earlier axes are a batch.
+        assert make((8, 8, 8), False, P('x', None, None)) == storage.factored()
+        try:
+            make((8, 8), False, spec)
+        except ValueError as error:
+            found.append(str(error))
+        return x
+
+    mesh = jax.make_mesh((8,), ('x',))
+    jax.eval_shape(jax.shard_map(shared, mesh=mesh, in_specs=P(), out_specs=P()), jnp.ones(8))
+    assert found == [
+        f"params['w']: storage.factored takes means over axes that {spec} splits under "
+        'jax.shard_map. Update it outside of shard_map, where the compiler takes means over all '
+        'devices.'
+    ]
 
 
 @pytest.mark.parametrize(
@@ -417,6 +700,11 @@ def test_wrong_values_are_refused(make, message):
             rmsprop_jax.trace(0.9, storage=everywhere(storage.bfloat16())),
             {'w': jnp.ones(3, jnp.complex64)},
             r"params\['w'\]: storage.bfloat16 cannot hold trace: it is complex",
+        ),
+        (
+            rmsprop_jax.scale_by_stddev(storage=everywhere(storage.bfloat16())),
+            {'w': jnp.ones(3, jnp.complex64)},
+            r"params\['w'\]: storage.bfloat16 cannot hold mu: it is complex",
         ),
         (
             rmsprop_jax.trace(0.9, storage=storage.per_leaf(lambda path, shape: storage.uint8())),
@@ -511,6 +799,23 @@ def test_convert_names_what_does_not_fit():
     every = storage.per_leaf(lambda path, shape: storage.uint8())
     with pytest.raises(ValueError, match=r"params\['b'\]: storage.uint8 cannot hold trace"):
         storage.convert(state, PARAMS, None, every)
+
+
+@pytest.mark.parametrize(
+    ('kept', 'description'),
+    [
+        (storage.float32(), {'format': 'float32'}),
+        (storage.bfloat16(seed=3), {'format': 'bfloat16', 'seed': 3, 'version': 1}),
+        (
+            storage.uint8(scale=np.float32(0.5)),
+            {'format': 'uint8', 'seed': 0, 'scale': 0.5, 'version': 1},
+        ),
+        (storage.factored(), {'format': 'factored', 'version': 1}),
+        (storage.factored().of_pairs(), {'format': 'factored', 'version': 1, 'of': 'pairs'}),
+    ],
+)
+def test_description_is_what_older_checkpoints_hold(kept, description):
+    assert json.loads(json.dumps(kept.description())) == description
 
 
 def test_description_tells_formats_apart():

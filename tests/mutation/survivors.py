@@ -14,8 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 LISTED = Path(__file__).parent / 'equivalent.toml'
-# A mutant that takes many times as long as the original is noticed by that.
-NOTICED = ('killed', 'timeout')
+# A mutant that takes many times as long as the original is noticed by that. So is one with which a
+# file of tests cannot be imported: pytest then ends as if it were interrupted.
+NOTICED = ('killed', 'timeout', 'check was interrupted by user')
 
 
 def mutmut(*arguments: str) -> str:
