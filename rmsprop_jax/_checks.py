@@ -112,9 +112,12 @@ def checked_leaves(name: str, tree: Any) -> list[tuple[Any, Any]]:
 def leaf_dtype(name: str, leaf: Any) -> np.dtype:
     """The dtype of an array, or of a value that JAX accepts as an array."""
     try:
-        return leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
+        # NumPy would take text for the name of a dtype.
+        if not isinstance(leaf, str | bytes):
+            return leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)
     except (TypeError, ValueError):
-        raise TypeError(f'{name} is a {type(leaf).__name__}, not an array.') from None
+        pass
+    raise TypeError(f'{name} is a {type(leaf).__name__}, not an array.')
 
 
 def checked_updates(updates: Any) -> Any:

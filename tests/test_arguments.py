@@ -741,7 +741,8 @@ STEPS = (
     *('mean_over', 'warmup_epochs', 'ema_overwrite_frequency', 'gradient_accumulation_steps'),
     *('every', 'depth', 'min_size', 'min_ndim'),
 )
-WORDS = {'w': 'x'}
+# The name of a dtype is no array.
+WORDS = {'w': 'float32'}
 RULES: dict[str, tuple[Any, Any, str]] = {
     **dict.fromkeys(NUMBERS, ('x', TypeError, f'{NUMBER}, got')),
     **dict.fromkeys(FLAGS, (3, TypeError, FLAG)),
@@ -815,7 +816,7 @@ SPECIAL: dict[tuple[Any, str], tuple[Any, Any, str]] = {
     (storage.convert, 'state'): (IN_BYTES, ValueError, IS_BYTES),
     (storage.convert, 'params'): ({}, ValueError, r"^params\['dense'\].* does not exist"),
     (storage.Format.decode, 'stored'): (jnp.ones(3), ValueError, '^stored is stored as float32'),
-    (storage.Format.encode, 'x'): ('x', TypeError, '^x is a str, not an array'),
+    (storage.Format.encode, 'x'): ('float32', TypeError, '^x is a str, not an array'),
     (diagnostics.epsilon_shares, 'state'): (3, ValueError, '^the state has no second moment'),
     (diagnostics.epsilon_shares, 'params'): ({}, ValueError, r"^params\['dense'\].* does not"),
     (diagnostics.saturated_shares, 'state'): (STATE, ValueError, 'state.* is stored as float32'),

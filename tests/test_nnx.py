@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rmsprop_jax
-from rmsprop_jax import diagnostics, sharding, storage
+from rmsprop_jax import diagnostics, dialects, sharding, storage
 
 pytestmark = pytest.mark.extended
 
@@ -95,6 +95,35 @@ def test_means_that_flax_has_turned_into_a_mapping_are_not_read_as_parameters():
     # Two parameters of these names are no means where they are not stored as such.
     named = {'row': jnp.ones(8), 'col': jnp.ones(8)}
     assert storage.read(tx.init(named), storage.factored())[0].nu['row'].shape == (8,)
+
+
+@pytest.mark.parametrize('shape', [(3, 4), (3, 3)])
+def test_means_of_complex_parameters_are_read_as_without_flax(shape):
+    """Or refused, where a real parameter of another shape could have means of the same shapes."""
+    where = storage.large_leaves(storage.factored(), min_size=1)
+    tx = dialects.torch(0.01, storage=where)
+    model = nnx.Module()
+    model.w = nnx.Param(jax.random.normal(jax.random.key(0), shape, jnp.complex64))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    pure = nnx.to_pure_dict(grads)
+    optimizer.update(model, grads)
+    _, plain = tx.update(pure, tx.init(pure), pure)
+    expected = storage.read(plain, where)[0].nu['w']
+    assert expected.shape == (*shape, 2)
+    state = optimizer.opt_state
+    if shape == (3, 4):
+        nu = storage.read(state, where)[0].nu
+        np.testing.assert_array_equal(jax.tree.leaves(nu)[0], expected)
+        return
+    with pytest.raises(
+        ValueError, match=r"nu\['w'\].*real or to a complex.*FactorsOfPairs\(row, col"
+    ):
+        storage.read(state, where)
+    # As the message says.
+    mapping = nnx.as_pure(state)[0].nu['w']
+    told = plain[0]._replace(nu={'w': storage.FactorsOfPairs(**mapping)})
+    np.testing.assert_array_equal(storage.read(told, where).nu['w'], expected)
 
 
 def test_labels_and_masks_see_one_path():

@@ -17,7 +17,7 @@ import rmsprop_jax
 from rmsprop_jax import dialects, interchange, storage
 from rmsprop_jax.dialects._record import functions
 from rmsprop_jax.storage._choice import format_of, is_plain
-from rmsprop_jax.storage._formats import FactorsOfPairs, as_factors, stored_shape
+from rmsprop_jax.storage._formats import FactorsOfPairs, as_factors, possible_kinds, stored_shape
 from rmsprop_jax.storage._rounding import leaf_key, next_unit, random_bits, salt
 
 everywhere = functools.partial(storage.large_leaves, min_size=1, min_ndim=0)
@@ -172,6 +172,25 @@ def test_shapes_tell_stored_factors_of_pairs_from_those_of_older_releases(row, c
         assert type(found) is kind
         assert (found.row is stored.row, found.col is stored.col) == (True, True)
     assert stored_shape(stored) == shape
+
+
+@pytest.mark.parametrize(
+    ('row', 'col', 'kinds'),
+    [
+        ((3, 2), (4, 2), [FactorsOfPairs]),
+        ((5, 3, 2), (5, 4, 2), [FactorsOfPairs]),
+        ((3,), (4,), [storage.Factors]),
+        ((2,), (2,), [storage.Factors]),  # Pairs have an axis more.
+        ((3, 4), (3, 2), [storage.Factors]),
+        ((3, 2), (3, 2), [storage.Factors, FactorsOfPairs]),
+        ((3, 2), (4, 5), []),
+        ((), (), []),
+    ],
+)
+def test_shapes_tell_what_a_mapping_holds(row, col, kinds):
+    stored = storage.Factors(row=np.zeros(row), col=np.zeros(col))
+    assert possible_kinds(stored) == kinds
+    assert type(as_factors(stored._asdict())) is [*kinds, storage.Factors][0]
 
 
 @pytest.mark.parametrize('stored', [{'row': 1, 'col': 2, 'more': 3}, {'row': 1}, np.ones(3), None])

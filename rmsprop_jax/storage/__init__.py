@@ -2,10 +2,19 @@
 
 from rmsprop_jax.storage._choice import Storage, large_leaves, per_leaf, per_statistic
 from rmsprop_jax.storage._convert import check, convert, describe, read, saturation
-from rmsprop_jax.storage._formats import Factors, Format, bfloat16, factored, float32, uint8
+from rmsprop_jax.storage._formats import (
+    Factors,
+    FactorsOfPairs,
+    Format,
+    bfloat16,
+    factored,
+    float32,
+    uint8,
+)
 
 __all__ = [
     'Factors',
+    'FactorsOfPairs',
     'Format',
     'Storage',
     'bfloat16',

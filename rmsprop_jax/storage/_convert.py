@@ -31,11 +31,17 @@ from rmsprop_jax.storage._formats import (
     as_factors,
     factored,
     float32,
+    is_mapping_of_factors,
+    possible_kinds,
     stored_shape,
 )
 from rmsprop_jax.storage._place import unshared, whole_shape
 
 _VERSION = 1
+_REPLACE = (
+    'replace the mapping by storage.Factors(row, col), or by storage.FactorsOfPairs(row, col) for '
+    'a complex parameter'
+)
 Partition = Mapping[KeyPath, PartitionSpec]
 
 
@@ -393,12 +399,6 @@ def _format_of(
     return fitting[0]
 
 
-def _are_means(means: Means) -> bool:
-    """Whether two arrays have the shapes of means over rows and columns."""
-    shapes = [getattr(x, 'shape', None) for x in means]
-    return all(shapes) and shapes[0][:-1] == shapes[1][:-1]  # pyright: ignore[reportOptionalSubscript]
-
-
 def stored_leaves(state: Any, storage: Storage | None) -> list[Leaf]:
     """Every leaf of every statistic in an optimizer's state, in the order of the state."""
     found: list[Leaf] = []
@@ -433,7 +433,13 @@ def _map_statistics(
 
         def leaf(path: KeyPath, stored: Any) -> Any:
             name, own = keystr((*prefix, *path)), canonical(path)
-            stored = as_factors(stored)
+            means = as_factors(stored)
+            if means is not stored and len(possible_kinds(means)) > 1:
+                raise ValueError(
+                    f'state{name} holds means that may belong to a real or to a complex parameter: '
+                    f'{_REPLACE}.'
+                )
+            stored = means
             kept = _format_of(storage, statistic, own, stored, partition.get(own))
             if isinstance(kept, str):
                 raise ValueError(f'state{name} {kept}.')
@@ -445,14 +451,14 @@ def _map_statistics(
             means = as_factors(x)
             if means is not x and canonical(path) != path:
                 return True  # A variable of NNX holds one array, so these are its means.
-            if isinstance(means, Means) and not isinstance(x, Means) and _are_means(means):
+            if is_mapping_of_factors(x) and possible_kinds(means):
                 shape = stored_shape(means) or ()
                 chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
                 if isinstance(chosen, factored):
                     raise ValueError(
                         f"state{keystr((*prefix, *path))} has 'row' and 'col'. They may be two "
                         'parameters, or the means of one parameter in a mapping made by Flax NNX: '
-                        'then replace the mapping by storage.Factors(row, col).'
+                        f'then {_REPLACE}.'
                     )
             return isinstance(x, Means)
 

@@ -376,19 +376,33 @@ class FactorsOfPairs(NamedTuple):
 Means = Factors | FactorsOfPairs
 
 
-def as_factors(stored: Any, kind: type[Means] = Factors) -> Any:
+def possible_kinds(means: Any) -> list[type[Means]]:
+    """The kinds of factors that a row and a column can be by their shapes: none, one or both."""
+    row, col = (getattr(x, 'shape', ()) for x in means)
+    plain = len(row) > 0 and len(col) > 0 and row[:-1] == col[:-1]
+    pairs = len(row) > 1 and row[-1:] == col[-1:] == (2,) and row[:-2] == col[:-2]
+    return [Factors] * plain + [FactorsOfPairs] * pairs
+
+
+def as_factors(stored: Any, kind: type[Means] | None = None) -> Any:
     """`stored`, with factors that Flax NNX has turned into a mapping turned back.
+
+    Without a `kind`, their shapes tell it. If they fit both kinds, they become `Factors`.
 
     Up to release 0.1, the factors of pairs were plain factors, means over the last two axes.
     Restored into a state of today, they arrive as `FactorsOfPairs`.
     """
-    if isinstance(stored, Mapping) and set(stored) == set(Factors._fields):
-        stored = kind(**stored)
-    if not isinstance(stored, FactorsOfPairs):
-        return stored
-    row, col = jnp.shape(stored.row), jnp.shape(stored.col)
-    are_pairs = row[-1:] == col[-1:] == (2,) and row[:-2] == col[:-2]
-    return stored if are_pairs else Factors(*stored)
+    if is_mapping_of_factors(stored):
+        means = Factors(**stored)
+        stored = (kind or next(iter(possible_kinds(means)), Factors))(*means)
+    if isinstance(stored, FactorsOfPairs) and FactorsOfPairs not in possible_kinds(stored):
+        return Factors(*stored)
+    return stored
+
+
+def is_mapping_of_factors(stored: Any) -> bool:
+    """Whether `stored` has the form in which Flax NNX keeps factors."""
+    return isinstance(stored, Mapping) and set(stored) == set(Factors._fields)
 
 
 def stored_shape(stored: Any) -> Shape | None:
