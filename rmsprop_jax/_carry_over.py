@@ -13,7 +13,7 @@ from rmsprop_jax._reset import encoded, fresh, in_units_of, with_weight
 from rmsprop_jax._types import KeyPath, RmsState, by_path, canonical, path_name
 from rmsprop_jax.storage._choice import Storage, check_storage
 from rmsprop_jax.storage._convert import read
-from rmsprop_jax.storage._formats import Means
+from rmsprop_jax.storage._formats import Means, as_factors
 from rmsprop_jax.storage._place import unshared
 
 
@@ -115,7 +115,9 @@ def carry_over(
     state, params, new_params = map(as_pure, (state, params, new_params))
     checked_leaves('params', params)
     checked_leaves('new_params', new_params)
-    check_alike('state', state, 'tx.init(params)', jax.eval_shape(tx.init, params))
+    like = jax.eval_shape(tx.init, params)
+    state = _with_means(state, like)
+    check_alike('state', state, 'tx.init(params)', like)
     old = _by_path(state)
     start = fresh(after_tx, new_params)
     running = _with_units(start, old)
@@ -191,6 +193,19 @@ def _overlap(old: Any, new: Any) -> Any:
 
 def _is_means(x: Any) -> bool:
     return isinstance(x, Means)
+
+
+def _with_means(state: Any, like: Any) -> Any:
+    """`state` with means where `like` has them and Flax NNX has made a mapping of them."""
+    kinds = {path: type(x) for path, x in _by_path(like).items() if _is_means(x)}
+
+    def is_means(path: KeyPath, _: Any) -> bool:
+        return canonical(path) in kinds
+
+    def leaf(path: KeyPath, x: Any) -> Any:
+        return as_factors(x, kinds[canonical(path)]) if is_means(path, x) else x
+
+    return tree_map_with_path(leaf, state, is_leaf=is_means, is_leaf_takes_path=True)
 
 
 def _by_path(tree: Any) -> dict[KeyPath, Any]:

@@ -204,17 +204,19 @@ def test_parameters_of_another_rank_or_kind_start_fresh():
 
 
 @pytest.mark.extended
-def test_in_flax_nnx():
+@pytest.mark.parametrize('kept', [None, storage.large_leaves(storage.factored(), min_size=1)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.complex64])
+def test_in_flax_nnx(dtype, kept):
     """A head of another width, in the tree of variables that nnx gives to init."""
 
     def model(outputs):
-        rngs = nnx.Rngs(0)
-        return nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, outputs, rngs=rngs))
+        layers = (nnx.Linear(4, n, rngs=nnx.Rngs(0), param_dtype=dtype) for n in (4, outputs))
+        return nnx.Sequential(*layers)
 
     old, new = model(2), model(3)
-    tx = rmsprop(0.1, momentum=0.9)
+    tx = dialects.torch(0.1, momentum=0.9, storage=kept and storage.per_statistic(nu=kept))
     optimizer = nnx.Optimizer(old, tx, wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 4))) ** 2))(old)
+    grads = nnx.grad(lambda m: jnp.sum(jnp.abs(m(jnp.ones((1, 4)))) ** 2))(old)
     optimizer.update(old, grads)
     trees = [nnx.state(m, nnx.Param) for m in (old, new)]
     found, report = carry_over(tx, optimizer.opt_state, *trees)
@@ -224,6 +226,8 @@ def test_in_flax_nnx():
     same, told = carry_over(tx, *pure)
     jax.tree.map(np.testing.assert_array_equal, found, same)
     assert told == report
+    means = jax.tree.leaves(optax.tree.get(optimizer.opt_state, 'nu')['layers'][0]['kernel'])
+    assert len(means) == (1 if kept is None else 2)
     # `update` takes what nnx.Optimizer hands to it.
     tx.update(pure[2], found, pure[2])
 
