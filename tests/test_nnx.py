@@ -115,6 +115,14 @@ def test_means_of_complex_parameters_are_read_as_without_flax(shape):
     if shape == (3, 4):
         nu = storage.read(state, where)[0].nu
         np.testing.assert_array_equal(jax.tree.leaves(nu)[0], expected)
+        described = storage.describe(state, where)
+        assert {'format': 'factored', 'of': 'pairs'}.items() <= (
+            described['leaves']["[0].nu['w'].value['row']"].items()
+        )
+        storage.check(described, state, where)
+        whole = nnx.Optimizer(model, dialects.torch(0.01), wrt=nnx.Param).opt_state
+        with pytest.raises(ValueError, match=r'they differ in formats\. Restore it'):
+            storage.check(described, whole, None)
         return
     with pytest.raises(
         ValueError, match=r"nu\['w'\].*real or to a complex.*FactorsOfPairs\(row, col"

@@ -1,6 +1,7 @@
 """Stored statistics outside of a step: reading, converting, describing and checking them."""
 
 import operator
+import re
 import reprlib
 import types
 from collections.abc import Callable, Mapping, Set
@@ -223,7 +224,10 @@ def describe(state: Any, storage: Storage | None) -> dict[str, Any]:
     }
     for leaf in stored_leaves(state, storage):
         for part, _ in tree_flatten_with_path(leaf.stored)[0]:
-            leaves[leaf.name + keystr(part)].update(leaf.format.description())
+            name = leaf.name + keystr(part)
+            if name not in leaves:  # Flax NNX holds means in a mapping.
+                name = f"{leaf.name}['{keystr(part, simple=True)}']"
+            leaves[name].update(leaf.format.description())
     return {'rmsprop_jax': _release(), 'rmsprop_jax.storage': _VERSION, 'leaves': leaves}
 
 
@@ -297,8 +301,9 @@ def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
     """The kinds of differences between two descriptions of a leaf, each of which may be None."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         # A format that rounds adds a unit, and a factored one has two leaves instead of one.
-        whole = path.removesuffix('.row').removesuffix('.col')
-        of_format = path.endswith('.unit') or {whole, f'{whole}.row'} <= paths
+        whole = re.sub(r"(\.|\[')(row|col)('\])?$", '', path)
+        is_factored = f'{whole}.row' in paths or f"{whole}['row']" in paths
+        of_format = path.endswith('.unit') or (whole in paths and is_factored)
         return {'formats' if of_format else 'leaves'}
     names = {'shape': 'shapes', 'dtype': 'dtypes'}
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
