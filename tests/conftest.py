@@ -15,7 +15,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With EXTENDED_EVERY=4 in the environment, every fourth of the extended tests is run."""
+    """With EXTENDED_EVERY=8 in the environment, every eighth of the extended tests is run."""
     every = int(os.environ.get('EXTENDED_EVERY', '1'))
     extended = [item for item in items if item.get_closest_marker('extended')]
     left_out = {*extended} - {*extended[::every]}

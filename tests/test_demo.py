@@ -260,6 +260,7 @@ def test_missing_metrics_are_refused(copied: Path) -> None:
     assert_refused(run('--output', copied, '--resume', *SMALL), 'lacks epochs')
 
 
+@pytest.mark.extended
 # Orbax abandons the reads of the other arrays.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', ['empty', 'truncated', 'garbled', 'without data', 'foreign'])
@@ -291,6 +292,7 @@ def write_foreign_checkpoint(checkpoint: Path) -> None:
         checkpoints.save(4, args=ocp.args.StandardSave({'weights': np.zeros(3)}), force=True)
 
 
+@pytest.mark.extended
 def test_a_diverging_run_ends_with_advice(tmp_path: Path) -> None:
     done = run('--output', tmp_path, *SMALL, '--learning-rate', '1e38')
     assert done.returncode == 2

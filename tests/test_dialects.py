@@ -190,6 +190,7 @@ def test_same(name):
     assert_same(*SAME[name]())
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('name', DIFFERENT)
 def test_different(name):
     one, other = DIFFERENT[name]()

@@ -130,7 +130,7 @@ def few(framework: str) -> list[Recorded]:
     return [run for run in recorded(framework) if len(run.arrays['learning_rate']) <= 16][:2]
 
 
-OTHERS_OF_THEM = set(FRAMEWORKS) - {'keras', 'tensorflow', 'torch'}
+OTHERS_OF_THEM = set(FRAMEWORKS) - {'torch'}
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_groups_have_their_own():
     assert read_along(tx, 3, params)[1] == {'a': 0.25, 'b': 0.5, 'd': 0.5}
 
 
+@pytest.mark.extended
 def test_accumulated_steps():
     """Steps that a call does not take have a rate, too: that of the step to come."""
     tx = optax.MultiSteps(rmsprop(SCHEDULE), 2)

@@ -101,6 +101,7 @@ def test_rmsprop(eps_in_sqrt, centered, initial_scale, bias_correction, velocity
         assert relative_error(theirs, truth) <= TOLERANCE
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize('centered', [False, True])
 @pytest.mark.parametrize('eps_in_sqrt', [True, False])
 def test_complex_gradients_share_one_magnitude(eps_in_sqrt, centered):

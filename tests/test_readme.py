@@ -39,6 +39,7 @@ def test_python_blocks_of_the_documentation_run(page):
         assert printed.getvalue().count('0.01\n') == 3
 
 
+@pytest.mark.extended
 def test_the_figure_shows_what_its_caption_says():
     recorded = dict(np.load(figure.RECORDED))
     apart = {

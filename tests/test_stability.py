@@ -96,9 +96,9 @@ def test_centered_variance_matches_float64(decay, bias_correction):
         assert (np.abs(ours - deviation) <= allowed).all(), name
 
 
-@pytest.mark.parametrize('decay', [0.0, 0.9, 0.999])
+@pytest.mark.parametrize('decay', [pytest.param(0.0, marks=pytest.mark.extended), 0.9, 0.999])
 @pytest.mark.parametrize('bias_correction', [False, True])
-@pytest.mark.parametrize('eps', [1e-8, 1e-3, 0.0])
+@pytest.mark.parametrize('eps', [1e-8, pytest.param(1e-3, marks=pytest.mark.extended), 0.0])
 @pytest.mark.parametrize('eps_in_sqrt', [True, False])
 @pytest.mark.parametrize('centered', [False, True])
 def test_updates_are_finite_and_within_the_formula(

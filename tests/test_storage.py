@@ -310,6 +310,7 @@ def averages(tx, kept, gradients, params):
     return optax.tree.get(storage.read(state, everywhere(kept)), 'nu')
 
 
+@pytest.mark.extended
 @each_rounding
 @pytest.mark.parametrize('decay', [0.9, 0.99, 0.999])
 def test_the_average_neither_stalls_nor_drifts(kept, decay):
@@ -343,6 +344,7 @@ def test_a_silent_entry_is_not_rounded(kept):
     np.testing.assert_allclose(end, start * 0.99**1499, rtol=2e-4)
 
 
+@pytest.mark.extended
 @each_format
 @pytest.mark.parametrize('decay', [0.5, 0.99])
 def test_no_step_exceeds_the_bound_of_the_exact_one(kept, decay):
@@ -359,6 +361,7 @@ def test_no_step_exceeds_the_bound_of_the_exact_one(kept, decay):
         assert jnp.all(jnp.isfinite(u))
 
 
+@pytest.mark.extended
 @each_rounding
 def test_a_centered_step_divides_by_no_variance_that_the_format_made_small(kept):
     """Beside float32, over means and deviations that reach both ends of the window.
