@@ -199,13 +199,12 @@ def _with_means(state: Any, like: Any) -> Any:
     """`state` with means where `like` has them and Flax NNX has made a mapping of them."""
     kinds = {path: type(x) for path, x in _by_path(like).items() if _is_means(x)}
 
-    def is_means(path: KeyPath, _: Any) -> bool:
-        return canonical(path) in kinds
-
-    def leaf(path: KeyPath, x: Any) -> Any:
-        return as_factors(x, kinds[canonical(path)]) if is_means(path, x) else x
-
-    return tree_map_with_path(leaf, state, is_leaf=is_means, is_leaf_takes_path=True)
+    return tree_map_with_path(
+        lambda path, x: as_factors(x, kinds.get(canonical(path))),
+        state,
+        is_leaf=lambda path, _: canonical(path) in kinds,
+        is_leaf_takes_path=True,
+    )
 
 
 def _by_path(tree: Any) -> dict[KeyPath, Any]:

@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, set before anything imports jax."""
+"""Eight CPU devices for every test, set before anything imports jax; a share of the tests."""
 
 import os
 

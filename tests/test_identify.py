@@ -130,14 +130,11 @@ def few(framework: str) -> list[Recorded]:
     return [run for run in recorded(framework) if len(run.arrays['learning_rate']) <= 16][:2]
 
 
-OTHERS_OF_THEM = set(FRAMEWORKS) - {'torch'}
-
-
 @pytest.mark.parametrize(
     'framework',
     [
-        *sorted(set(FRAMEWORKS) - OTHERS_OF_THEM),
-        *(pytest.param(name, marks=pytest.mark.extended) for name in sorted(OTHERS_OF_THEM)),
+        pytest.param(name, marks=() if name == 'torch' else pytest.mark.extended)
+        for name in FRAMEWORKS
     ],
 )
 def test_recorded_runs_are_identified(framework: str):

@@ -100,8 +100,11 @@ def test_means_that_flax_has_turned_into_a_mapping_are_not_read_as_parameters():
 @pytest.mark.parametrize('shape', [(3, 4), (3, 3)])
 def test_means_of_complex_parameters_are_read_as_without_flax(shape):
     """Or refused, where a real parameter of another shape could have means of the same shapes."""
-    where = storage.large_leaves(storage.factored(), min_size=1)
-    tx = dialects.torch(0.01, storage=where)
+    # The pair of reals that stands for a complex number is not in the shape that chooses.
+    where = storage.per_leaf(
+        lambda _, own: storage.factored() if own == shape else storage.float32()
+    )
+    tx = dialects.torch(0.01, storage=storage.per_statistic(nu=where))
     model = nnx.Module()
     model.w = nnx.Param(jax.random.normal(jax.random.key(0), shape, jnp.complex64))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -112,6 +115,8 @@ def test_means_of_complex_parameters_are_read_as_without_flax(shape):
     expected = storage.read(plain, where)[0].nu['w']
     assert expected.shape == (*shape, 2)
     state = optimizer.opt_state
+    with pytest.raises(ValueError, match=r"\['w'\] has 'row' and 'col'.*storage.FactorsOfPairs"):
+        storage.read(nnx.as_pure(state), where)
     if shape == (3, 4):
         nu = storage.read(state, where)[0].nu
         np.testing.assert_array_equal(jax.tree.leaves(nu)[0], expected)

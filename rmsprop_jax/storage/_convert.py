@@ -303,7 +303,8 @@ def _kinds(path: str, old: Any, new: Any, paths: Set[Any]) -> set[str]:
         # A format that rounds adds a unit, and a factored one has two leaves instead of one.
         whole = re.sub(r"(\.|\[')(row|col)('\])?$", '', path)
         is_factored = f'{whole}.row' in paths or f"{whole}['row']" in paths
-        of_format = path.endswith('.unit') or (whole in paths and is_factored)
+        is_unit = path.removesuffix('.value').endswith('.unit')
+        of_format = is_unit or (whole in paths and is_factored)
         return {'formats' if of_format else 'leaves'}
     names = {'shape': 'shapes', 'dtype': 'dtypes'}
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -444,11 +445,10 @@ def _map_statistics(
                     f'state{name} holds means that may belong to a real or to a complex parameter: '
                     f'{_REPLACE}.'
                 )
-            stored = means
-            kept = _format_of(storage, statistic, own, stored, partition.get(own))
+            kept = _format_of(storage, statistic, own, means, partition.get(own))
             if isinstance(kept, str):
                 raise ValueError(f'state{name} {kept}.')
-            return function(Leaf(name, statistic, own, stored, kept, unit))
+            return function(Leaf(name, statistic, own, means, kept, unit))
 
         moments = getattr(part, statistic)
 
@@ -456,10 +456,10 @@ def _map_statistics(
             means = as_factors(x)
             if means is not x and canonical(path) != path:
                 return True  # A variable of NNX holds one array, so these are its means.
-            if is_mapping_of_factors(x) and possible_kinds(means):
-                shape = stored_shape(means) or ()
-                chosen = format_of(storage, statistic, keystr(canonical(path)), shape, False)
-                if isinstance(chosen, factored):
+            for kind in possible_kinds(means) if is_mapping_of_factors(x) else ():
+                spec = partition.get(canonical(path))
+                kept = _format_of(storage, statistic, canonical(path), kind(*means), spec)
+                if isinstance(kept, factored):
                     raise ValueError(
                         f"state{keystr((*prefix, *path))} has 'row' and 'col'. They may be two "
                         'parameters, or the means of one parameter in a mapping made by Flax NNX: '
